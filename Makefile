@@ -1,0 +1,59 @@
+# gemma-mtp. `make demo` and `make test` set up everything they need.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup native demo test check fix bench check-patches check-stock clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or later is needed; set PYTHON=")'
+	@$(PYTHON) -m venv $(VENV)
+
+# The patched llama-cpp-python goes in first, so that pip finds the dependency met and never builds the stock one.
+$(READY): pyproject.toml | native
+	@echo "installing the Python packages"
+	@$(BIN)/pip --disable-pip-version-check install --quiet "setuptools>=77" "torch==2.13.0"
+	@$(BIN)/pip --disable-pip-version-check install --quiet --no-build-isolation -e '.[test]'
+	@touch $@
+
+setup: native $(READY) ## virtual environment, patched llama-cpp-python, this package
+
+native: $(BIN)/python ## build (or take from the cache) and install the patched llama-cpp-python
+	@$(BIN)/python patches/build.py install
+
+demo: setup ## convert the bundled pair, generate with and without MTP, show the proof
+	@$(BIN)/python tests/demo.py
+
+test: setup ## all tests
+	@$(BIN)/python -m pytest
+
+check: setup build/types/gemma_mtp ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@MYPYPATH=build/types $(BIN)/mypy -p gemma_mtp.convert -p gemma_mtp.runtime -p gemma_mtp.patches
+
+# mypy finds a namespace package by its folder, which only exists as a mapping in pyproject.toml.
+build/types/gemma_mtp:
+	@mkdir -p $@ && for half in convert runtime patches; do ln -sfn ../../../$$half $@/$$half; done
+
+fix: setup ## let ruff format and mend
+	@$(BIN)/ruff check --fix --quiet . || true
+	@$(BIN)/ruff format .
+
+bench: setup ## speed of the bundled pair with and without MTP
+	@$(BIN)/python tests/demo.py --bench
+
+check-patches: $(BIN)/python ## apply, re-export and compile every prefix of the patch series
+	@$(BIN)/python patches/build.py check
+
+check-stock: setup ## build the unpatched llama.cpp and drive it with a converted pair
+	@$(BIN)/python patches/build.py stock
+	@$(BIN)/python -m pytest -m stock
+
+clean: ## remove the environment and build outputs of this checkout
+	@rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,11 @@
+# Included at the end of llama-cpp-python's CMakeLists.txt: llama-server and llama-quantize of the same tree, beside
+# libllama in the package. The other tools stay unbuilt, they would double the build time.
+# llama.cpp installs llama-server by a rule of its own; the same folder keeps a second copy out of the wheel.
+set(CMAKE_INSTALL_BINDIR llama_cpp/lib)
+set(PROJECT_SOURCE_DIR ${CMAKE_CURRENT_SOURCE_DIR}/vendor/llama.cpp)
+foreach(tool quantize ui server)
+    add_subdirectory(vendor/llama.cpp/tools/${tool})
+endforeach()
+foreach(target llama-common llama-quantize-impl llama-quantize llama-server-impl llama-server)
+    llama_cpp_python_install_target(${target})
+endforeach()

@@ -1,0 +1,180 @@
+"""The command `gemma-mtp`: the group, and the commands that generate."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+import click
+
+# Where each command lives. They are imported when called for: converting needs torch, generating does not.
+COMMANDS = {
+    "convert": "gemma_mtp.convert.cli:convert",
+    "inspect": "gemma_mtp.convert.cli:inspect",
+    "verify": "gemma_mtp.convert.cli:verify",
+    "modelfile": "gemma_mtp.convert.cli:modelfile",
+    "ollama": "gemma_mtp.convert.cli:ollama",
+    "run": "gemma_mtp.runtime.cli:run",
+    "bench": "gemma_mtp.runtime.cli:bench",
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported on first use (pattern from click's documentation)."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module, attribute = COMMANDS[name].split(":")
+        try:
+            command: click.Command = getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as problem:
+            if problem.name not in ("torch", "safetensors"):
+                raise
+            raise click.ClickException(f"{name} needs {problem.name}; run: pip install 'gemma-mtp[convert]'") from None
+        return command
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="gemma-mtp")
+def main() -> None:
+    """Gemma 4 with multi-token prediction: convert a pair to GGUF, run it, measure it.
+
+    \b
+    Examples:
+      gemma-mtp convert gemma-4-E2B-it gemma-4-E2B-it-assistant -o out -q Q4_K_M
+      gemma-mtp run out/gemma-4-E2B-it-Q4_K_M.gguf -p "Why is the sky blue?" --chat
+      gemma-mtp ollama create gemma-4-e2b out
+    """
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn the errors a user can cause into one line on stderr and an exit status."""
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError) as problem:
+        click.echo(f"error: {problem}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        click.echo("\ninterrupted", err=True)
+        sys.exit(130)
+
+
+def loading_options(command: Any) -> Any:
+    """Options that decide how a pair is loaded."""
+    for option in (
+        click.option("--drafter", metavar="FILE", help="Drafter to use instead of the linked one beside the target."),
+        click.option("--draft", "draft_length", type=click.IntRange(0), default=3, show_default=True, metavar="N",
+                     help="Tokens to draft in a round."),
+        click.option("-c", "--ctx", "n_ctx", type=click.IntRange(1), default=4096, show_default=True,
+                     help="Context length in tokens."),
+        click.option("-t", "--threads", "n_threads", type=click.IntRange(1), help="CPU threads. [default: half]"),
+        click.option("-ngl", "--gpu-layers", "n_gpu_layers", type=int, default=-1, show_default=True,
+                     help="Layers on the GPU, -1 for all."),
+        click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("target", metavar="TARGET.gguf")
+@click.option("-p", "--prompt", required=True, help="Text to continue; with --chat, the user's message.")
+@click.option("--chat", is_flag=True, help="Ask through the chat template of the model.")
+@click.option("-n", "max_tokens", type=click.IntRange(1), default=256, show_default=True, help="Tokens to generate.")
+@click.option("--temp", type=click.FloatRange(0), default=1.0, show_default=True, help="Temperature, 0 for greedy.")
+@click.option("--top-k", type=int, default=64, show_default=True, help="Keep the k most likely tokens, 0 for all.")
+@click.option("--top-p", type=float, default=0.95, show_default=True, help="Keep this much probability.")
+@click.option("--min-p", type=float, default=0.0, show_default=True, help="Drop tokens below this share of the best.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Same seed, same text. [default: random]")
+@click.option("--no-mtp", is_flag=True, help="Generate without the drafter.")
+@click.option("--json", "as_json", is_flag=True, help="Print text and statistics as one JSON object instead.")
+@loading_options
+def run(  # noqa: PLR0913
+    target: str,
+    prompt: str,
+    chat: bool,
+    max_tokens: int,
+    temp: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int | None,
+    no_mtp: bool,
+    as_json: bool,
+    drafter: str | None,
+    **loading: Any,
+) -> None:
+    """Generate text with a target and its linked drafter.
+
+    The text goes to stdout as it is made, one line of statistics to stderr at the end.
+
+    \b
+    Examples:
+      gemma-mtp run out/gemma-4-E2B-it-Q4_K_M.gguf -p "The three laws of thermodynamics are"
+      gemma-mtp run out/gemma-4-E2B-it-Q4_K_M.gguf --chat -p "Why is the sky blue?" -n 400 --seed 7
+      gemma-mtp run out/gemma-4-E2B-it-Q4_K_M.gguf -p "Once" --temp 0 --draft 4
+      gemma-mtp run out/gemma-4-E2B-it-Q4_K_M.gguf -p "Once" --no-mtp
+    """
+    from gemma_mtp.runtime.llama import Llama
+
+    with one_line_errors(), closing(Llama(target, drafter=None if no_mtp else drafter or "auto", **loading)) as llm:
+        if llm.drafter is None and not no_mtp:
+            click.echo(f"no linked drafter beside {target}: generating without MTP", err=True)
+        settings: dict[str, Any] = {
+            "max_tokens": max_tokens,
+            "temperature": temp,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "seed": seed,
+            "stream": True,
+        }
+        if chat:
+            chunks = llm.create_chat_completion([{"role": "user", "content": prompt}], **settings)
+            pieces = (chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+        else:
+            pieces = (chunk["choices"][0]["text"] for chunk in llm.create_completion(prompt, **settings))
+        text = ""
+        for piece in pieces:
+            text += piece
+            if not as_json:
+                click.echo(piece, nl=False)
+        if as_json:
+            click.echo(json.dumps({"text": text, "stats": llm.stats.as_dict()}))
+        else:
+            click.echo()
+        click.echo(llm.stats.line(), err=True)
+
+
+@click.command()
+@click.argument("target", metavar="TARGET.gguf")
+@click.option("--prompts", type=click.File(), help="Text file, prompts separated by blank lines. [default: three]")
+@click.option("-n", "max_tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens per prompt.")
+@click.option("--temp", type=click.FloatRange(0), default=0.0, show_default=True, help="Temperature, 0 for greedy.")
+@click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Runs, of which the median counts.")
+@loading_options
+def bench(target: str, prompts: Any, max_tokens: int, temp: float, repeat: int, **loading: Any) -> None:
+    """Measure a pair with and without MTP; the last line on stdout is one JSON object.
+
+    \b
+    Examples:
+      gemma-mtp bench out/gemma-4-E2B-it-Q4_K_M.gguf
+      gemma-mtp bench out/gemma-4-E2B-it-Q4_K_M.gguf --prompts mine.txt -n 256 --draft 4
+    """
+    from gemma_mtp.runtime import bench as measure
+
+    with one_line_errors():
+        texts = [p for p in prompts.read().split("\n\n") if p.strip()] if prompts else measure.PROMPTS
+        loading["drafter"] = loading["drafter"] or "auto"
+        result = measure.compare(target, texts, max_tokens=max_tokens, temp=temp, repeat=repeat, **loading)
+        measure.show(result)
+        click.echo(json.dumps(result))

@@ -177,12 +177,13 @@ def pip(*arguments: str | Path, **env: str) -> str:
     return run([sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments], **env)
 
 
-def unpack(into: Path, only: str = "") -> Path:
-    """Unpack the sdist (or the paths below `only` in it) into a folder; returns the sdist's root."""
+def unpack(into: Path, *only: str) -> Path:
+    """Unpack the sdist (or what lies below the paths in `only`) into a folder; returns the sdist's root."""
     root = f"llama_cpp_python-{upstream().version}"
     with tarfile.open(fetch_sdist()) as archive:
         # The sdist carries upstream's .git folder and submodule link; ours must be the only repository there.
-        wanted = (m for m in archive if m.name.startswith(f"{root}/{only}"))
+        prefixes = tuple(f"{root}/{part}" for part in only) or (root,)
+        wanted = (m for m in archive if m.name.startswith(prefixes))
         members = [m for m in wanted if ".git" not in Path(m.name).parts]
         archive.extractall(into, members=members, filter="data")
     return into / root

@@ -50,7 +50,10 @@ def compare(
 
     Raises:
         gemma_mtp.convert.link.MtpError: the target has no drafter.
+        ValueError: draft_length is 0.
     """
+    if draft_length == 0:
+        raise ValueError("a draft length of 0 is what MTP is compared with; give 1 or more.")
     rates: dict[int, list[float]] = {0: [], draft_length: []}
     total, same = Stats(), True
     with open_pair(target, **loading) as llm, Progress(console=Console(stderr=True), transient=True) as progress:

@@ -11,6 +11,7 @@ from typing import Any
 import llama_cpp
 from llama_cpp import _internals as internals
 from llama_cpp import llama_cpp as lib
+from llama_cpp._utils import suppress_stdout_stderr
 
 from gemma_mtp.runtime import native
 from gemma_mtp.runtime.native import Floats
@@ -75,7 +76,7 @@ def attached(target: llama_cpp.Llama, path: Path) -> Iterator[Drafter]:
         params.n_ctx, params.embeddings = target.n_ctx(), False
         # One token a step: the compute buffer would otherwise hold n_ubatch rows of vocabulary size.
         params.n_batch = params.n_ubatch = 1
-        with llama_cpp._utils.suppress_stdout_stderr(disable=target.verbose):
+        with suppress_stdout_stderr(disable=target.verbose):
             ctx = lib.llama_init_from_model(model.model, params)
         if not ctx:
             raise RuntimeError(f"llama.cpp could not make a drafter context for {path}; verbose=True shows why")

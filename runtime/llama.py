@@ -8,6 +8,7 @@ from os import PathLike, fspath
 from typing import Any
 
 import llama_cpp
+from llama_cpp._utils import suppress_stdout_stderr
 
 from gemma_mtp.runtime import loop, native, sampling
 from gemma_mtp.runtime.drafter import Drafter, attached
@@ -56,7 +57,9 @@ class Llama(llama_cpp.Llama):
         self._wanted = drafter
         self._told: set[str] = set()
         path = resolve(model_path, drafter)
-        super().__init__(fspath(model_path), **options)
+        # llama.cpp reports the sizes of its caches as warnings, which stock Llama lets through even when told to be quiet.
+        with suppress_stdout_stderr(disable=options.get("verbose", True)):
+            super().__init__(fspath(model_path), **options)
         if path is not None and (reason := self._cannot_draft()):
             self._tell(reason)
         elif path is not None:

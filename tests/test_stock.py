@@ -1,0 +1,103 @@
+"""Our files and our runtime where our patches are not: the pinned llama.cpp as upstream ships it.
+
+`make check-stock` builds it (minutes, once) and runs these; without that build they skip.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemma_mtp.patches import build
+
+STOCK = build.stock_dir()
+pytestmark = [
+    pytest.mark.stock,
+    pytest.mark.skipif(not STOCK.exists(), reason="no unpatched llama.cpp here; make check-stock builds it"),
+]
+
+
+def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        parsed: dict[str, Any] = json.load(answer)
+    return parsed
+
+
+@pytest.fixture(scope="module")
+def server(demo: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The unpatched llama-server, started with the arguments that Ollama gives it for a model with a drafter."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [STOCK / "llama-server", "-m", demo.target, "--spec-draft-model", demo.drafter]
+    command += ["--spec-type", "draft-mtp", "--spec-draft-backend-sampling", "--spec-draft-n-max", "4"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "-c", "2048", "-np", "1"]
+    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
+        url = f"http://127.0.0.1:{port}"
+        try:
+            for _ in range(120):
+                try:
+                    urllib.request.urlopen(f"{url}/health", timeout=5).close()
+                    break
+                except OSError:
+                    assert process.poll() is None, log.read_text()[-3000:]
+                    time.sleep(0.5)
+            yield url
+        finally:
+            process.terminate()
+
+
+def test_a_chat_request_is_answered_with_accepted_drafts(server: str) -> None:
+    message = "Continue this file:\ndef main(argv):\n    parser = "
+    body = {"messages": [{"role": "user", "content": message}], "max_tokens": 64, "temperature": 0}
+    answer = post(f"{server}/v1/chat/completions", body)
+    assert answer["choices"][0]["message"]["content"]
+    timings = answer["timings"]
+    assert timings["draft_n"] > 0
+    assert 0 < timings["draft_n_accepted"] <= timings["draft_n"]
+    print(json.dumps({"draft_n": timings["draft_n"], "draft_n_accepted": timings["draft_n_accepted"]}))
+
+
+def test_the_runtime_works_on_the_unpatched_library(demo: Any) -> None:
+    """In a process of its own, whose llama_cpp loads the unpatched libllama: same tokens, drafts accepted, one notice."""
+    code = """
+import json, sys, warnings
+from gemma_mtp.runtime import Llama, native
+assert not native.patched()
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    llm = Llama(sys.argv[1], n_ctx=512, verbose=False)
+    Llama(sys.argv[1], n_ctx=512, verbose=False).close()
+made = llm(sys.argv[2], max_tokens=64, temperature=0.0)["choices"][0]["text"]
+told = [str(w.message) for w in said if "patches" in str(w.message)]
+print(json.dumps({"text": made, "accepted": llm.stats.accepted, "notices": len(told)}))
+"""
+    prompt = "import os\nimport sys\n\ndef main("
+    made = {}
+    for name, env in (("stock", {"LLAMA_CPP_LIB_PATH": str(STOCK)}), ("ours", {})):
+        text = code if env else code.replace("assert not", "assert")
+        command = [sys.executable, "-c", text, demo.target, prompt]
+        done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        made[name] = json.loads(done.stdout.splitlines()[-1])
+    assert made["stock"]["text"] == made["ours"]["text"]
+    assert made["stock"]["accepted"] == made["ours"]["accepted"] > 0
+    assert (made["stock"]["notices"], made["ours"]["notices"]) == (1, 0)
+
+
+def test_stock_dir_is_the_unpatched_build() -> None:
+    done = subprocess.run(["nm", "-D", Path(STOCK) / "libllama.so"], capture_output=True, text=True, check=True)
+    assert " llama_get_ctx_other\n" not in done.stdout
+    assert "_Z19llama_get_ctx_otherP13llama_context" in done.stdout

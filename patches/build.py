@@ -322,7 +322,9 @@ def compile_tree(tree: Path, label: str, *targets: str) -> Path:
 
 def stock_dir() -> Path:
     """Where the unpatched llama-server and libraries of the pinned tree are kept once `build.py stock` has run."""
-    return cache_dir() / "stock" / hashlib.sha256(" ".join([upstream().sha256, *cmake_args()]).encode()).hexdigest()[:16]
+    return (
+        cache_dir() / "stock" / hashlib.sha256(" ".join([upstream().sha256, *cmake_args()]).encode()).hexdigest()[:16]
+    )
 
 
 def build_stock() -> None:

@@ -1,10 +1,10 @@
 """Gemma 4 with multi-token prediction behind llama-cpp-python's API.
 
-    from gemma_mtp.runtime import Llama
+from gemma_mtp.runtime import Llama
 
-    llm = Llama("gemma-4-E2B-it-Q4_K_M.gguf")  # finds the drafter that was converted with it
-    print(llm("The capital of France is", max_tokens=16)["choices"][0]["text"])
-    print(llm.stats)
+llm = Llama("gemma-4-E2B-it-Q4_K_M.gguf")  # finds the drafter that was converted with it
+print(llm("The capital of France is", max_tokens=16)["choices"][0]["text"])
+print(llm.stats)
 """
 
 from __future__ import annotations

@@ -9,13 +9,12 @@ from statistics import median
 from typing import Any
 
 import llama_cpp
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-
 from gemma_mtp.runtime import native
 from gemma_mtp.runtime.pair import open_pair
 from gemma_mtp.runtime.stats import Stats
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
 
 PROMPTS = (
     "def parse_arguments(argv):\n    ",

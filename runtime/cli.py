@@ -98,7 +98,7 @@ def loading_options(command: Any) -> Any:
 @click.option("--no-mtp", is_flag=True, help="Generate without the drafter.")
 @click.option("--json", "as_json", is_flag=True, help="Print text and statistics as one JSON object instead.")
 @loading_options
-def run(  # noqa: PLR0913
+def run(
     target: str,
     prompt: str,
     chat: bool,
@@ -160,7 +160,9 @@ def run(  # noqa: PLR0913
 @click.option("--prompts", type=click.File(), help="Text file, prompts separated by blank lines. [default: three]")
 @click.option("-n", "max_tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens per prompt.")
 @click.option("--temp", type=click.FloatRange(0), default=0.0, show_default=True, help="Temperature, 0 for greedy.")
-@click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Runs, of which the median counts.")
+@click.option(
+    "--repeat", type=click.IntRange(1), default=3, show_default=True, help="Runs, of which the median counts."
+)
 @loading_options
 def bench(target: str, prompts: Any, max_tokens: int, temp: float, repeat: int, **loading: Any) -> None:
     """Measure a pair with and without MTP; the last line on stdout is one JSON object.

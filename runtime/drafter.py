@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
-from llama_cpp import _internals as internals
-from llama_cpp import llama_cpp as lib
-from llama_cpp._utils import suppress_stdout_stderr
-
 from gemma_mtp.runtime import native
 from gemma_mtp.runtime.native import Floats
 from gemma_mtp.runtime.sampling import Choose
+from llama_cpp import _internals as internals
+from llama_cpp import llama_cpp as lib
+from llama_cpp._utils import suppress_stdout_stderr
 
 
 class Drafter:

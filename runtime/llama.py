@@ -8,13 +8,12 @@ from os import PathLike, fspath
 from typing import Any
 
 import llama_cpp
-from llama_cpp._utils import suppress_stdout_stderr
-
 from gemma_mtp.runtime import loop, native, sampling
 from gemma_mtp.runtime.drafter import Drafter, attached
 from gemma_mtp.runtime.native import Floats
 from gemma_mtp.runtime.pair import Wanted, resolve
 from gemma_mtp.runtime.stats import Stats
+from llama_cpp._utils import suppress_stdout_stderr
 
 
 class Llama(llama_cpp.Llama):
@@ -86,7 +85,7 @@ class Llama(llama_cpp.Llama):
             self._told.add(reason)
             print(f"gemma-mtp: {reason}.", file=sys.stderr)
 
-    def generate(  # noqa: PLR0913 - llama_cpp.Llama's signature
+    def generate(
         self,
         tokens: Sequence[int],
         top_k: int = 40,
@@ -238,5 +237,3 @@ class Llama(llama_cpp.Llama):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
-
-

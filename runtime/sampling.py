@@ -13,9 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from llama_cpp import llama_cpp as lib
-
 from gemma_mtp.runtime.native import Floats
+from llama_cpp import llama_cpp as lib
 
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 MASK = (1 << 64) - 1
@@ -75,9 +74,7 @@ class ChainChoice:
         array = lib.llama_token_data_array(data=data, size=len(self._ids), selected=-1, sorted=False)
         lib.llama_sampler_apply(self._chain.sampler, ctypes.byref(array))
         # A stage may leave the result in memory of its own, so the array is read where it points now.
-        buffer = (ctypes.c_char * (array.size * CANDIDATE.itemsize)).from_address(
-            ctypes.addressof(array.data.contents)
-        )
+        buffer = (ctypes.c_char * (array.size * CANDIDATE.itemsize)).from_address(ctypes.addressof(array.data.contents))
         left = np.frombuffer(buffer, dtype=CANDIDATE)
         scores = left["logit"].astype(np.float64)
         if self._seed is not None:

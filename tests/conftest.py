@@ -7,7 +7,6 @@ from pathlib import Path
 
 import llama_cpp
 import pytest
-
 from gemma_mtp.patches import build
 
 

@@ -13,12 +13,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from gemma_mtp.convert import convert_pair
+from gemma_mtp.runtime import Llama, Stats
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-
-from gemma_mtp.convert import convert_pair
-from gemma_mtp.runtime import Llama, Stats
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIR = ROOT / "tests" / "pair"

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from gemma_mtp.patches import build
 
 STOCK = build.stock_dir()

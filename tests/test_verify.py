@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import product
 
 import numpy as np
-
 from gemma_mtp.runtime.draft_length import fitting
 from gemma_mtp.runtime.sampling import argmax, gumbel
 from gemma_mtp.runtime.stats import Stats

@@ -1,4 +1,6 @@
-"""Build and install llama-cpp-python with our series applied; standard library only, it runs before anything is installed.
+"""Build and install llama-cpp-python with our series applied.
+
+Standard library only: it runs before anything is installed.
 
 The sdist named in UPSTREAM is fetched with pip, checked against its hash, patched with `git am` in a work tree of its
 own and built into a wheel. The wheel is cached by the hash of the pin, the series, the build flags and the CPU's
@@ -166,7 +168,7 @@ def fetch_sdist() -> Path:
         pip("download", "--no-deps", "--no-binary", ":all:", "--dest", folder, wanted)
         got = Path(folder) / name
         if not got.exists():
-            raise BuildError(f"pip downloaded {os.listdir(folder)}, not {name}.")
+            raise BuildError(f"pip downloaded {sorted(p.name for p in Path(folder).iterdir())}, not {name}.")
         if (found := sha256(got)) != pin.sha256:
             raise BuildError(f"{name} has sha256 {found}, wanted {pin.sha256}; the index serves another file.")
         got.replace(kept)
@@ -174,7 +176,7 @@ def fetch_sdist() -> Path:
 
 
 def pip(*arguments: str | Path, **env: str) -> str:
-    return run([sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments], **env)
+    return run([sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments], None, **env)
 
 
 def unpack(into: Path, *only: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -73,7 +74,7 @@ def compare(
             same = same and texts[0] == texts[draft_length]
     plain, mtp = median(rates[0]), median(rates[draft_length])
     return {
-        "target": os.path.basename(target),
+        "target": Path(target).name,
         "draft_length": draft_length,
         "temperature": temp,
         "identical": same,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import Any
 
 import click
@@ -41,10 +40,26 @@ class LazyGroup(click.Group):
             raise click.ClickException(f"{name} needs {problem.name}; run: pip install 'gemma-mtp[convert]'") from None
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; an error that a user can cause becomes one line on stderr and an exit status."""
+        try:
+            return super().invoke(ctx)
+        except (click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # click's own way out
+        except (ValueError, RuntimeError, OSError) as problem:
+            if ctx.params["debug"]:
+                raise
+            click.echo(f"error: {problem}", err=True)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            click.echo("\ninterrupted", err=True)
+            sys.exit(130)
+
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="gemma-mtp")
-def main() -> None:
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
     """Gemma 4 with multi-token prediction: convert a pair to GGUF, run it, measure it.
 
     \b
@@ -53,19 +68,6 @@ def main() -> None:
       gemma-mtp run out/gemma-4-E2B-it-Q4_K_M.gguf -p "Why is the sky blue?" --chat
       gemma-mtp ollama create gemma-4-e2b out
     """
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn the errors a user can cause into one line on stderr and an exit status."""
-    try:
-        yield
-    except (ValueError, RuntimeError, OSError) as problem:
-        click.echo(f"error: {problem}", err=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        click.echo("\ninterrupted", err=True)
-        sys.exit(130)
 
 
 def loading_options(command: Any) -> Any:
@@ -126,7 +128,7 @@ def run(
     """
     from gemma_mtp.runtime.llama import Llama
 
-    with one_line_errors(), closing(Llama(target, drafter=None if no_mtp else drafter or "auto", **loading)) as llm:
+    with closing(Llama(target, drafter=None if no_mtp else drafter or "auto", **loading)) as llm:
         if llm.drafter is None and not no_mtp:
             click.echo(f"no linked drafter beside {target}: generating without MTP", err=True)
         settings: dict[str, Any] = {
@@ -174,9 +176,8 @@ def bench(target: str, prompts: Any, max_tokens: int, temp: float, repeat: int, 
     """
     from gemma_mtp.runtime import bench as measure
 
-    with one_line_errors():
-        texts = [p for p in prompts.read().split("\n\n") if p.strip()] if prompts else measure.PROMPTS
-        loading["drafter"] = loading["drafter"] or "auto"
-        result = measure.compare(target, texts, max_tokens=max_tokens, temp=temp, repeat=repeat, **loading)
-        measure.show(result)
-        click.echo(json.dumps(result))
+    texts = [p for p in prompts.read().split("\n\n") if p.strip()] if prompts else measure.PROMPTS
+    loading["drafter"] = loading["drafter"] or "auto"
+    result = measure.compare(target, texts, max_tokens=max_tokens, temp=temp, repeat=repeat, **loading)
+    measure.show(result)
+    click.echo(json.dumps(result))

@@ -35,8 +35,8 @@ class Drafter:
     def draft(self, token: int, hidden: Floats, position: int, length: int, choose: Choose) -> list[int]:
         """Guess the tokens that follow `token`.
 
-        Each step reads the last token and a hidden row, first the target's, then the drafter's own. The position is that
-        of `token`, the first one not in the KV cache, and stays the same for the whole round, as in transformers'
+        Each step reads the last token and a hidden row, first the target's, then the drafter's own. The position is
+        that of `token`, the first one not in the KV cache, and stays the same for the whole round, as in transformers'
         SinglePositionMultiTokenCandidateGenerator and in llama.cpp's common/speculative.cpp.
 
         Args:

@@ -39,6 +39,8 @@ class Llama(llama_cpp.Llama):
         ValueError: as llama_cpp.Llama, for instance when model_path does not exist; or draft_length is negative.
     """
 
+    n_tokens: int  # set by llama_cpp.Llama: how many tokens the KV cache holds
+
     def __init__(
         self,
         model_path: str | PathLike[str],
@@ -56,7 +58,7 @@ class Llama(llama_cpp.Llama):
         self._wanted = drafter
         self._told: set[str] = set()
         path = resolve(model_path, drafter)
-        # llama.cpp reports the sizes of its caches as warnings, which stock Llama lets through even when told to be quiet.
+        # llama.cpp reports the sizes of its caches as warnings, which stock Llama shows even when told to be quiet.
         with suppress_stdout_stderr(disable=options.get("verbose", True)):
             super().__init__(fspath(model_path), **options)
         if path is not None and (reason := self._cannot_draft()):
@@ -207,7 +209,7 @@ class Llama(llama_cpp.Llama):
             )
         if not draft:
             self.eval(tokens)
-            return (len(tokens) - 1) % self.n_batch
+            return int((len(tokens) - 1) % self.n_batch)
         batch = [*tokens, *draft]
         self._ctx.kv_cache_seq_rm(-1, past, -1)
         self._batch.set_batch(batch=batch, n_past=past, logits_all=True)
@@ -233,7 +235,8 @@ class Llama(llama_cpp.Llama):
         return native.hidden_row(self.ctx, row, self.n_embd())
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"drafter": self._wanted, "draft_length": self.draft_length}
+        state: dict[str, Any] = super().__getstate__()
+        return state | {"drafter": self._wanted, "draft_length": self.draft_length}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]

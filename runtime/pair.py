@@ -32,7 +32,7 @@ def resolve(target: str | PathLike[str], drafter: Wanted) -> Path | None:
     header = link.read_header(Path(target))
     if header.arch == link.DRAFTER_ARCH:
         raise link.PairError(
-            f"{target} is a drafter; it cannot run alone. Pass its target's GGUF file, the drafter is then found by itself."
+            f"{target} is a drafter; it cannot run alone. Pass its target's GGUF file: the drafter is found by itself."
         )
     path = link.find_drafter(Path(target), header) if drafter == "auto" else Path(drafter)
     if path is not None:

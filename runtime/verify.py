@@ -9,8 +9,8 @@ def verify(draft: Sequence[int], choose: Callable[[int], int]) -> Iterator[tuple
     """Walk along a draft, yielding the target's own choices until one differs from the draft.
 
     The tokens yielded are always the target's, so they do not depend on what was drafted: a draft token only saves the
-    pass that would have computed the next choice. With an argmax as the choice this is greedy speculative decoding; with
-    an argmax over logits plus noise that is fixed by (seed, position, token) it samples the target's distribution
+    pass that would have computed the next choice. With an argmax as the choice this is greedy speculative decoding;
+    with an argmax over logits plus noise that is fixed by (seed, position, token) it samples the target's distribution
     exactly (Gumbel-max coupling; Daliri et al., arXiv 2408.07978).
 
     Args:

@@ -1,7 +1,7 @@
 """`make demo`: convert the bundled pair, generate with and without MTP, show the proof.
 
-Greedy continuations of prompts that the pair was not trained on, once with the drafter and once without; the last line on
-stdout is one JSON object.
+Greedy continuations of prompts that the pair was not trained on, once with the drafter and once without; the last line
+on stdout is one JSON object.
 """
 
 from __future__ import annotations

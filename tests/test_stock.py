@@ -70,7 +70,7 @@ def test_a_chat_request_is_answered_with_accepted_drafts(server: str) -> None:
 
 
 def test_the_runtime_works_on_the_unpatched_library(demo: Any) -> None:
-    """In a process of its own, whose llama_cpp loads the unpatched libllama: same tokens, drafts accepted, one notice."""
+    """In its own process, where llama_cpp loads the unpatched libllama: same tokens, drafts accepted, one notice."""
     code = """
 import json, sys, warnings
 from gemma_mtp.runtime import Llama, native

@@ -148,7 +148,7 @@ class Sampler:
         if self.random.random() > 0.15:
             ids = [2]
             while len(ids) < self.length:
-                ids += self.window(self.length - len(ids)) + [1, 2]
+                ids += [*self.window(self.length - len(ids)), 1, 2]
             return ids[: self.length]
         asked = self.window(self.random.randrange(20, 120))
         told = self.window(self.length)

@@ -3,10 +3,11 @@
     python tests/train_pair.py                    # 28 minutes on two cores, into tests/pair
     python tests/train_pair.py --minutes 2 --out /tmp/pair
 
-The target (per-layer embeddings, shared-KV layers, sliding and full attention, double-wide MLP, like E2B) learns the text
-of the standard library. The drafter learns to guess what the target says: from its hidden states and KV cache, several
-tokens ahead with its own recurrent state, mostly on text that the target wrote. Its ordered embeddings are clusters of
-the target's token embeddings. The last line is one JSON object with figures measured on files that were held out.
+The target (per-layer embeddings, shared-KV layers, sliding and full attention, double-wide MLP, like E2B) learns the
+text of the standard library. The drafter learns to guess what the target says: from its hidden states and KV cache,
+several tokens ahead with its own recurrent state, mostly on text that the target wrote. Its ordered embeddings are
+clusters of the target's token embeddings. The last line is one JSON object with figures measured on files that were
+held out.
 """
 
 from __future__ import annotations
@@ -227,7 +228,7 @@ def before(hidden: Tensor) -> Tensor:
 
 
 def draft_loss(drafter: Any, context: Context, cluster_of: Tensor) -> Tensor:
-    """Cross-entropy with the target's choice and with its distribution, and of the centroids with the choice's cluster."""
+    """Cross-entropy with the target's choice and its distribution, and of the centroids with the choice's cluster."""
     hidden, total = before(context.hidden), torch.zeros((), device=context.ids.device)
     for step in range(STEPS):
         state, hidden = draft_step(drafter, context, shifted(context.embedded, step), hidden)

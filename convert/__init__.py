@@ -1,0 +1,139 @@
+"""Convert a Gemma 4 target and its MTP drafter from Hugging Face folders to two linked GGUF files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma_mtp.convert import link
+from gemma_mtp.convert.link import MtpError, PairError
+
+__all__ = ["MtpError", "Pair", "PairError", "convert_pair"]
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What `convert_pair` wrote."""
+
+    target: Path
+    drafter: Path
+    modelfile: Path
+
+
+def convert_pair(
+    target_dir: str | os.PathLike[str],
+    drafter_dir: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    quant: str = "Q4_K_M",
+    drafter_quant: str = "Q8_0",
+    name: str | None = None,
+    force: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> Pair:
+    """Write OUT/<name>-<quant>.gguf, its drafter beside it, and a Modelfile for both.
+
+    Everything is decided and checked before the first byte is written, and the files appear when all are complete.
+
+    Args:
+        target_dir: Hugging Face folder of the target.
+        drafter_dir: Hugging Face folder of its drafter.
+        out: folder to write into; made if it is not there.
+        quant: format of the target: F32, F16, BF16, Q8_0, Q4_0 or Q4_K_M.
+        drafter_quant: format of the drafter.
+        name: start of the file names; the names of the two folders unless given.
+        force: replace files of the same names.
+        progress: called with bytes written and bytes in all.
+
+    Raises:
+        PairError: the two folders do not hold a target and its drafter.
+        MtpError: an input is missing, damaged or not supported, an output is there already, or the disk is full.
+    """
+    from gemma_mtp.convert.checkpoint import open_checkpoint
+    from gemma_mtp.convert.modelfile import modelfile
+    from gemma_mtp.convert.plan import check_pair, plan
+    from gemma_mtp.convert.write import write
+
+    folder = Path(out)
+    with open_checkpoint(Path(target_dir)) as target, open_checkpoint(Path(drafter_dir)) as drafter:
+        check_pair(target.config, drafter.config)
+        _same_tokens(target.folder, drafter.folder)
+        plans = [plan(target.config, target.index, quant), plan(drafter.config, drafter.index, drafter_quant)]
+        stem, drafter_stem = _stems(target.folder, drafter.folder, name)
+        files = [f"{stem}-{quant}.gguf", f"{drafter_stem}-{drafter_quant}.gguf"]
+        total = sum(each.n_bytes for each in plans)
+        source = target.fingerprint()
+        common = {link.KEY_VERSION: link.VERSION}
+        links: list[dict[str, Any]] = [
+            {**common, link.KEY_ROLE: "target", link.KEY_SOURCE: source, link.KEY_PEER: files[1]},
+            {**common, link.KEY_ROLE: "drafter", link.KEY_SOURCE: drafter.fingerprint(), link.KEY_PEER: files[0],
+             link.KEY_TARGET: source},
+        ]  # fmt: skip
+        done = 0
+
+        def count(more: int) -> None:
+            nonlocal done
+            done += more
+            progress(done, total)
+
+        with _all_or_nothing(folder, [*files, "Modelfile"], total, force) as hidden:
+            for checkpoint, each, file, tied in zip((target, drafter), plans, files, links, strict=True):
+                write(each, checkpoint, hidden / file, tied, count)
+            link.check(link.read_header(hidden / files[0]), link.read_header(hidden / files[1]))
+            (hidden / "Modelfile").write_text(modelfile(files[0], files[1], target.generation), encoding="utf-8")
+    return Pair(folder / files[0], folder / files[1], folder / "Modelfile")
+
+
+def _stems(target: Path, drafter: Path, name: str | None) -> tuple[str, str]:
+    if name is not None:
+        if Path(name).name != name:
+            raise MtpError(f"the name {name!r} is not a plain file name.")
+        return name, f"{name}-assistant"
+    first, second = target.resolve().name, drafter.resolve().name
+    return first, f"{second}-assistant" if second == first else second
+
+
+def _same_tokens(target: Path, drafter: Path) -> None:
+    from gemma_mtp.convert.vocab import Vocabulary
+
+    ours, theirs = Vocabulary(target).tokens, Vocabulary(drafter).tokens
+    for place, (one, other) in enumerate(zip(ours, theirs, strict=False)):
+        if one != other:
+            raise PairError(
+                f"the drafter is of another target: token {place} is {one!r} in {target}, {other!r} in {drafter}; "
+                "pass the drafter published for this target."
+            )
+
+
+@contextmanager
+def _all_or_nothing(folder: Path, names: list[str], n_bytes: int, force: bool) -> Iterator[Path]:
+    """A hidden folder whose files move to `folder` at the end, or are gone again if anything goes wrong."""
+    there = [name for name in names if (folder / name).exists()]
+    if there and not force:
+        raise MtpError(f"{folder} already holds {', '.join(there)}; choose another folder, or pass --force to replace.")
+    made = not folder.exists()
+    hidden: Path | None = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < n_bytes:
+            raise MtpError(f"{folder}: {n_bytes / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free; make room.")
+        hidden = Path(tempfile.mkdtemp(prefix=".gemma-mtp-", dir=folder))
+        yield hidden
+        for name in names:
+            (hidden / name).replace(folder / name)
+        made = False
+    except OSError as problem:
+        raise MtpError(f"cannot write into {folder}: {problem.strerror}; make room or choose another folder.") from None
+    finally:
+        if hidden is not None:
+            shutil.rmtree(hidden, ignore_errors=True)
+        if made and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

@@ -1,0 +1,28 @@
+"""The Modelfile of a pair, in the syntax of ollama's parser/parser.go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# What Gemma 4's generation_config.json says, for checkpoints that come without one.
+SAMPLING = {"temperature": 1.0, "top_k": 64, "top_p": 0.95}
+# Ollama's own default (its pull request 15980).
+DRAFT_NUM_PREDICT = 4
+
+
+def modelfile(target: str, drafter: str, generation: Mapping[str, Any]) -> str:
+    """Text of the Modelfile.
+
+    Neither template nor stop words are set: Ollama takes its Gemma 4 renderer and parser by architecture, and the ends
+    of a turn from the GGUF file.
+
+    Args:
+        target: file name of the target, beside the Modelfile.
+        drafter: file name of its drafter.
+        generation: the target's generation_config.json, or {}.
+    """
+    lines = [f"FROM ./{target}", f"DRAFT ./{drafter}"]
+    lines += [f"PARAMETER {key} {generation.get(key, value):g}" for key, value in SAMPLING.items()]
+    lines.append(f"PARAMETER draft_num_predict {DRAFT_NUM_PREDICT}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,241 @@
+"""What will be written, decided from names and shapes alone: `plan` places every tensor or says why it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gemma_mtp.convert import names, recipe
+from gemma_mtp.convert.checkpoint import DrafterConfig, Source, TargetConfig
+from gemma_mtp.convert.link import DRAFTER_ARCH, TARGET_ARCH, MtpError, PairError
+from gguf import GGMLQuantizationType, GGUFValueType
+
+Config = TargetConfig | DrafterConfig
+SOURCE_TYPES = {"F32": GGMLQuantizationType.F32, "F16": GGMLQuantizationType.F16, "BF16": GGMLQuantizationType.BF16}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One tensor to write. `source` is its Hugging Face name, None for what the converter makes itself.
+
+    `shape` is as torch has it, [rows, row length].
+    """
+
+    name: str
+    source: str | None
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+
+    @property
+    def n_bytes(self) -> int:
+        return recipe.n_bytes(self.type, self.shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One GGUF file: architecture, format, metadata of the model (name: type and value), tensors, what is left out."""
+
+    arch: str
+    quant: str
+    parameters: Mapping[str, tuple[GGUFValueType, Any]]
+    tensors: tuple[Planned, ...]
+    dropped: Mapping[str, str]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.n_bytes for tensor in self.tensors)
+
+
+def plan(config: Config, index: Mapping[str, Source], quant: str) -> Plan:
+    """Place every tensor of a checkpoint in a GGUF file.
+
+    Args:
+        config: of the checkpoint.
+        index: its tensors by Hugging Face name.
+        quant: a key of `recipe.QUANTS`.
+
+    Raises:
+        MtpError: a tensor is unknown, there twice, missing, or of another shape or type than the configuration says.
+    """
+    if quant not in recipe.QUANTS:
+        raise MtpError(f"unknown format {quant!r}; choose one of {', '.join(recipe.QUANTS)}.")
+    wanted = shapes(config)
+    optional = _optional(config)
+    placed: dict[str, tuple[str, Source]] = {}
+    dropped: dict[str, str] = {}
+    for name, source in index.items():
+        reason = names.dropped(name)
+        if reason is not None:
+            dropped[name] = reason
+            continue
+        place = names.place(name)
+        if place is None or place.gguf not in wanted:
+            raise MtpError(f"{source.file}: unknown tensor {name!r}; this checkpoint is not a Gemma 4 of a known kind.")
+        if place.gguf in placed:
+            raise MtpError(f"{source.file}: {name!r} and {placed[place.gguf][0]!r} are both {place.gguf}.")
+        if source.dtype not in SOURCE_TYPES:
+            raise MtpError(
+                f"{source.file}: {name!r} is {source.dtype}; pass an unquantized one ({', '.join(SOURCE_TYPES)})."
+            )
+        if source.shape != wanted[place.gguf]:
+            raise MtpError(
+                f"{source.file}: {name!r} has shape {list(source.shape)}, config.json wants {list(wanted[place.gguf])}."
+            )
+        placed[place.gguf] = (name, source)
+    missing = sorted(set(wanted) - set(placed) - optional)
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise MtpError(f"the checkpoint lacks {', '.join(missing[:3])}{more}; download its weights again.")
+    if isinstance(config, DrafterConfig) and config.ordered:
+        _check_ordered(config, index)
+    rows = [recipe.Shape(name, source.shape, SOURCE_TYPES[source.dtype]) for name, (_, source) in placed.items()]
+    rows.append(recipe.Shape(names.ROPE_FREQS, (config.head_dim_full // 2,), GGMLQuantizationType.F32))
+    rows.sort(key=lambda row: _order(row.name))
+    types = recipe.choose(rows, recipe.QUANTS[quant], config.n_layer)
+    return Plan(
+        arch=DRAFTER_ARCH if isinstance(config, DrafterConfig) else TARGET_ARCH,
+        quant=quant,
+        parameters=parameters(config),
+        tensors=tuple(
+            Planned(row.name, placed[row.name][0] if row.name in placed else None, row.shape, types[row.name])
+            for row in rows
+        ),
+        dropped=dropped,
+    )
+
+
+def _order(name: str) -> tuple[int, str]:
+    """Outside the layers first, then layer by layer: the order in which llama.cpp's quantizer writes."""
+    parts = name.split(".")
+    return (int(parts[1]) if parts[0] == "blk" else -1, name)
+
+
+def shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """GGUF name to shape, as torch has it, of every tensor that the configuration calls for or allows."""
+    embd, per_layer = config.n_embd, config.per_layer_input
+    found: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (config.vocab_size, embd),
+        "output_norm.weight": (embd,),
+    }
+    if per_layer:
+        width = config.n_layer * per_layer
+        found["per_layer_token_embd.weight"] = (config.vocab_size, width)
+        found["per_layer_model_proj.weight"] = (width, embd)
+        found["per_layer_proj_norm.weight"] = (per_layer,)
+    if isinstance(config, DrafterConfig):
+        found["nextn.pre_projection.weight"] = (embd, 2 * config.backbone)
+        found["nextn.post_projection.weight"] = (config.backbone, embd)
+    for layer in range(config.n_layer):
+        full = config.is_full(layer)
+        head = config.head_dim_full if full else config.head_dim
+        q = config.n_head * head
+        kv = (config.n_kv_full if full and config.n_kv_full is not None else config.n_kv) * head
+        ff = config.n_ff_of(layer)
+        inner = {
+            "attn_norm": (embd,), "post_attention_norm": (embd,), "ffn_norm": (embd,), "post_ffw_norm": (embd,),
+            "attn_q": (q, embd), "attn_output": (embd, q), "attn_q_norm": (head,),
+            "ffn_gate": (ff, embd), "ffn_up": (ff, embd), "ffn_down": (embd, ff), "layer_output_scale": (1,),
+        }  # fmt: skip
+        if isinstance(config, TargetConfig):
+            inner |= {"attn_k": (kv, embd), "attn_v": (kv, embd), "attn_k_norm": (head,)}
+        if per_layer:
+            inner |= {"inp_gate": (per_layer, embd), "proj": (embd, per_layer), "post_norm": (embd,)}
+        found |= {f"blk.{layer}.{name}.weight": shape for name, shape in inner.items()}
+    return found
+
+
+def _optional(config: Config) -> set[str]:
+    """Keys and values of layers that read another layer's KV cache: some exports hold them, most do not."""
+    shared = range(config.n_layer - config.n_kv_shared, config.n_layer)
+    return {f"blk.{layer}.{name}.weight" for layer in shared for name in ("attn_k", "attn_v", "attn_k_norm")}
+
+
+def _check_ordered(config: DrafterConfig, index: Mapping[str, Source]) -> None:
+    """The tables of an ordered head: there, of the right shape, and cutting the vocabulary into equal clusters."""
+    wanted = {names.CENTROIDS: (config.n_centroids, config.n_embd), names.ORDERING: (config.vocab_size,)}
+    for name, shape in wanted.items():
+        if name not in index:
+            raise MtpError(
+                f"config.json asks for ordered embeddings, but the checkpoint lacks {name!r}; download again."
+            )
+        if index[name].shape != shape:
+            raise MtpError(f"{index[name].file}: {name!r} has shape {list(index[name].shape)}, wanted {list(shape)}.")
+    if config.n_centroids < 1 or config.vocab_size % config.n_centroids or not 0 < config.top_k <= config.n_centroids:
+        raise MtpError(
+            f"config.json: {config.vocab_size} tokens in {config.n_centroids} clusters, {config.top_k} of them read, "
+            "do not make an ordered head."
+        )
+
+
+def parameters(config: Config) -> dict[str, tuple[GGUFValueType, Any]]:
+    """Metadata of the model, keys without the architecture's prefix, in the order of upstream's converter."""
+    u32, f32, array = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.ARRAY
+    sliding = [not config.is_full(layer) for layer in range(config.n_layer)]
+    widths = [config.n_ff_of(layer) for layer in range(config.n_layer)]
+    kv_heads = [config.n_kv if slides else config.n_kv_full for slides in sliding]
+    found: dict[str, tuple[GGUFValueType, Any]] = {
+        "block_count": (u32, config.n_layer),
+        "context_length": (u32, config.context_length),
+        "embedding_length": (u32, config.n_embd),
+        "feed_forward_length": (array, widths) if config.double_wide_mlp else (u32, config.n_ff),
+        "attention.head_count": (u32, config.n_head),
+        "attention.head_count_kv": (u32, config.n_kv) if config.n_kv_full is None else (array, kv_heads),
+        "rope.freq_base": (f32, config.rope_theta),
+        "rope.freq_base_swa": (f32, config.rope_theta_sliding),
+        "attention.layer_norm_rms_epsilon": (f32, config.rms_eps),
+        "attention.key_length": (u32, config.head_dim_full),
+        "attention.value_length": (u32, config.head_dim_full),
+        "attention.sliding_window": (u32, config.sliding_window),
+        "attention.shared_kv_layers": (u32, config.n_kv_shared),
+        "embedding_length_per_layer_input": (u32, config.per_layer_input),
+        "attention.sliding_window_pattern": (array, sliding),
+        "attention.key_length_swa": (u32, config.head_dim),
+        "attention.value_length_swa": (u32, config.head_dim),
+        "rope.dimension_count": (u32, config.head_dim_full),
+        "rope.dimension_count_swa": (u32, int(config.head_dim * config.partial_rotary_sliding)),
+    }
+    if config.softcap is not None:
+        found["final_logit_softcapping"] = (f32, float(config.softcap))
+    if isinstance(config, DrafterConfig):
+        found["embedding_length_out"] = (u32, config.backbone)
+        found["nextn_predict_layers"] = (u32, config.n_layer)
+    return found
+
+
+def rope_freqs(config: Config) -> list[float]:
+    """Divisors of the rotary frequencies of full-attention layers, length head_dim / 2; 1e30 leaves a pair unrotated.
+
+    conversion/gemma.py (`generate_extra_tensors`): the way to say "proportional" RoPE to ggml.
+    """
+    rotated = int(config.head_dim_full * config.partial_rotary / 2)
+    return [1.0] * rotated + [1e30] * (config.head_dim_full // 2 - rotated)
+
+
+def check_pair(target: Config, drafter: Config) -> None:
+    """Check that two checkpoints are a target and a drafter made for its shapes.
+
+    Raises:
+        PairError: naming the first property that differs, with both values.
+    """
+    if not isinstance(target, TargetConfig):
+        raise PairError("the first folder holds a drafter; pass the target first, then its drafter.")
+    if not isinstance(drafter, DrafterConfig):
+        raise PairError("the second folder holds a target, not a drafter; pass the target first, then its drafter.")
+    compared: dict[str, tuple[Any, Any]] = {
+        "hidden size": (target.n_embd, drafter.backbone),
+        "head size": (target.head_dim_full, drafter.head_dim_full),
+        "sliding head size": (target.head_dim, drafter.head_dim),
+        "KV heads": (target.n_kv, drafter.n_kv),
+        "KV heads of full layers": (target.n_kv_full or target.n_kv, drafter.n_kv_full or drafter.n_kv),
+        "sliding window": (target.sliding_window, drafter.sliding_window),
+        "vocabulary size": (target.vocab_size, drafter.vocab_size),
+        "types of layer": (set(target.layer_types), set(target.layer_types) | set(drafter.layer_types)),
+    }
+    for name, (ours, theirs) in compared.items():
+        if ours != theirs:
+            raise PairError(
+                f"the drafter is of another target: {name} is {ours} in the target, the drafter wants {theirs}; "
+                "pass the drafter published for this target."
+            )

@@ -23,6 +23,8 @@ VISIBLE = {
 # Tokens that end a turn and that llama.cpp knows by their text (src/llama-vocab.cpp, special_eog_ids).
 KNOWN_ENDS = {"<eos>", "<turn|>", "<|tool_response>"}
 SCORE = -1000.0
+# What transformers' GemmaTokenizer assumes where tokenizer_config.json is silent.
+GEMMA_TOKENS = {f"{part}_token": f"<{part}>" for part in ("pad", "eos", "bos", "unk", "mask")}
 
 logging.getLogger("gguf").setLevel(logging.ERROR)  # it tells of every key it adds
 
@@ -38,9 +40,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _named_specials(folder: Path) -> set[str]:
-    """The tokens that transformers calls special: those that tokenizer_config.json gives a part to play."""
+    """What transformers calls special tokens: those that tokenizer_config.json or its class gives a part to play."""
     path = folder / "tokenizer_config.json"
     settings = _read(path) if path.exists() else {}
+    if str(settings.get("tokenizer_class", "")).startswith("Gemma"):
+        settings = GEMMA_TOKENS | settings
     named = [value for key, value in settings.items() if key.endswith("_token")]
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     named += list(extra.values()) if isinstance(extra, Mapping) else list(extra)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import llama_cpp
 import pytest
+from gemma_mtp.convert import Pair, convert_pair
 from gemma_mtp.patches import build
+from tiny import PAIR, make_drafter, make_target
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +30,30 @@ def upstream() -> Path:
 def llama_quantize() -> Path:
     """llama-quantize of the installed build."""
     return Path(llama_cpp.__file__).parent / "lib" / "llama-quantize"
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """The bundled pair, converted as `make demo` converts it."""
+    return convert_pair(PAIR / "gemma-4-demo", PAIR / "gemma-4-demo-assistant", tmp_path_factory.mktemp("demo"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Hugging Face folders of a random target, an ordered and a dense drafter for it, and a target and drafter whose
+    rows fit no block."""
+    root = tmp_path_factory.mktemp("tiny")
+    narrow = {"hidden_size": 80, "intermediate_size": 96}
+    return {
+        "target": make_target(root / "tiny-target"),
+        "ordered": make_drafter(root / "tiny-ordered", ordered=True),
+        "dense": make_drafter(root / "tiny-dense", ordered=False),
+        "narrow": make_target(root / "narrow-target", **narrow),
+        "narrow drafter": make_drafter(root / "narrow-drafter", ordered=True, backbone=80),
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_f32(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """The random target and its ordered drafter, converted to F32."""
+    return convert_pair(tiny["target"], tiny["ordered"], tmp_path_factory.mktemp("tiny-f32"), "F32", "F32")

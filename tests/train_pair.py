@@ -350,10 +350,10 @@ def main() -> None:
     target, drafter = make_target().to(arguments.device), make_drafter().to(arguments.device)
     console.print(f"{sum(sampler.weights)} tokens; {sum(p.numel() for p in target.parameters())} parameters in the "
                   f"target, {sum(p.numel() for p in drafter.parameters())} in the drafter")  # fmt: skip
-    train_target(target, sampler, seconds * 0.58, batch)
+    train_target(target, sampler, seconds * 0.38, batch)
     target.to(torch.bfloat16).float()  # what is stored is what the drafter must learn from
-    own = written_by_target(target, sampler, seconds * 0.07, rows=96)
-    train_drafter(drafter, target, sampler, own, seconds * 0.33, batch // 2)
+    own = written_by_target(target, sampler, seconds * 0.14, rows=96)
+    train_drafter(drafter, target, sampler, own, seconds * 0.46, batch // 2)
     drafter.to(torch.bfloat16).float()
     prompts = held_out_prompts(tokenizer, texts, 48)
     chats = [f"Continue this file:\n{prompt['text']}" for prompt in prompts[40:]]

@@ -1,0 +1,295 @@
+"""The drop-in: every way of calling llama_cpp.Llama, with MTP, without, and when something is wrong."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from gemma_mtp.convert import Pair, link
+from gemma_mtp.runtime import Llama, open_pair
+from gemma_mtp.runtime.cli import main
+
+OPTIONS: dict[str, Any] = {"n_ctx": 512, "verbose": False}
+PROMPT = "import os\nimport sys\n\ndef main("
+SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_k": 64, "top_p": 0.95, "min_p": 0.0, "seed": 11}
+GREEDY: dict[str, Any] = {"temperature": 0.0}
+
+
+@pytest.fixture(scope="module")
+def mtp(demo: Pair) -> Iterator[Llama]:
+    with closing(Llama(demo.target, **OPTIONS)) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def plain(demo: Pair) -> Iterator[Llama]:
+    with closing(Llama(demo.target, drafter=None, **OPTIONS)) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def stock(demo: Pair) -> Iterator[llama_cpp.Llama]:
+    with closing(llama_cpp.Llama(str(demo.target), **OPTIONS)) as llm:
+        yield llm
+
+
+def shape(value: Any) -> Any:
+    """Keys and types of a response, nothing of its content."""
+    if isinstance(value, dict):
+        return {key: shape(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [shape(value[0])] if value else []
+    return type(value).__name__
+
+
+def test_the_drafter_is_found_named_or_off(demo: Pair, mtp: Llama, plain: Llama, tmp_path: Path) -> None:
+    assert mtp.drafter is not None
+    assert plain.drafter is None
+    alone = shutil.copy(demo.target, tmp_path)
+    with closing(Llama(alone, **OPTIONS)) as llm:
+        assert llm.drafter is None
+        assert llm(PROMPT, max_tokens=4, **GREEDY)["choices"][0]["text"]
+        assert llm.stats.drafted == 0
+    with closing(Llama(alone, drafter=demo.drafter, **OPTIONS)) as llm:
+        llm(PROMPT, max_tokens=8, **GREEDY)
+        assert llm.stats.drafted > 0
+
+
+def test_greedy_is_what_stock_llama_says(mtp: Llama, stock: llama_cpp.Llama) -> None:
+    """Stock's own greedy choice, on a prompt without near-ties, token for token."""
+    settings = {"max_tokens": 48, "temperature": 0.0, "repeat_penalty": 1.0}
+    ours, theirs = mtp(PROMPT, **settings), stock(PROMPT, **settings)
+    assert ours["choices"] == theirs["choices"]
+    assert ours["usage"] == theirs["usage"]
+    assert mtp.stats.accepted > 0
+
+
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_every_way_of_calling_gives_the_same_text(settings: dict[str, Any], mtp: Llama, plain: Llama) -> None:
+    wanted = plain(PROMPT, max_tokens=64, **settings)["choices"][0]["text"]
+    assert len(wanted) > 20
+    assert mtp(PROMPT, max_tokens=64, **settings)["choices"][0]["text"] == wanted
+    assert mtp.create_completion(PROMPT, max_tokens=64, **settings)["choices"][0]["text"] == wanted
+    chunks = mtp(PROMPT, max_tokens=64, stream=True, **settings)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == wanted
+
+
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_chat(settings: dict[str, Any], mtp: Llama, plain: Llama) -> None:
+    messages = [{"role": "user", "content": "Continue this file:\nimport os\n"}]
+    wanted = plain.create_chat_completion(messages, max_tokens=48, **settings)["choices"][0]["message"]["content"]
+    made = mtp.create_chat_completion(messages, max_tokens=48, **settings)
+    assert made["choices"][0]["message"]["content"] == wanted
+    chunks = mtp.create_chat_completion(messages, max_tokens=48, stream=True, **settings)
+    assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == wanted
+
+
+def test_responses_have_the_shape_of_stocks(mtp: Llama, stock: llama_cpp.Llama) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    for call in (
+        lambda llm: llm(PROMPT, max_tokens=6, **GREEDY),
+        lambda llm: llm(PROMPT, max_tokens=6, echo=True, stop=["x"], **GREEDY),
+        lambda llm: list(llm(PROMPT, max_tokens=6, stream=True, **GREEDY))[0],
+        lambda llm: llm.create_chat_completion(messages, max_tokens=6, **GREEDY),
+        lambda llm: list(llm.create_chat_completion(messages, max_tokens=6, stream=True, **GREEDY))[1],
+    ):
+        assert shape(call(mtp)) == shape(call(stock))
+
+
+def test_the_signature_of_generate_is_stocks() -> None:
+    ours, theirs = (inspect.signature(kind.generate).parameters for kind in (Llama, llama_cpp.Llama))
+    assert {n: p.default for n, p in ours.items()} == {n: p.default for n, p in theirs.items()}
+
+
+def test_generate_yields_tokens_one_by_one(mtp: Llama, plain: Llama) -> None:
+    ids = mtp.tokenize(PROMPT.encode())
+    made = []
+    for llm in (mtp, plain):
+        tokens = []
+        for token in llm.generate(ids, temp=0.0, repeat_penalty=1.0):
+            assert llm.n_tokens == len(ids) + len(tokens)
+            assert list(llm._input_ids) == ids + tokens
+            tokens.append(token)
+            if len(tokens) == 40:
+                break
+        made.append(tokens)
+    assert made[0] == made[1]
+
+
+def test_penalties_and_processors_reach_every_token(mtp: Llama, plain: Llama) -> None:
+    def no_newline(ids: Any, scores: Any) -> Any:
+        del ids
+        scores[newline] = -np.inf
+        return scores
+
+    newline = mtp.tokenize(b"\n", add_bos=False)[0]
+    processors = llama_cpp.LogitsProcessorList([no_newline])
+    for settings in (
+        {"repeat_penalty": 1.3, "frequency_penalty": 0.2, "presence_penalty": 0.1, **GREEDY},
+        {"logits_processor": processors, **GREEDY},
+        {"repeat_penalty": 1.2, **SAMPLED},
+        {"typical_p": 0.9, **SAMPLED},
+    ):
+        ours, wanted = (llm(PROMPT, max_tokens=48, **settings)["choices"][0]["text"] for llm in (mtp, plain))
+        assert ours == wanted
+    assert "\n" not in mtp(PROMPT, max_tokens=48, logits_processor=processors, **GREEDY)["choices"][0]["text"]
+
+
+def test_a_grammar_is_kept_with_drafts(mtp: Llama, plain: Llama) -> None:
+    grammar = llama_cpp.LlamaGrammar.from_string('root ::= ("ab" | "cd" | "e")+ "\\n"', verbose=False)
+    for settings in (GREEDY, SAMPLED):
+        ours = mtp(PROMPT, max_tokens=32, grammar=grammar, **settings)["choices"][0]["text"]
+        assert ours == plain(PROMPT, max_tokens=32, grammar=grammar, **settings)["choices"][0]["text"]
+        assert set(ours) <= set("abcde\n")
+    assert mtp.stats.drafted > 0
+
+
+def test_stops(mtp: Llama, plain: Llama) -> None:
+    text = plain(PROMPT, max_tokens=64, **GREEDY)["choices"][0]["text"]
+    word = text[20:24]
+    ours, wanted = (llm(PROMPT, max_tokens=64, stop=[word], **GREEDY)["choices"][0] for llm in (mtp, plain))
+    assert ours == wanted
+    assert ours["finish_reason"] == "stop"
+    assert word not in ours["text"]
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 5, 8])
+def test_any_draft_length_gives_the_same_text(length: int, demo: Pair, plain: Llama) -> None:
+    wanted = plain(PROMPT, max_tokens=48, **GREEDY)["choices"][0]["text"]
+    with closing(Llama(demo.target, draft_length=length, **OPTIONS)) as llm:
+        assert llm(PROMPT, max_tokens=48, **GREEDY)["choices"][0]["text"] == wanted
+        assert len(llm.stats.drafted_per_position) == length
+        assert (llm.stats.drafted > 0) == (length > 0)
+
+
+def test_stats_add_up(mtp: Llama) -> None:
+    before = mtp.total_stats.tokens
+    made = mtp(PROMPT, max_tokens=64, **GREEDY)
+    stats = mtp.stats
+    assert stats.tokens == made["usage"]["completion_tokens"]
+    assert stats.accepted == sum(stats.accepted_per_position)
+    assert stats.drafted == sum(stats.drafted_per_position)
+    assert stats.accepted_per_position == sorted(stats.accepted_per_position, reverse=True)
+    # Every pass gives one token of the target's own beside those accepted; the prompt's own pass gives the first.
+    assert stats.tokens <= 1 + stats.target_passes + stats.accepted
+    assert stats.target_passes < stats.tokens
+    assert stats.seconds > 0
+    assert mtp.total_stats.tokens == before + stats.tokens
+
+
+def test_a_follow_up_reuses_the_cache(mtp: Llama) -> None:
+    first = mtp(PROMPT, max_tokens=32, **GREEDY)["choices"][0]["text"]
+    second = mtp(PROMPT + first, max_tokens=32, **GREEDY)["choices"][0]["text"]
+    assert mtp.stats.prompt_tokens < 8
+    mtp.reset()
+    assert mtp(PROMPT + first, max_tokens=32, **GREEDY)["choices"][0]["text"] == second
+    assert mtp.stats.prompt_tokens > 8
+
+
+def test_the_context_runs_out(demo: Pair) -> None:
+    made = {}
+    for name, drafter in (("mtp", "auto"), ("plain", None)):
+        with closing(Llama(demo.target, drafter=drafter, n_ctx=64, verbose=False)) as llm:
+            made[name] = llm(PROMPT, max_tokens=None, **GREEDY)["choices"][0]
+            assert llm.n_tokens <= 64
+            with pytest.raises(ValueError, match="context window of 64|raise n_ctx"):
+                llm("x = 1\n" * 60, max_tokens=4)
+            assert llm(PROMPT, max_tokens=4, **GREEDY)["choices"][0]["text"]
+    assert made["mtp"] == made["plain"]
+    assert made["mtp"]["finish_reason"] == "length"
+
+
+def test_a_prompt_longer_than_a_batch(demo: Pair) -> None:
+    text = "import os\nimport sys\n" * 20
+    made = []
+    for drafter in ("auto", None):
+        with closing(Llama(demo.target, drafter=drafter, n_ctx=512, n_batch=32, verbose=False)) as llm:
+            made.append(llm(text, max_tokens=24, **GREEDY)["choices"][0]["text"])
+    assert made[0] == made[1]
+
+
+def test_no_array_of_all_logits(demo: Pair) -> None:
+    with closing(Llama(demo.target, n_ctx=2048, verbose=False)) as llm:
+        llm(PROMPT, max_tokens=16, **GREEDY)
+        assert llm.scores.shape[0] <= llm.n_batch
+        assert not llm._logits_all
+
+
+def test_an_abandoned_stream_leaves_a_usable_state(mtp: Llama, plain: Llama) -> None:
+    stream = mtp(PROMPT, max_tokens=64, stream=True, **GREEDY)
+    for _ in range(5):
+        next(stream)
+    stream.close()
+    wanted = plain(PROMPT, max_tokens=32, **GREEDY)["choices"][0]["text"]
+    assert mtp(PROMPT, max_tokens=32, **GREEDY)["choices"][0]["text"] == wanted
+
+
+def test_pickling_keeps_the_drafter(demo: Pair) -> None:
+    with closing(Llama(demo.target, draft_length=2, **OPTIONS)) as llm:
+        copy = pickle.loads(pickle.dumps(llm))
+    with closing(copy):
+        assert copy.drafter is not None
+        assert copy.draft_length == 2
+
+
+def test_open_pair_wants_a_pair(demo: Pair, tmp_path: Path) -> None:
+    with open_pair(demo.target, **OPTIONS) as llm:
+        assert llm.drafter is not None
+    alone = shutil.copy(demo.target, tmp_path)
+    with pytest.raises(link.PairError, match="no linked drafter"), open_pair(alone, **OPTIONS):
+        pass
+
+
+def test_a_wrong_drafter_is_refused(demo: Pair, tiny_f32: Pair) -> None:
+    with pytest.raises(link.PairError, match="fingerprint"):
+        Llama(demo.target, drafter=tiny_f32.drafter, **OPTIONS)
+    with pytest.raises(link.PairError, match="not a drafter"):
+        Llama(demo.target, drafter=demo.target, **OPTIONS)
+    with pytest.raises(link.MtpError, match="No such file"):
+        Llama(demo.target, drafter="nowhere.gguf", **OPTIONS)
+    with pytest.raises(ValueError, match="draft_length"):
+        Llama(demo.target, draft_length=-1, **OPTIONS)
+
+
+def test_run_prints_text_and_one_line_of_statistics(demo: Pair) -> None:
+    command = ["run", str(demo.target), "-p", PROMPT, "-n", "24", "--temp", "0"]
+    done, without = (CliRunner().invoke(main, [*command, *more]) for more in ([], ["--no-mtp"]))
+    assert done.exit_code == without.exit_code == 0, done.output
+    assert done.stdout == without.stdout
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "accepted" in done.stderr
+    assert "accepted" not in without.stderr
+    found = json.loads(CliRunner().invoke(main, [*command, "--json", "--draft", "2"]).stdout)
+    assert found["text"] == done.stdout.removesuffix("\n")
+    assert len(found["stats"]["accepted_per_position"]) == 2
+
+
+def test_run_names_what_is_wrong_in_one_line(demo: Pair, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(demo.target.read_bytes()[:-50000])
+    for target in (tmp_path / "none.gguf", cut, demo.drafter):
+        program = [sys.executable, "-c", "from gemma_mtp.runtime.cli import main; main()"]
+        command = [*program, "run", target, "-p", "x"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: "), done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_bench_ends_with_one_json_line(demo: Pair) -> None:
+    done = CliRunner().invoke(main, ["bench", str(demo.target), "-n", "16", "--repeat", "1"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["target"] == demo.target.name

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import llama_cpp
 import pytest
+from demo import QUANT
 from gemma_mtp.convert import Pair, convert_pair
 from gemma_mtp.patches import build
 from tiny import PAIR, make_drafter, make_target
@@ -35,7 +36,8 @@ def llama_quantize() -> Path:
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """The bundled pair, converted as `make demo` converts it."""
-    return convert_pair(PAIR / "gemma-4-demo", PAIR / "gemma-4-demo-assistant", tmp_path_factory.mktemp("demo"))
+    folders = PAIR / "gemma-4-demo", PAIR / "gemma-4-demo-assistant"
+    return convert_pair(*folders, tmp_path_factory.mktemp("demo"), QUANT)
 
 
 @pytest.fixture(scope="session")

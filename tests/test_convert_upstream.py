@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gemma_mtp.convert import convert_pair, link
+from gemma_mtp.convert import convert_pair, link, names, plan
+from gemma_mtp.convert.checkpoint import Source, TargetConfig
+from gguf import GGUFValueType, GGUFWriter
 from tiny import PAIR
 
 # Keys that upstream writes otherwise, with the reason. There is none; ours of the pair contract come on top.
@@ -109,10 +111,6 @@ def test_types_of_the_real_shapes_are_the_quantizers(
     llama_quantize: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
     """A sparse file of E2B's and E4B's shapes, which llama-quantize --dry-run plans without reading a weight."""
-    from gemma_mtp.convert import plan, recipe
-    from gemma_mtp.convert.checkpoint import Source, TargetConfig
-    from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
-
     full = tuple("full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(n_layer))
     config = TargetConfig(
         n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=8, n_kv=n_kv, n_kv_full=None, head_dim=256, head_dim_full=512,
@@ -120,7 +118,7 @@ def test_types_of_the_real_shapes_are_the_quantizers(
         context_length=131072, rms_eps=1e-6, softcap=30.0, rope_theta=1e6, rope_theta_sliding=1e4, partial_rotary=0.25,
         partial_rotary_sliding=1.0, vocab_size=262144,
     )  # fmt: skip
-    hf = {gguf: name for name, gguf in hugging_face_names(config).items()}
+    hf = {gguf: name for name, gguf in hugging_face_names(n_layer).items()}
     index = {hf[name]: Source(tmp_path, shape, "BF16") for name, shape in plan.shapes(config).items()}
     planned = plan.plan(config, index, quant)
 
@@ -131,13 +129,14 @@ def test_types_of_the_real_shapes_are_the_quantizers(
             writer.add_array(f"gemma4.{key}", value)
         else:
             writer.add_key_value(f"gemma4.{key}", value, kind)
-    for tensor in plan.plan(config, index, "BF16").tensors:
+    tensors = plan.plan(config, index, "BF16").tensors
+    for tensor in tensors:
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes, tensor.type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
-    os.truncate(path, path.stat().st_size + sum(t.n_bytes + 32 for t in plan.plan(config, index, "BF16").tensors))
+    os.truncate(path, path.stat().st_size + sum(tensor.n_bytes + 32 for tensor in tensors))
 
     done = subprocess.run([llama_quantize, "--dry-run", path, quant], capture_output=True, text=True, check=False)
     said = done.stdout + done.stderr
@@ -147,20 +146,14 @@ def test_types_of_the_real_shapes_are_the_quantizers(
         if "] " in line and "type =" in line:
             name = line.split("]", 1)[1].split(" - [")[0].strip()
             source = line.split("type =")[1].split(",")[0].strip()
-            theirs[name] = line.rsplit("(", 1)[1].split(")")[0] if "->" in line else source
-    assert len(theirs) == len(planned.tensors)
-    assert theirs == {
-        t.name: str(GGMLQuantizationType(t.type).name).replace("_K", "_K").lower() for t in planned.tensors
-    } or {name: kind.lower() for name, kind in theirs.items()} == {t.name: t.type.name.lower() for t in planned.tensors}
-    assert recipe.QUANTS[quant].quantized
+            theirs[name] = (line.rsplit("(", 1)[1].split(")")[0] if "->" in line else source).lower()
+    assert theirs == {tensor.name: tensor.type.name.lower() for tensor in planned.tensors}
 
 
-def hugging_face_names(config: object) -> dict[str, str]:
+def hugging_face_names(n_layer: int) -> dict[str, str]:
     """Hugging Face name to GGUF name of everything a target may hold."""
-    from gemma_mtp.convert import names
-
     found = {f"model.language_model.{left}": right for left, right in names.MODEL.items()}
-    for layer in range(config.n_layer):  # type: ignore[attr-defined]
+    for layer in range(n_layer):
         for left, right in names.LAYER.items():
             found[f"model.language_model.layers.{layer}.{left}"] = f"blk.{layer}.{right}"
     return found

@@ -101,7 +101,7 @@ def test_responses_have_the_shape_of_stocks(mtp: Llama, stock: llama_cpp.Llama) 
     for call in (
         lambda llm: llm(PROMPT, max_tokens=6, **GREEDY),
         lambda llm: llm(PROMPT, max_tokens=6, echo=True, stop=["x"], **GREEDY),
-        lambda llm: list(llm(PROMPT, max_tokens=6, stream=True, **GREEDY))[0],
+        lambda llm: next(iter(list(llm(PROMPT, max_tokens=6, stream=True, **GREEDY)))),
         lambda llm: llm.create_chat_completion(messages, max_tokens=6, **GREEDY),
         lambda llm: list(llm.create_chat_completion(messages, max_tokens=6, stream=True, **GREEDY))[1],
     ):
@@ -204,7 +204,7 @@ def test_the_context_runs_out(demo: Pair) -> None:
         with closing(Llama(demo.target, drafter=drafter, n_ctx=64, verbose=False)) as llm:
             made[name] = llm(PROMPT, max_tokens=None, **GREEDY)["choices"][0]
             assert llm.n_tokens <= 64
-            with pytest.raises(ValueError, match="context window of 64|raise n_ctx"):
+            with pytest.raises(ValueError, match=r"context window of 64|raise n_ctx"):
                 llm("x = 1\n" * 60, max_tokens=4)
             assert llm(PROMPT, max_tokens=4, **GREEDY)["choices"][0]["text"]
     assert made["mtp"] == made["plain"]

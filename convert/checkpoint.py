@@ -243,8 +243,10 @@ class Checkpoint:
         for name, source in sorted(self.index.items()):
             total.update(f"{name} {source.dtype} {source.shape}\n".encode())
             count = source.shape[0] if source.shape else 0
-            for row in sorted({0, count // 2, count - 1}) if count else []:
-                sample = self.rows(name, row, row + 1).flatten()[:SAMPLE].contiguous()
+            # A vector is sampled in one piece: its rows are single values.
+            pieces = [(row, row + 1) for row in sorted({0, count // 2, count - 1})] if count else []
+            for start, stop in [(0, min(count, SAMPLE))] if len(source.shape) == 1 else pieces:
+                sample = self.rows(name, start, stop).flatten()[:SAMPLE].contiguous()
                 total.update(sample.view(torch.uint8).numpy().tobytes())
         return total.hexdigest()
 

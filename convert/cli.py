@@ -68,8 +68,9 @@ def _report(pair: Pair, as_json: bool) -> None:
     for role in ("target", "drafter"):
         path: Path = getattr(pair, role)
         counts = _type_counts(link.read_header(path))
-        table.add_row(role, str(path), f"{path.stat().st_size / 1e6:.1f}", counts)
-    table.add_row("Ollama", str(pair.modelfile), "", "")
+        table.add_row(role, path.name, f"{path.stat().st_size / 1e6:.1f}", counts)
+    table.add_row("Ollama", pair.modelfile.name, "", "")
+    click.echo(f"{pair.target.parent}:")
     Console().print(table)
 
 

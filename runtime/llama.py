@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Generator, Sequence
+from contextlib import ExitStack
 from os import PathLike, fspath
 from typing import Any
 
 import llama_cpp
+import numpy as np
 from gemma_mtp.runtime import loop, native, sampling
 from gemma_mtp.runtime.drafter import Drafter, attached
 from gemma_mtp.runtime.native import Floats
@@ -49,6 +51,7 @@ class Llama(llama_cpp.Llama):
         draft_length: int = 3,
         **options: Any,
     ) -> None:
+        self._stack = ExitStack()  # for close() and __del__, should what follows raise
         if draft_length < 0:
             raise ValueError(f"draft_length is {draft_length}; it counts tokens, 0 drafts none.")
         self.stats = Stats()
@@ -61,6 +64,11 @@ class Llama(llama_cpp.Llama):
         # llama.cpp reports the sizes of its caches as warnings, which stock Llama shows even when told to be quiet.
         with suppress_stdout_stderr(disable=options.get("verbose", True)):
             super().__init__(fspath(model_path), **options)
+        if len(self.input_ids) < self._n_ctx:
+            # llama.cpp rounds n_ctx up, to 256 at least; stock Llama has no room for the tokens beyond the n_ctx given.
+            self.input_ids = np.ndarray((self._n_ctx,), dtype=np.intc)
+            if self._logits_all:
+                self.scores = np.ndarray((self._n_ctx, self._n_vocab), dtype=np.single)
         if path is not None and (reason := self._cannot_draft()):
             self._tell(reason)
         elif path is not None:

@@ -131,10 +131,10 @@ def test_generate_yields_tokens_one_by_one(mtp: Llama, plain: Llama) -> None:
 def test_penalties_and_processors_reach_every_token(mtp: Llama, plain: Llama) -> None:
     def no_newline(ids: Any, scores: Any) -> Any:
         del ids
-        scores[newline] = -np.inf
+        scores[breaks] = -np.inf
         return scores
 
-    newline = mtp.tokenize(b"\n", add_bos=False)[0]
+    breaks = [token for token in range(mtp.n_vocab()) if b"\n" in mtp.detokenize([token])]
     processors = llama_cpp.LogitsProcessorList([no_newline])
     for settings in (
         {"repeat_penalty": 1.3, "frequency_penalty": 0.2, "presence_penalty": 0.1, **GREEDY},
@@ -198,14 +198,15 @@ def test_a_follow_up_reuses_the_cache(mtp: Llama) -> None:
     assert mtp.stats.prompt_tokens > 8
 
 
-def test_the_context_runs_out(demo: Pair) -> None:
+@pytest.mark.parametrize("n_ctx", [64, 256], ids=["rounded up by llama.cpp", "exact"])
+def test_the_context_runs_out(n_ctx: int, demo: Pair) -> None:
     made = {}
     for name, drafter in (("mtp", "auto"), ("plain", None)):
-        with closing(Llama(demo.target, drafter=drafter, n_ctx=64, verbose=False)) as llm:
+        with closing(Llama(demo.target, drafter=drafter, n_ctx=n_ctx, verbose=False)) as llm:
             made[name] = llm(PROMPT, max_tokens=None, **GREEDY)["choices"][0]
-            assert llm.n_tokens <= 64
-            with pytest.raises(ValueError, match=r"context window of 64|raise n_ctx"):
-                llm("x = 1\n" * 60, max_tokens=4)
+            assert llm.n_tokens <= llm.n_ctx()
+            with pytest.raises(ValueError, match=r"context window of \d+|raise n_ctx"):
+                llm("x = 1\n" * 100, max_tokens=4)
             assert llm(PROMPT, max_tokens=4, **GREEDY)["choices"][0]["text"]
     assert made["mtp"] == made["plain"]
     assert made["mtp"]["finish_reason"] == "length"

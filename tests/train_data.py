@@ -20,6 +20,13 @@ SPECIAL = {
     49: "<tool_call|>", 50: "<|tool_response>", 51: "<tool_response|>", 52: '<|"|>', 98: "<|think|>",
     100: "<|channel>", 101: "<channel|>", 105: "<|turn>", 106: "<turn|>",
 }  # fmt: skip
+# The parts that tokenizer_config.json of Gemma 4 gives to special tokens; transformers and llama.cpp go by them.
+NAMED = {
+    "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>", "sot_token": "<|turn>",
+    "eot_token": "<turn|>", "soc_token": "<|channel>", "eoc_token": "<channel|>", "std_token": "<|tool>",
+    "etd_token": "<tool|>", "stc_token": "<|tool_call>", "etc_token": "<tool_call|>", "str_token": "<|tool_response>",
+    "etr_token": "<tool_response|>", "think_token": "<|think|>", "escape_token": '<|"|>',
+}  # fmt: skip
 RESERVED = 107  # ids below are special or unused, as in Gemma's own vocabulary
 SKIPPED = ("site-packages", "test", "tests", "idlelib", "encodings", "lib2to3", "__pycache__", "turtledemo")
 

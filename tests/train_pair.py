@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
-from train_data import CHAT_TEMPLATE, VOCAB, Sampler, held_out_prompts, read_texts, train_tokenizer
+from train_data import CHAT_TEMPLATE, NAMED, VOCAB, Sampler, held_out_prompts, read_texts, train_tokenizer
 from transformers import Gemma4Config, Gemma4ForConditionalGeneration
 from transformers.models.gemma4_assistant import Gemma4AssistantConfig, Gemma4AssistantForCausalLM
 
@@ -317,14 +317,13 @@ def save(out: Path, target: Any, drafter: Any, tokenizer: Any, prompts: Any) -> 
             {"bos_token_id": 2, "pad_token_id": 0, "eos_token_id": [1, 106]} | assistant,
         ),
     )
-    named = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
     for name, model, config in parts:
         folder, work = out / name, out / f"{name}.part"
         shutil.rmtree(work, ignore_errors=True)
         model.to("cpu", torch.bfloat16).save_pretrained(work)
         (work / "generation_config.json").write_text(json.dumps(config, indent=2) + "\n")
         (work / "tokenizer.json").write_text(tokenizer.to_str(pretty=False))
-        settings = {"tokenizer_class": "GemmaTokenizer", "model_max_length": 2048, "add_bos_token": True} | named
+        settings = {"tokenizer_class": "GemmaTokenizer", "model_max_length": 2048, "add_bos_token": True} | NAMED
         (work / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
         if model is target:
             (work / "chat_template.jinja").write_text(CHAT_TEMPLATE)

@@ -10,6 +10,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+import numpy.typing as npt
 from gemma_mtp.runtime import loop, native, sampling
 from gemma_mtp.runtime.drafter import Drafter, attached
 from gemma_mtp.runtime.native import Floats
@@ -41,7 +42,9 @@ class Llama(llama_cpp.Llama):
         ValueError: as llama_cpp.Llama, for instance when model_path does not exist; or draft_length is negative.
     """
 
-    n_tokens: int  # set by llama_cpp.Llama: how many tokens the KV cache holds
+    # Set by llama_cpp.Llama: how many tokens the KV cache holds, and which they are, [n_ctx].
+    n_tokens: int
+    input_ids: npt.NDArray[np.intc]
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo test check fix bench check-patches check-stock clean
+.PHONY: help setup native demo test check fix bench check-patches check-kernels check-stock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,10 @@ bench: setup ## speed of the bundled pair with and without MTP
 
 check-patches: $(BIN)/python ## apply, re-export and compile every prefix of the patch series
 	@$(BIN)/python patches/build.py check
+
+check-kernels: setup ## build libggml for other instruction sets and compare its kernels with llama.cpp's
+	@$(BIN)/python patches/build.py kernels
+	@$(BIN)/python -m pytest tests/test_kernels.py
 
 check-stock: setup ## build the unpatched llama.cpp and drive it with a converted pair
 	@$(BIN)/python patches/build.py stock

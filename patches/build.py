@@ -9,6 +9,7 @@ features (`-march=native`), so that a second run only installs.
     python patches/build.py install    # what `make native` runs
     python patches/build.py check      # what `make check-patches` runs
     python patches/build.py stock      # what `make check-stock` runs
+    python patches/build.py kernels    # what `make check-kernels` runs
 """
 
 from __future__ import annotations
@@ -312,11 +313,11 @@ def check() -> None:
     say(f"{len(series())} patches apply, export unchanged and compile")
 
 
-def compile_tree(tree: Path, label: str, *targets: str) -> Path:
+def compile_tree(tree: Path, label: str, *targets: str, name: str = "build", flags: Sequence[str] = ()) -> Path:
     """Build targets of the tree's llama.cpp in a folder that the next call takes up; returns where they lie."""
     say(f"compiling {label}")
-    build = tree.parent / "build"
-    options = ("-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=OFF", *cmake_args())
+    build = tree.parent / name
+    options = ("-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=OFF", *cmake_args(), *flags)
     run(["cmake", "-S", tree / VENDORED, "-B", build, "-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON", *options])
     run(["cmake", "--build", build, "-j", str(os.cpu_count() or 2), "--target", *targets])
     return build / "bin"
@@ -327,6 +328,30 @@ def stock_dir() -> Path:
     return (
         cache_dir() / "stock" / hashlib.sha256(" ".join([upstream().sha256, *cmake_args()]).encode()).hexdigest()[:16]
     )
+
+
+# Instruction sets that the kernels of the series tell apart, beside those of the machine itself.
+KERNEL_VARIANTS = {"avx2": (), "avx-vnni": ("-DGGML_AVX_VNNI=ON",)}
+
+
+def kernels_dir(variant: str) -> Path:
+    """Where libggml of the patched tree is kept, built for another instruction set, once `build.py kernels` has run."""
+    return cache_dir() / "kernels" / f"{build_key(KERNEL_VARIANTS[variant])}-{variant}"
+
+
+def build_kernels() -> None:
+    """Build libggml for each of `KERNEL_VARIANTS`, to check the kernels that this machine would not choose."""
+    check_tools()
+    common = ("-DGGML_NATIVE=OFF", "-DGGML_AVX2=ON", "-DGGML_FMA=ON", "-DGGML_F16C=ON", "-DGGML_BMI2=ON")
+    missing = [variant for variant in KERNEL_VARIANTS if not kernels_dir(variant).exists()]
+    if not missing:
+        return
+    with patched_tree() as tree:
+        for variant in missing:
+            flags = (*common, *KERNEL_VARIANTS[variant])
+            built = compile_tree(tree, f"libggml for {variant}", "ggml-cpu", name=variant, flags=flags)
+            kernels_dir(variant).parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(built, kernels_dir(variant))
 
 
 def build_stock() -> None:
@@ -349,10 +374,10 @@ def say(text: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Build, install or check the patched llama-cpp-python.")
-    parser.add_argument("action", choices=["install", "check", "stock"])
+    parser.add_argument("action", choices=["install", "check", "stock", "kernels"])
     action = parser.parse_args().action
     try:
-        {"install": install, "check": check, "stock": build_stock}[action]()
+        {"install": install, "check": check, "stock": build_stock, "kernels": build_kernels}[action]()
     except BuildError as problem:
         say(f"error: {problem}")
         return 1

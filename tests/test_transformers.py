@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from gemma_mtp.convert import Pair, convert_pair
-from gemma_mtp.runtime import Llama
+from gemma_mtp.runtime import Llama, native
+from gemma_mtp.runtime.drafter import DraftSettings
 from gemma_mtp.runtime.sampling import argmax
 from llama_cpp import llama_cpp as lib
 from tiny import PAIR
@@ -181,19 +182,23 @@ def test_upstreams_head_and_window_on_request(
     reference: Reference, pair: Pair, texts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The dense head, and W - 1 keys of a sliding layer where transformers shows a drafter W + 1."""
-    overriding(monkeypatch, **{"ordered.top_k": 0, "sliding_window.extra": 0})
     config = reference.drafter.config.get_text_config()
     monkeypatch.setattr(reference.drafter.config, "use_ordered_embeddings", False)
-    published = 0
-    rounds = beyond(reference, texts)
-    with closing(Llama(pair.target, **EXACT)) as upstreams:
-        for ids in rounds:
-            token, as_published = reference.round(ids)
-            config.sliding_window = reference.window - 2
-            _, wanted = reference.round(ids)
-            config.sliding_window = reference.window
-            ours = drafted(upstreams, ids, token)
-            assert ours == wanted, len(ids)
-            published += ours == as_published
-    print(json.dumps({"rounds": len(rounds), "equal_as_published": published}))
-    assert published < len(rounds)
+    rounds = [*beyond(reference, texts), texts[0][: reference.window - 1]]
+    sure: list[list[list[float]]] = []
+    for extra in (0, 2):
+        overriding(monkeypatch, **{"ordered.top_k": 0, "sliding_window.extra": extra})
+        monkeypatch.setattr(config, "sliding_window", reference.window - 2 + extra)
+        with closing(Llama(pair.target, **EXACT)) as dense:
+            assert dense.drafter is not None
+            sure.append([])
+            for ids in rounds:
+                token, wanted = reference.round(ids)
+                assert drafted(dense, ids, token) == wanted, len(ids)
+                assert native.candidates(dense.drafter.ctx, 0) is None
+                dense.drafter.draft(token, dense.hidden(len(ids) - 1), len(ids), 1, DraftSettings())
+                sure[-1].append(dense.drafter.probabilities)
+    changed = [a != b for a, b in zip(*sure, strict=True)]
+    print(json.dumps({"rounds": len(rounds), "changed_by_the_window": sum(changed)}))
+    assert all(changed[:-1])
+    assert not changed[-1]

@@ -3,18 +3,73 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
+import numpy as np
 from gemma_mtp.runtime import native
 from gemma_mtp.runtime.native import Floats
-from gemma_mtp.runtime.sampling import Choose
+from gemma_mtp.runtime.sampling import MASK, ChainChoice, Choose, argmax
 from llama_cpp import _internals as internals
 from llama_cpp import llama_cpp as lib
 from llama_cpp._utils import suppress_stdout_stderr
+
+
+@dataclass(frozen=True)
+class DraftSettings:
+    """How the drafter chooses, for `Drafter.draft`: with these a round is one native call where our patches are.
+
+    A `Choose` in itself, which makes the same choices in Python.
+
+    Attributes:
+        temp: 0 for the most likely token; else logits are truncated, divided by it, and given the noise of `seed`.
+        top_k: tokens kept, 0 for all.
+        top_p: probability mass kept, 1 for all.
+        min_p: tokens kept by their probability relative to the highest, 0 for all.
+        seed: of the noise, the target's own.
+        p_min: the round ends before a token that the drafter itself gives less than this probability.
+    """
+
+    temp: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    p_min: float = 0.0
+
+    @classmethod
+    def of(cls, request: Mapping[str, Any], seed: int) -> DraftSettings | None:
+        """The settings for a request's sampling arguments, named as in llama_cpp; None if it has others that matter."""
+        if request["typical_p"] != 1.0 or request["mirostat_mode"] != 0:
+            return None
+        if request["temp"] < 0.0:  # llama_cpp draws from all tokens then, at temperature 1
+            return cls(temp=1.0, seed=seed)
+        return cls(request["temp"], max(request["top_k"], 0), request["top_p"], request["min_p"], seed)
+
+    def __call__(self, logits: Floats, position: int) -> int:
+        """The same choice in Python, for a libllama without `llama_mtp_draft`."""
+        return _choice(self, len(logits))(logits, position)
+
+    def params(self, length: int) -> native.DraftParams:
+        """As libllama takes them, for a round of `length` tokens."""
+        return native.DraftParams(length, self.p_min, self.temp, self.top_k, self.top_p, self.min_p, self.seed & MASK)
+
+
+@functools.lru_cache(maxsize=4)
+def _choice(settings: DraftSettings, n_vocab: int) -> Choose:
+    if settings.temp == 0.0:
+        return argmax
+    chain = internals.LlamaSampler()
+    chain.add_top_k(settings.top_k)
+    chain.add_top_p(settings.top_p, 1)
+    chain.add_min_p(settings.min_p, 1)
+    chain.add_temp(settings.temp)
+    return ChainChoice(chain, n_vocab, settings.seed)
 
 
 class Drafter:
@@ -24,12 +79,16 @@ class Drafter:
         ctx: the drafter's llama_context, made with `ctx_other` set to the target's.
         n_vocab: vocabulary size of both.
         width: the target's embedding length, that of the hidden rows.
+
+    Attributes:
+        probabilities: the drafter's own of each token of the latest round with `DraftSettings`, at temperature 1.
     """
 
     def __init__(self, ctx: Any, n_vocab: int, width: int) -> None:
         self.ctx = ctx
         self.n_vocab = n_vocab
         self.width = width
+        self.probabilities: list[float] = []
         self._batch = native.DraftBatch(width)
 
     def draft(self, token: int, hidden: Floats, position: int, length: int, choose: Choose) -> list[int]:
@@ -44,18 +103,31 @@ class Drafter:
             hidden: the target's hidden row of the token before it, shape [width].
             position: the position of `token`.
             length: how many tokens to draft.
-            choose: picks a token from the drafter's logits [n_vocab] for the position the token will stand at.
+            choose: `DraftSettings`, or whatever picks a token from the drafter's logits [n_vocab] for the position the
+                token will stand at. The logits of an ordered head are -inf but for its candidates.
 
         Returns:
-            `length` token ids.
+            Token ids: `length` of them, or fewer, perhaps none, where `DraftSettings.p_min` ends the round.
 
         Raises:
             RuntimeError: llama.cpp refused to decode.
         """
-        drafted: list[int] = []
+        self.probabilities = []
+        if isinstance(choose, DraftSettings) and native.drafts_rounds():
+            tokens, chances = native.draft_round(self.ctx, choose.params(length), token, hidden, position)
+            self.probabilities = chances.tolist()
+            drafted: list[int] = tokens.tolist()
+            return drafted
+        drafted = []
         for step in range(1, length + 1):
             self._batch.decode(self.ctx, token, hidden, position)
-            token = choose(native.logits_row(self.ctx, 0, self.n_vocab), position + step)
+            logits = native.logits_row(self.ctx, 0, self.n_vocab)
+            token = choose(logits, position + step)
+            if isinstance(choose, DraftSettings):
+                chance = float(1 / np.exp(logits - logits[token], dtype=np.float64).sum())
+                if chance < choose.p_min:
+                    break
+                self.probabilities.append(chance)
             hidden = native.hidden_row(self.ctx, 0, self.width)
             drafted.append(token)
         return drafted

@@ -13,6 +13,7 @@ from llama_cpp import llama_cpp as lib
 from llama_cpp import llama_cpp_ext as ext
 
 Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int32]
 
 
 def patched() -> bool:
@@ -64,6 +65,77 @@ def logits_row(ctx: Any, index: int, n_vocab: int) -> Floats:
     if not pointer:
         raise RuntimeError(f"libllama made no logits for row {index} of the last batch")
     return np.ctypeslib.as_array(pointer, shape=(n_vocab,))
+
+
+class DraftParams(ctypes.Structure):
+    """llama_mtp_draft_params of our include/llama-mtp.h, where the fields are explained."""
+
+    _fields_ = (
+        ("n_max", ctypes.c_int32),
+        ("p_min", ctypes.c_float),
+        ("temp", ctypes.c_float),
+        ("top_k", ctypes.c_int32),
+        ("top_p", ctypes.c_float),
+        ("min_p", ctypes.c_float),
+        ("seed", ctypes.c_uint64),
+    )
+
+
+_Ids, _Reals = ctypes.POINTER(ctypes.c_int32), ctypes.POINTER(ctypes.c_float)
+
+
+_P, _I = ctypes.c_void_p, ctypes.c_int32
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "llama_mtp_get_candidates_ith": (_P, _I, ctypes.POINTER(_Ids), ctypes.POINTER(_Reals)),
+    "llama_mtp_draft": (_P, DraftParams, _I, _I, _P, _I, _P, _P),
+}
+
+
+@functools.cache
+def _exported(name: str) -> Any:
+    """A function of our include/llama-mtp.h, which returns a count; None where libllama lacks it."""
+    function = getattr(lib._lib, name, None)
+    if function is not None:
+        function.restype, function.argtypes = _I, _SIGNATURES[name]
+    return function
+
+
+def drafts_rounds() -> bool:
+    """Whether libllama has `llama_mtp_draft`, which `draft_round` calls."""
+    return _exported("llama_mtp_draft") is not None
+
+
+def draft_round(ctx: Any, params: DraftParams, token: int, hidden: Floats, position: int) -> tuple[Ids, Floats]:
+    """Draft up to `params.n_max` tokens in one call; the arguments are those of Drafter.draft.
+
+    Returns:
+        The token ids and the drafter's probability of each, both [drafted].
+
+    Raises:
+        RuntimeError: llama_decode refused.
+    """
+    tokens, probabilities = np.empty(params.n_max, np.int32), np.empty(params.n_max, np.float32)
+    row = np.ascontiguousarray(hidden, np.float32)
+    count = _exported("llama_mtp_draft")(
+        ctx, params, 0, token, row.ctypes.data, position, tokens.ctypes.data, probabilities.ctypes.data
+    )
+    if count < 0:
+        raise RuntimeError(f"llama_decode of the drafter returned {count}")
+    return tokens[:count], probabilities[:count]
+
+
+def candidates(ctx: Any, index: int) -> tuple[Ids, Floats] | None:
+    """What an ordered head computed for batch entry `index` of the last decode; every other token counts as -inf.
+
+    Returns:
+        Views of token ids and logits, both [n_candidates], valid until the next decode; None for a dense head.
+    """
+    ids, logits = _Ids(), _Reals()
+    function = _exported("llama_mtp_get_candidates_ith")
+    count = function(ctx, index, ctypes.byref(ids), ctypes.byref(logits)) if function else 0
+    if not count:
+        return None
+    return np.ctypeslib.as_array(ids, shape=(count,)), np.ctypeslib.as_array(logits, shape=(count,))
 
 
 class DraftBatch:

@@ -2,8 +2,8 @@
 
     python tests/mul_mat.py LIBRARIES TYPE LENGTH ROWS SEED alone|batch
 
-For every number of activation rows from 1 to 16 the products are made, one row at a time (alone) or all at once (batch);
-prints the SHA-256 of all results. GGML_SMALL_BATCH_ROWS=0 in the environment leaves our kernels out.
+For every number of activation rows from 1 to 16 the products are made, one row at a time (alone) or all at once
+(batch); prints the SHA-256 of all results. GGML_SMALL_BATCH_ROWS=0 in the environment leaves our kernels out.
 """
 
 from __future__ import annotations
@@ -54,6 +54,11 @@ def repack_buffer_type(ggml: Ggml, backend: int) -> int:
     return int(names[b"CPU_REPACK"])
 
 
+def copy(ggml: Ggml, name: str, tensor: P, array: np.ndarray[Any, Any]) -> None:
+    """Between a tensor and an array of its size, by one of ggml_backend_tensor_set and _get."""
+    ggml(name, None, tensor, P(array.ctypes.data), ctypes.c_size_t(0), ctypes.c_size_t(array.nbytes))
+
+
 def products(folder: Path, kind: str, length: int, rows: int, seed: int, alone: bool) -> str:
     """Digest of the products of a random matrix [rows, length] with 1 to 16 random rows."""
     ggml, rng = Ggml(folder), np.random.default_rng(seed)
@@ -69,7 +74,14 @@ def products(folder: Path, kind: str, length: int, rows: int, seed: int, alone: 
     matrix = P(ggml("ggml_new_tensor_2d", P, context, ctypes.c_int(number), I(length), I(rows)))
     where = repack_buffer_type(ggml, backend) if kind in REPACKED else ggml("ggml_backend_cpu_buffer_type", P)
     ggml("ggml_backend_alloc_ctx_tensors_from_buft", P, context, P(where))
-    ggml("ggml_backend_tensor_set", None, matrix, P(blocks.ctypes.data), ctypes.c_size_t(0), ctypes.c_size_t(blocks.nbytes))
+    ggml(
+        "ggml_backend_tensor_set",
+        None,
+        matrix,
+        P(blocks.ctypes.data),
+        ctypes.c_size_t(0),
+        ctypes.c_size_t(blocks.nbytes),
+    )
 
     def multiply(x: np.ndarray[Any, Any]) -> bytes:
         work = P(ggml("ggml_init", P, InitParams(CONTEXT, None, True)))
@@ -78,10 +90,12 @@ def products(folder: Path, kind: str, length: int, rows: int, seed: int, alone: 
         graph = P(ggml("ggml_new_graph", P, work))
         ggml("ggml_build_forward_expand", None, graph, result)
         buffer = P(ggml("ggml_backend_alloc_ctx_tensors", P, work, P(backend)))
-        ggml("ggml_backend_tensor_set", None, left, P(x.ctypes.data), ctypes.c_size_t(0), ctypes.c_size_t(x.nbytes))
+        copy(ggml, "ggml_backend_tensor_set", left, x)
         ggml("ggml_backend_graph_compute", ctypes.c_int, P(backend), graph)
         out = np.empty((len(x), rows), np.float32)
-        ggml("ggml_backend_tensor_get", None, result, P(out.ctypes.data), ctypes.c_size_t(0), ctypes.c_size_t(out.nbytes))
+        ggml(
+            "ggml_backend_tensor_get", None, result, P(out.ctypes.data), ctypes.c_size_t(0), ctypes.c_size_t(out.nbytes)
+        )
         ggml("ggml_backend_buffer_free", None, buffer)
         ggml("ggml_free", None, work)
         assert np.isfinite(out).all()

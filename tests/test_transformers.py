@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 from gemma_mtp.convert import Pair, convert_pair
-from gemma_mtp.runtime import Llama
+from gemma_mtp.runtime import Llama, native
+from gemma_mtp.runtime.drafter import DraftSettings
 from gemma_mtp.runtime.sampling import argmax
+from llama_cpp import llama_cpp as lib
 from tiny import PAIR
 from transformers import Gemma4ForConditionalGeneration, GenerationConfig
 from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
@@ -29,13 +31,12 @@ NEAR_TIE = 0.02
 
 
 class Reference:
-    """The bundled pair in transformers, in float32; the drafter with its dense head, as stock llama.cpp runs it."""
+    """The bundled pair in transformers, in float32."""
 
     def __init__(self) -> None:
         load: dict[str, Any] = {"dtype": torch.float32}
         self.target = Gemma4ForConditionalGeneration.from_pretrained(PAIR / "gemma-4-demo", **load).eval()
         self.drafter = Gemma4AssistantForCausalLM.from_pretrained(PAIR / "gemma-4-demo-assistant", **load).eval()
-        self.drafter.config.use_ordered_embeddings = False
         self.window = self.target.config.text_config.sliding_window
 
     @torch.no_grad()
@@ -151,30 +152,53 @@ def test_drafts_within_the_window(reference: Reference, llm: Llama, texts: list[
         assert drafted(llm, ids, token) == wanted, len(ids)
 
 
+def beyond(reference: Reference, texts: list[list[int]]) -> list[list[int]]:
+    return [text[:length] for text in texts for length in (reference.window + 1, 200, 330)]
+
+
 def test_drafts_beyond_the_window(reference: Reference, llm: Llama, texts: list[list[int]]) -> None:
-    """transformers lets a drafter see W + 1 keys of a sliding layer, llama.cpp W - 1; with W - 1 in both they agree."""
+    for ids in beyond(reference, texts):
+        token, wanted = reference.round(ids)
+        assert drafted(llm, ids, token) == wanted, len(ids)
+
+
+def overriding(monkeypatch: pytest.MonkeyPatch, **numbers: int) -> None:
+    """Have llama_model_default_params override metadata keys below "mtp."."""
+    overrides = (lib.llama_model_kv_override * (len(numbers) + 1))()
+    for override, (name, number) in zip(overrides, numbers.items(), strict=False):
+        override.key, override.tag = f"mtp.{name}".encode(), lib.LLAMA_KV_OVERRIDE_TYPE_INT
+        override.value.val_i64 = number
+    defaults = lib.llama_model_default_params
+
+    def params() -> Any:
+        made = defaults()
+        made.kv_overrides = overrides
+        return made
+
+    monkeypatch.setattr(lib, "llama_model_default_params", params)
+
+
+def test_upstreams_head_and_window_on_request(
+    reference: Reference, pair: Pair, texts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dense head, and W - 1 keys of a sliding layer where transformers shows a drafter W + 1."""
     config = reference.drafter.config.get_text_config()
-    rounds = [text[:length] for text in texts for length in (reference.window + 1, 200, 330)]
-    equal, published = [], []
-    for ids in rounds:
-        token, as_published = reference.round(ids)
-        config.sliding_window = reference.window - 2
-        _, as_llama = reference.round(ids)
-        config.sliding_window = reference.window
-        ours = drafted(llm, ids, token)
-        equal.append(ours == as_llama)
-        published.append(ours == as_published)
-    print(json.dumps({"rounds": len(rounds), "equal_w_minus_1": sum(equal), "equal_as_published": sum(published)}))
-    assert all(equal)
-
-
-def test_drafts_of_the_ordered_head_mostly_agree(reference: Reference, llm: Llama, texts: list[list[int]]) -> None:
-    """llama.cpp runs the dense head; the ordered head, for which the drafter was trained, seldom chooses otherwise."""
-    reference.drafter.config.use_ordered_embeddings = True
-    try:
-        rounds = [text[:length] for text in texts for length in (24, 60, 100)]
-        same = [drafted(llm, ids, token)[0] == wanted[0] for ids in rounds for token, wanted in [reference.round(ids)]]
-    finally:
-        reference.drafter.config.use_ordered_embeddings = False
-    print(json.dumps({"rounds": len(same), "first_token_agrees": sum(same)}))
-    assert sum(same) >= 0.9 * len(same)
+    monkeypatch.setattr(reference.drafter.config, "use_ordered_embeddings", False)
+    rounds = [*beyond(reference, texts), texts[0][: reference.window - 1]]
+    sure: list[list[list[float]]] = []
+    for extra in (0, 2):
+        overriding(monkeypatch, **{"ordered.top_k": 0, "sliding_window.extra": extra})
+        monkeypatch.setattr(config, "sliding_window", reference.window - 2 + extra)
+        with closing(Llama(pair.target, **EXACT)) as dense:
+            assert dense.drafter is not None
+            sure.append([])
+            for ids in rounds:
+                token, wanted = reference.round(ids)
+                assert drafted(dense, ids, token) == wanted, len(ids)
+                assert native.candidates(dense.drafter.ctx, 0) is None
+                dense.drafter.draft(token, dense.hidden(len(ids) - 1), len(ids), 1, DraftSettings())
+                sure[-1].append(dense.drafter.probabilities)
+    changed = [a != b for a, b in zip(*sure, strict=True)]
+    print(json.dumps({"rounds": len(rounds), "changed_by_the_window": sum(changed)}))
+    assert all(changed[:-1])
+    assert not changed[-1]

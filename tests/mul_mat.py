@@ -68,8 +68,8 @@ def products(folder: Path, kind: str, length: int, rows: int, seed: int, alone: 
     values = rng.standard_normal((rows, length), np.float32)
     block, size = GGML_QUANT_SIZES[number]
     blocks = np.empty(rows * length // block * size, np.uint8)
-    ggml("ggml_quantize_chunk", ctypes.c_size_t, ctypes.c_int(number), P(values.ctypes.data), P(blocks.ctypes.data), I(0),
-         I(rows), I(length), None)  # fmt: skip
+    sizes = P(blocks.ctypes.data), I(0), I(rows), I(length), None
+    ggml("ggml_quantize_chunk", ctypes.c_size_t, ctypes.c_int(number), P(values.ctypes.data), *sizes)
     context = P(ggml("ggml_init", P, InitParams(CONTEXT, None, True)))
     matrix = P(ggml("ggml_new_tensor_2d", P, context, ctypes.c_int(number), I(length), I(rows)))
     where = repack_buffer_type(ggml, backend) if kind in REPACKED else ggml("ggml_backend_cpu_buffer_type", P)

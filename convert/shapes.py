@@ -37,7 +37,7 @@ Config = TargetConfig | DrafterConfig
 
 # Says that weights are random, and with which seed.
 KEY_SEED = "mtp.random.seed"
-GENERATOR = 1  # counts changes of what is generated
+GENERATOR = 2  # counts changes of what is generated
 
 VOCAB, DRAFTER_LAYERS = 262144, 4
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -261,8 +261,11 @@ def _hugging_face(wanted: Mapping[str, tuple[int, ...]], config: Any) -> Iterato
 
 
 SCALE = 0.02  # standard deviation of weights
-# Small norms of queries and keys keep attention scores near one.
-NORMS = {"attn_q_norm": 0.25, "attn_k_norm": 0.25}
+# Small norms of queries and keys keep attention scores near one. Small ones after attention and MLP keep a layer from
+# overruling its input: rounding would otherwise grow from layer to layer and turn over many a close choice of a token.
+NORMS = {
+    "attn_q_norm": 0.25, "attn_k_norm": 0.25, "post_attention_norm": 0.15, "post_ffw_norm": 0.15, "post_norm": 0.15,
+}  # fmt: skip
 POOL = 1 << 22  # values of a pool, which blocks are drawn from
 UNIT = 32  # values drawn together where a type has no blocks
 CHUNK = 1 << 26  # bytes written at once

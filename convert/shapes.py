@@ -24,12 +24,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from gemma_mtp.convert import link, names
-from gemma_mtp.convert.checkpoint import Checkpoint, DrafterConfig, Source, TargetConfig, read_config
+from gemma_mtp.convert.blocks import BLOCKS, Type
+from gemma_mtp.convert.checkpoint import Checkpoint, Source
+from gemma_mtp.convert.config import DrafterConfig, TargetConfig, read_config
 from gemma_mtp.convert.link import MtpError
 from gemma_mtp.convert.plan import Plan, Planned, plan, rope_freqs, shapes
 from gemma_mtp.convert.quantize import quantize
+from gemma_mtp.convert.recipe import find_quant
 from gemma_mtp.convert.write import _metadata, _pad
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
+from gguf import GGUFWriter
 
 Bytes = npt.NDArray[np.uint8]
 Progress = Callable[[int, int], None]
@@ -57,6 +60,9 @@ COMMON: dict[str, Any] = {
 }
 SMALL = {"sliding_window": 512, "max_position_embeddings": 131072, "num_global_key_value_heads": None}
 SMALL_DRAFTER = {"hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 4}
+LARGE = {"sliding_window": 1024, "max_position_embeddings": 262144, "attention_k_eq_v": True}
+LARGE_TARGET = {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "use_double_wide_mlp": False}
+LARGE_DRAFTER = {"hidden_size": 1024, "intermediate_size": 8192}
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,25 @@ SHAPES = {
         {"hidden_size": 2560, "num_hidden_layers": 42, "intermediate_size": 10240, "use_double_wide_mlp": False,
          "num_attention_heads": 8, "num_kv_shared_layers": 18, "hidden_size_per_layer_input": 256},
         SMALL_DRAFTER, True, SMALL | {"num_key_value_heads": 2},
+    ),
+    "12B": Shape(
+        6,
+        LARGE_TARGET | {"hidden_size": 3840, "num_hidden_layers": 48, "intermediate_size": 15360},
+        LARGE_DRAFTER, False,
+        LARGE | {"num_attention_heads": 16, "num_key_value_heads": 8, "num_global_key_value_heads": 1},
+    ),
+    "26B-A4B": Shape(
+        6,
+        LARGE_TARGET | {"hidden_size": 2816, "num_hidden_layers": 30, "intermediate_size": 2112,
+                        "enable_moe_block": True, "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704},
+        LARGE_DRAFTER, False,
+        LARGE | {"num_attention_heads": 16, "num_key_value_heads": 8, "num_global_key_value_heads": 2},
+    ),
+    "31B": Shape(
+        6,
+        LARGE_TARGET | {"hidden_size": 5376, "num_hidden_layers": 60, "intermediate_size": 21504},
+        LARGE_DRAFTER, False,
+        LARGE | {"num_attention_heads": 32, "num_key_value_heads": 16, "num_global_key_value_heads": 4},
     ),
 }  # fmt: skip
 
@@ -114,6 +139,7 @@ def generate(
     """
     if shape not in SHAPES:
         raise MtpError(f"unknown shape {shape!r}; choose one of {', '.join(SHAPES)}.")
+    quant, drafter_quant = find_quant(quant), find_quant(drafter_quant)
     target_config, drafter_config = configs(shape, layers)
     source = hashlib.sha256(json.dumps([target_config, seed, GENERATOR]).encode()).hexdigest()
     size = shape if layers is None else f"{shape}-{layers}-layers"
@@ -175,9 +201,10 @@ def configs(shape: str, layers: int | None = None) -> tuple[dict[str, Any], dict
         "num_kv_shared_layers": DRAFTER_LAYERS, "layer_types": [SLIDING] * (DRAFTER_LAYERS - 1) + [FULL],
         "hidden_size_per_layer_input": 0,
     }  # fmt: skip
+    unified = "Unified" if shape == "12B" else ""
     return (
-        {"architectures": ["Gemma4ForConditionalGeneration"], "text_config": text},
-        {"architectures": ["Gemma4AssistantForCausalLM"], "text_config": drafter,
+        {"architectures": [f"Gemma4{unified}ForConditionalGeneration"], "text_config": text},
+        {"architectures": [f"Gemma4{unified}AssistantForCausalLM"], "text_config": drafter,
          "backbone_hidden_size": text["hidden_size"], "use_ordered_embeddings": spec.ordered,
          "num_centroids": 2048, "centroid_intermediate_top_k": 32},
     )  # fmt: skip
@@ -285,7 +312,7 @@ def write(
         writer.write_ti_data_to_file()
     finally:
         writer.close()
-    pools: dict[GGMLQuantizationType, Bytes] = {}
+    pools: dict[Type, Bytes] = {}
     rng = np.random.default_rng(checkpoint.seed)
     with path.open("r+b") as file:
         file.seek(0, os.SEEK_END)
@@ -297,9 +324,7 @@ def write(
             _pad(file)
 
 
-def _pieces(
-    tensor: Planned, config: Config, pools: dict[GGMLQuantizationType, Bytes], rng: np.random.Generator
-) -> Iterator[Bytes]:
+def _pieces(tensor: Planned, config: Config, pools: dict[Type, Bytes], rng: np.random.Generator) -> Iterator[Bytes]:
     """The blocks of one tensor, in pieces of at most CHUNK bytes."""
     if len(tensor.shape) == 1:
         yield quantize(torch.from_numpy(_vector(tensor, config, rng)), tensor.type)
@@ -324,8 +349,8 @@ def _vector(tensor: Planned, config: Config, rng: np.random.Generator) -> npt.ND
     return np.full(tensor.shape, NORMS.get(tensor.name.split(".")[-2], 1.0), np.float32)
 
 
-def _pool(kind: GGMLQuantizationType, rng: np.random.Generator) -> Bytes:
+def _pool(kind: Type, rng: np.random.Generator) -> Bytes:
     """Quantized random blocks, [count, bytes]."""
-    length, size = GGML_QUANT_SIZES[kind]
+    length, size = BLOCKS[kind]
     values = rng.standard_normal((POOL // 256, 256), np.float32) * np.float32(SCALE)
     return quantize(torch.from_numpy(values), kind).reshape(-1, size * max(1, UNIT // length))

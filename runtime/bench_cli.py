@@ -14,7 +14,7 @@ from gemma_mtp.runtime.pair import resolve
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-SHAPES = ("E2B", "E4B")
+SHAPES = ("E2B", "E4B", "12B", "26B-A4B", "31B")
 GENERATOR = "gemma_mtp.convert.shapes:generate"
 
 
@@ -166,10 +166,15 @@ def _random(shape: str, quant: str, drafter_quant: str, layers: int | None, seed
     from gemma_mtp.runtime.cli import imported
 
     generate = imported("bench --shape", GENERATOR)
-    quants = [name.upper() for name in (quant, drafter_quant)]
     label = f"making random weights of {shape}"
     made: tuple[Path, Path] = generate(
-        shape, build.cache_dir() / "shapes", *quants, layers, seed, lambda done, total: step(label, done, total)
+        shape,
+        build.cache_dir() / "shapes",
+        quant,
+        drafter_quant,
+        layers,
+        seed,
+        lambda done, total: step(label, done, total),
     )
     return made
 

@@ -18,7 +18,8 @@ import numpy as np
 from gemma_mtp.convert import link
 from gemma_mtp.patches import build
 from gemma_mtp.runtime import machine
-from gemma_mtp.runtime.bench_speed import MARGIN, PROMPT_TOKENS, ROUNDS, Settings, Speeds, Step
+from gemma_mtp.runtime.bench_settings import MARGIN, PROMPT_TOKENS, Settings, Step
+from gemma_mtp.runtime.bench_speed import ROUNDS, Speeds
 from gemma_mtp.runtime.bench_worker import Worker
 from llama_cpp import llama_cpp as lib
 

@@ -129,9 +129,11 @@ def bench(
         raise click.UsageError("name a PAIR, or give --shape for random weights.")
     if plot is not None and find_spec("matplotlib") is None:
         raise click.ClickException("--plot needs matplotlib; run: pip install 'gemma-mtp[plot]'")
+    if plot is not None and not plot.absolute().parent.is_dir():
+        raise click.ClickException(f"--plot {plot}: there is no folder {plot.absolute().parent}; make it first.")
     from gemma_mtp.runtime import bench_report
     from gemma_mtp.runtime.bench import measure
-    from gemma_mtp.runtime.bench_speed import PROMPTS, Settings
+    from gemma_mtp.runtime.bench_settings import PROMPTS, Settings
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())

@@ -15,10 +15,12 @@ from gemma_mtp.convert import Pair, link, shapes
 from gemma_mtp.convert.cli import verify_files
 from gemma_mtp.patches import build
 from gemma_mtp.runtime import bench, machine
+from gemma_mtp.runtime.bench_settings import Settings
 from gemma_mtp.runtime.bench_speed import best_length
 from gemma_mtp.runtime.bench_worker import Worker
 from gemma_mtp.runtime.cli import main
 from gemma_mtp.runtime.replay import Enough, Replay, expected_tokens
+from llama_cpp import llama_cpp as lib
 
 STOCK = build.stock_dir()
 needs_stock = pytest.mark.skipif(not STOCK.exists(), reason="no unpatched llama.cpp here; make check-stock builds it")
@@ -176,6 +178,7 @@ def test_every_shape_is_planned_whole_and_shortened(shape: str) -> None:
         (["--shape", "E2B", "--acceptance", "1.2"], "between 0 and 1"),
         (["--shape", "E2B", "--draft", "a"], "not a list of numbers"),
         (["."], "must hold one target"),
+        (["--shape", "E2B", "--plot", "none/bench.png"], "there is no folder"),
     ],
 )
 def test_bad_arguments_get_one_clear_line(
@@ -192,6 +195,14 @@ def test_bad_arguments_get_one_clear_line(
 def test_a_worker_that_cannot_load_says_why(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="does not exist"):
         Worker(tmp_path / "none.gguf", tmp_path / "none.gguf", n_ctx=64)
+
+
+def test_too_little_memory_is_refused_before_anything_is_loaded(demo: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "free_memory", lambda: 1000)
+    monkeypatch.setattr(lib, "llama_supports_gpu_offload", lambda: False)
+    settings = Settings(demo.target, demo.drafter)
+    with pytest.raises(RuntimeError, match="processes need about"):
+        bench.measure(settings)
 
 
 def test_the_machine_is_described() -> None:

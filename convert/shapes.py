@@ -40,7 +40,7 @@ Config = TargetConfig | DrafterConfig
 
 # Says that weights are random, and with which seed.
 KEY_SEED = "mtp.random.seed"
-GENERATOR = 2  # counts changes of what is generated
+GENERATOR = 3  # counts changes of what is generated
 
 VOCAB, DRAFTER_LAYERS = 262144, 4
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -290,9 +290,11 @@ def _hugging_face(wanted: Mapping[str, tuple[int, ...]], config: Any) -> Iterato
 SCALE = 0.02  # standard deviation of weights
 # Small norms of queries and keys keep attention scores near one. Small ones after attention and MLP keep a layer from
 # overruling its input: rounding would otherwise grow from layer to layer and turn over many a close choice of a token.
+# Only the last MLP speaks loudly, so that a token is not followed by the one that it follows.
 NORMS = {
     "attn_q_norm": 0.25, "attn_k_norm": 0.25, "post_attention_norm": 0.15, "post_ffw_norm": 0.15, "post_norm": 0.15,
 }  # fmt: skip
+LAST_MLP_NORM = 2.0
 POOL = 1 << 22  # values of a pool, which blocks are drawn from
 UNIT = 32  # values drawn together where a type has no blocks
 CHUNK = 1 << 26  # bytes written at once
@@ -346,6 +348,8 @@ def _vector(tensor: Planned, config: Config, rng: np.random.Generator) -> npt.ND
     if tensor.name == "output_norm.weight" and isinstance(config, TargetConfig):
         # With tied embeddings every token would be the likeliest to follow itself; random signs end that.
         return rng.choice(np.array([-1, 1], np.float32), tensor.shape)
+    if tensor.name == f"blk.{config.n_layer - 1}.post_ffw_norm.weight":
+        return np.full(tensor.shape, LAST_MLP_NORM, np.float32)
     return np.full(tensor.shape, NORMS.get(tensor.name.split(".")[-2], 1.0), np.float32)
 
 

@@ -144,8 +144,10 @@ def _plot_speedup(axes: Any, result: Mapping[str, Any]) -> None:
     for label, values, colour in curves:
         x, y = _points(values, result)
         axes.plot(x, y, marker="o", color=colour, label=label)
+        # Ours above the point and the others' below, so that close curves stay readable.
+        place = (0, 7) if colour == OURS else (0, -14)
         for at, value in zip(x, y, strict=True):
-            axes.annotate(f"{value:.2f}", (at, value), textcoords="offset points", xytext=(0, 7), ha="center",
+            axes.annotate(f"{value:.2f}", (at, value), textcoords="offset points", xytext=place, ha="center",
                           color=colour, fontsize=8)  # fmt: skip
     axes.axhline(1.0, color="0.5", linewidth=1, linestyle="--")
     axes.set(xlabel="chance that a drafted token is accepted", ylabel="tokens/s over plain", title="Speed-up with MTP")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from inspect import isfunction
 from time import perf_counter
 from typing import Any
 
 from gemma_mtp.runtime.native import Floats
+from gemma_mtp.runtime.sampling import Choose
 
 GOLDEN = (math.sqrt(5) - 1) / 2
+SURE = 1e4  # a logit that no other comes near
 
 
 class Enough(Exception):
@@ -50,18 +53,36 @@ class Replay:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._drafter, name)
 
-    def draft(self, token: int, hidden: Floats, position: int, *rest: Any, **named: Any) -> list[int]:
-        """As `Drafter.draft`, with the tokens exchanged."""
+    def draft(self, token: int, hidden: Floats, position: int, length: int, choose: Any) -> list[int]:
+        """As `Drafter.draft`, with the tokens exchanged.
+
+        Where a function chooses, it gets to see logits in which the proposed token wins, so that it costs and leaves
+        behind what it would anyhow. Otherwise the tokens returned are exchanged.
+        """
         if position >= self._end:
             raise Enough
+        proposed = [] if self._chance is None else self._proposal(position, length)
         clock = perf_counter()
-        made: list[int] = self._drafter.draft(token, hidden, position, *rest, **named)
-        self.seconds += perf_counter() - clock
-        if self._chance is None:
-            return made
-        right = self._right(len(made))
-        truth = self._record[position + 1 : position + 1 + len(made)]
+        try:
+            asked = self._steered(choose, proposed, position) if proposed and isfunction(choose) else choose
+            made: list[int] = self._drafter.draft(token, hidden, position, length, asked)
+        finally:
+            self.seconds += perf_counter() - clock
+        return proposed[: len(made)] if proposed else made
+
+    def _proposal(self, position: int, length: int) -> list[int]:
+        truth = self._record[position + 1 : position + 1 + length]
+        right = self._right(len(truth))
         return [token if place < right else self._wrong(token) for place, token in enumerate(truth)]
+
+    @staticmethod
+    def _steered(choose: Choose, proposed: Sequence[int], begin: int) -> Choose:
+        def steered(logits: Floats, position: int) -> int:
+            for token in proposed[position - begin - 1 : position - begin]:
+                logits[token] = SURE
+            return choose(logits, position)
+
+        return steered
 
     def _right(self, length: int) -> int:
         """How many tokens of the next draft are right."""

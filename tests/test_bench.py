@@ -77,20 +77,21 @@ class Guesses:
 
     runs = 0
 
-    def draft(self, token: int, hidden: Any, position: int, length: int) -> list[int]:
-        del token, hidden, position
+    def draft(self, token: int, hidden: Any, position: int, length: int, choose: Any) -> list[int]:
+        del token, hidden
         self.runs += 1
-        return [0] * length
+        return [choose(np.eye(1, 16)[0], position + 1 + step) if choose else 0 for step in range(length)]
 
 
+@pytest.mark.parametrize("choose", [None, lambda logits, position: int(logits.argmax())])
 @pytest.mark.parametrize("chance", [0.0, 0.35, 0.6, 0.95, 1.0])
-def test_replay_is_right_with_the_chance_asked_for(chance: float) -> None:
+def test_replay_is_right_with_the_chance_asked_for(chance: float, choose: Any) -> None:
     record, rounds, length = list(range(1, 9)), 400, 4
     drafter = Guesses()
     replay = Replay(drafter, record, chance, seed=3, end=len(record))
     right = np.zeros(length + 1)
     for _ in range(rounds):
-        drafted = replay.draft(2, None, 1, length)
+        drafted = replay.draft(2, np.zeros(1), 1, length, choose)
         hits = [token == truth for token, truth in zip(drafted, record[2:], strict=False)]
         count = hits.index(False) if False in hits else length
         assert not any(hits[count:])  # a wrong token ends what can be accepted
@@ -104,9 +105,9 @@ def test_replay_is_right_with_the_chance_asked_for(chance: float) -> None:
 
 def test_replay_without_a_chance_proposes_what_the_drafter_does_and_ends_between_rounds() -> None:
     replay = Replay(Guesses(), [5, 6, 7], None, seed=0, end=2)
-    assert replay.draft(6, None, 1, 3) == [0, 0, 0]
+    assert replay.draft(6, np.zeros(1), 1, 3, None) == [0, 0, 0]
     with pytest.raises(Enough):
-        replay.draft(7, None, 2, 3)
+        replay.draft(7, np.zeros(1), 2, 3, None)
 
 
 def test_best_length_weighs_cost_and_acceptance() -> None:

@@ -30,7 +30,7 @@ from gemma_mtp.convert.config import DrafterConfig, TargetConfig, read_config
 from gemma_mtp.convert.link import MtpError
 from gemma_mtp.convert.plan import Plan, Planned, plan, rope_freqs, shapes
 from gemma_mtp.convert.quantize import quantize
-from gemma_mtp.convert.recipe import find_quant
+from gemma_mtp.convert.recipe import Options, find_quant, parse_type
 from gemma_mtp.convert.write import _metadata, _pad
 from gguf import GGUFWriter
 
@@ -116,6 +116,7 @@ def generate(
     root: Path,
     quant: str = "Q4_0",
     drafter_quant: str = "Q4_0",
+    drafter_head: str | None = None,
     layers: int | None = None,
     seed: int = 0,
     progress: Progress = lambda done, total: None,
@@ -127,6 +128,7 @@ def generate(
         root: folder in which each shape, number of layers and seed has a folder of its own for its GGUF files.
         quant: format of the target, a key of `recipe.QUANTS`.
         drafter_quant: format of the drafter.
+        drafter_head: type of the drafter's token embedding, its output matrix; that of its format unless given.
         layers: of the target, a multiple of the shape's period; all unless given.
         seed: of the weights; the same seed gives the same bytes.
         progress: called with bytes written and bytes in all.
@@ -142,11 +144,13 @@ def generate(
     quant, drafter_quant = find_quant(quant), find_quant(drafter_quant)
     target_config, drafter_config = configs(shape, layers)
     source = hashlib.sha256(json.dumps([target_config, seed, GENERATOR]).encode()).hexdigest()
+    head = Options(token_embedding=parse_type(drafter_head)) if drafter_head else Options()
+    drafter_name = f"{drafter_quant}-head-{head.token_embedding.name}" if head.token_embedding else drafter_quant
     size = shape if layers is None else f"{shape}-{layers}-layers"
     folder = root / f"{size}-seed-{seed}-v{GENERATOR}"
     files = (
         folder / f"gemma-4-{size}-random-{quant}.gguf",
-        folder / f"gemma-4-{size}-random-assistant-{drafter_quant}.gguf",
+        folder / f"gemma-4-{size}-random-assistant-{drafter_name}.gguf",
     )
     common = {link.KEY_VERSION: link.VERSION, KEY_SEED: seed}
     links: list[dict[str, Any]] = [
@@ -154,12 +158,13 @@ def generate(
         {**common, link.KEY_ROLE: "drafter", link.KEY_SOURCE: source, link.KEY_PEER: files[0].name,
          link.KEY_TARGET: source},
     ]  # fmt: skip
-    wanted = [job for job in zip(files, (target_config, drafter_config), (quant, drafter_quant), links, strict=True)
+    formats = (quant, Options()), (drafter_quant, head)
+    wanted = [job for job in zip(files, (target_config, drafter_config), formats, links, strict=True)
               if not job[0].exists()]  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as hidden:
         checkpoints = [Synthetic(Path(hidden) / path.stem, config, seed) for path, config, _, _ in wanted]
-        plans = [plan(each.config, each.index, job[2]) for each, job in zip(checkpoints, wanted, strict=True)]
+        plans = [plan(each.config, each.index, *job[2]) for each, job in zip(checkpoints, wanted, strict=True)]
         total, done = sum(each.n_bytes for each in plans), 0
         if total > (free := shutil.disk_usage(folder).free):
             raise MtpError(f"{folder}: {total / 1e9:.1f} GB to write, {free / 1e9:.1f} GB free; make room.")

@@ -48,6 +48,7 @@ class Numbers(click.ParamType):
 @click.option("--shape", type=click.Choice(SHAPES), help="Measure random weights of this shape instead of a pair.")
 @click.option("-q", "--quant", default="Q4_0", show_default=True, help="With --shape: format of the target.")
 @click.option("--drafter-quant", default="Q4_0", show_default=True, help="With --shape: format of the drafter.")
+@click.option("--drafter-head", metavar="TYPE", help="With --shape: type of the drafter's output matrix.")
 @click.option("--layers", type=click.IntRange(1), help="With --shape: a target of fewer layers.")
 @click.option("--drafter", type=click.Path(path_type=Path), help="Drafter to use instead of the linked one.")
 @click.option(
@@ -104,6 +105,7 @@ def bench(
     shape: str | None,
     quant: str,
     drafter_quant: str,
+    drafter_head: str | None,
     layers: int | None,
     drafter: Path | None,
     acceptance: tuple[float, ...] | None,
@@ -144,7 +146,10 @@ def bench(
             bar.update(task, description=label, completed=done, total=total)
 
         if shape is not None:
-            target, found = _random(shape, quant, drafter_quant, layers, rest["seed"], step)
+            target, found = _random(
+                shape, rest["seed"], step,
+                quant=quant, drafter_quant=drafter_quant, drafter_head=drafter_head, layers=layers,
+            )  # fmt: skip
         else:
             assert pair is not None
             target, found = _pair(pair, drafter)
@@ -162,22 +167,16 @@ def bench(
     click.echo(json.dumps(result))
 
 
-def _random(shape: str, quant: str, drafter_quant: str, layers: int | None, seed: int, step: Any) -> tuple[Path, Path]:
+def _random(shape: str, seed: int, step: Any, **formats: Any) -> tuple[Path, Path]:
     """A pair of a shape with random weights, from the cache folder or made now."""
     from gemma_mtp.patches import build
     from gemma_mtp.runtime.cli import imported
 
+    def progress(done: int, total: int) -> None:
+        step(f"making random weights of {shape}", done, total)
+
     generate = imported("bench --shape", GENERATOR)
-    label = f"making random weights of {shape}"
-    made: tuple[Path, Path] = generate(
-        shape,
-        build.cache_dir() / "shapes",
-        quant,
-        drafter_quant,
-        layers,
-        seed,
-        lambda done, total: step(label, done, total),
-    )
+    made: tuple[Path, Path] = generate(shape, build.cache_dir() / "shapes", seed=seed, progress=progress, **formats)
     return made
 
 

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_mtp.convert import names, recipe
-from gemma_mtp.convert.checkpoint import DrafterConfig, Source, TargetConfig
+from gemma_mtp.convert import blocks, names, recipe
+from gemma_mtp.convert.blocks import Type
+from gemma_mtp.convert.checkpoint import Source
+from gemma_mtp.convert.config import DrafterConfig, TargetConfig
 from gemma_mtp.convert.link import DRAFTER_ARCH, TARGET_ARCH, MtpError, PairError
-from gguf import GGMLQuantizationType, GGUFValueType
+from gguf import GGUFValueType
 
 Config = TargetConfig | DrafterConfig
-SOURCE_TYPES = {"F32": GGMLQuantizationType.F32, "F16": GGMLQuantizationType.F16, "BF16": GGMLQuantizationType.BF16}
+SOURCE_TYPES = {"F32": Type.F32, "F16": Type.F16, "BF16": Type.BF16}
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,11 @@ class Planned:
     name: str
     source: str | None
     shape: tuple[int, ...]
-    type: GGMLQuantizationType
+    type: Type
 
     @property
     def n_bytes(self) -> int:
-        return recipe.n_bytes(self.type, self.shape)
+        return blocks.n_bytes(self.type, self.shape)
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,14 @@ class Plan:
         return sum(tensor.n_bytes for tensor in self.tensors)
 
 
-def plan(config: Config, index: Mapping[str, Source], quant: str) -> Plan:
+def plan(config: Config, index: Mapping[str, Source], quant: str, options: recipe.Options = recipe.DEFAULT) -> Plan:
     """Place every tensor of a checkpoint in a GGUF file.
 
     Args:
         config: of the checkpoint.
         index: its tensors by Hugging Face name.
         quant: a key of `recipe.QUANTS`.
+        options: types that the user wants otherwise than the format has them.
 
     Raises:
         MtpError: a tensor is unknown, there twice, missing, or of another shape or type than the configuration says.
@@ -66,11 +69,11 @@ def plan(config: Config, index: Mapping[str, Source], quant: str) -> Plan:
     placed: dict[str, tuple[str, Source]] = {}
     dropped: dict[str, str] = {}
     for name, source in index.items():
-        reason = names.dropped(name)
+        place = names.place(name)
+        reason = names.dropped(name) or _unused(config, place)
         if reason is not None:
             dropped[name] = reason
             continue
-        place = names.place(name)
         if place is None or place.gguf not in wanted:
             raise MtpError(f"{source.file}: unknown tensor {name!r}; this checkpoint is not a Gemma 4 of a known kind.")
         if place.gguf in placed:
@@ -91,9 +94,10 @@ def plan(config: Config, index: Mapping[str, Source], quant: str) -> Plan:
     if isinstance(config, DrafterConfig) and config.ordered:
         _check_ordered(config, index)
     rows = [recipe.Shape(name, source.shape, SOURCE_TYPES[source.dtype]) for name, (_, source) in placed.items()]
-    rows.append(recipe.Shape(names.ROPE_FREQS, (config.head_dim_full // 2,), GGMLQuantizationType.F32))
+    rows.append(recipe.Shape(names.ROPE_FREQS, (config.head_dim_full // 2,), Type.F32))
     rows.sort(key=lambda row: _order(row.name))
-    types = recipe.choose(rows, recipe.QUANTS[quant], config.n_layer)
+    model = recipe.Model(config.n_layer, config.n_head // config.n_kv_of(0), config.n_expert or 0)
+    types = recipe.choose(rows, quant, model, options)
     return Plan(
         arch=DRAFTER_ARCH if isinstance(config, DrafterConfig) else TARGET_ARCH,
         quant=quant,
@@ -104,6 +108,17 @@ def plan(config: Config, index: Mapping[str, Source], quant: str) -> Plan:
         ),
         dropped=dropped,
     )
+
+
+def _unused(config: Config, place: names.Place | None) -> str | None:
+    """The reason why the model itself would not read a tensor that it could have."""
+    if place is None:
+        return None
+    if place.gguf == "output.weight" and config.tied:
+        return names.TIED
+    if place.key == "self_attn.v_proj.weight" and place.layer is not None and place.layer < config.n_layer:
+        return names.V_IS_K if config.v_is_k and config.is_full(place.layer) else None
+    return None
 
 
 def _order(name: str) -> tuple[int, str]:
@@ -119,6 +134,8 @@ def shapes(config: Config) -> dict[str, tuple[int, ...]]:
         "token_embd.weight": (config.vocab_size, embd),
         "output_norm.weight": (embd,),
     }
+    if not config.tied:
+        found["output.weight"] = (config.vocab_size, embd)
     if per_layer:
         width = config.n_layer * per_layer
         found["per_layer_token_embd.weight"] = (config.vocab_size, width)
@@ -128,22 +145,34 @@ def shapes(config: Config) -> dict[str, tuple[int, ...]]:
         found["nextn.pre_projection.weight"] = (embd, 2 * config.backbone)
         found["nextn.post_projection.weight"] = (config.backbone, embd)
     for layer in range(config.n_layer):
-        full = config.is_full(layer)
-        head = config.head_dim_full if full else config.head_dim
-        q = config.n_head * head
-        kv = (config.n_kv_full if full and config.n_kv_full is not None else config.n_kv) * head
-        ff = config.n_ff_of(layer)
-        inner = {
-            "attn_norm": (embd,), "post_attention_norm": (embd,), "ffn_norm": (embd,), "post_ffw_norm": (embd,),
-            "attn_q": (q, embd), "attn_output": (embd, q), "attn_q_norm": (head,),
-            "ffn_gate": (ff, embd), "ffn_up": (ff, embd), "ffn_down": (embd, ff), "layer_output_scale": (1,),
-        }  # fmt: skip
-        if isinstance(config, TargetConfig):
-            inner |= {"attn_k": (kv, embd), "attn_v": (kv, embd), "attn_k_norm": (head,)}
-        if per_layer:
-            inner |= {"inp_gate": (per_layer, embd), "proj": (embd, per_layer), "post_norm": (embd,)}
-        found |= {f"blk.{layer}.{name}.weight": shape for name, shape in inner.items()}
+        found |= {f"blk.{layer}.{name}": shape for name, shape in _layer_shapes(config, layer).items()}
     return found
+
+
+def _layer_shapes(config: Config, layer: int) -> dict[str, tuple[int, ...]]:
+    embd, per_layer, ff = config.n_embd, config.per_layer_input, config.n_ff_of(layer)
+    full = config.is_full(layer)
+    head = config.head_dim_full if full else config.head_dim
+    q, kv = config.n_head * head, config.n_kv_of(layer) * head
+    found: dict[str, tuple[int, ...]] = {
+        "attn_norm": (embd,), "post_attention_norm": (embd,), "ffn_norm": (embd,), "post_ffw_norm": (embd,),
+        "attn_q": (q, embd), "attn_output": (embd, q), "attn_q_norm": (head,),
+        "ffn_gate": (ff, embd), "ffn_up": (ff, embd), "ffn_down": (embd, ff), "layer_output_scale": (1,),
+    }  # fmt: skip
+    if isinstance(config, TargetConfig):
+        found |= {"attn_k": (kv, embd), "attn_k_norm": (head,)}
+        if not (full and config.v_is_k):
+            found["attn_v"] = (kv, embd)
+    if per_layer:
+        found |= {"inp_gate": (per_layer, embd), "proj": (embd, per_layer), "post_norm": (embd,)}
+    scales: dict[str, tuple[int, ...]] = {}
+    if config.moe and config.n_expert and config.n_ff_expert:
+        n, width = config.n_expert, config.n_ff_expert
+        found |= {"pre_ffw_norm_2": (embd,), "post_ffw_norm_1": (embd,), "post_ffw_norm_2": (embd,),
+                  "ffn_gate_inp": (n, embd), "ffn_gate_up_exps": (n, 2 * width, embd),
+                  "ffn_down_exps": (n, embd, width)}  # fmt: skip
+        scales = {"ffn_gate_inp.scale": (embd,), "ffn_down_exps.scale": (n,)}
+    return {f"{name}.weight": shape for name, shape in found.items()} | scales
 
 
 def _optional(config: Config) -> set[str]:
@@ -174,7 +203,7 @@ def parameters(config: Config) -> dict[str, tuple[GGUFValueType, Any]]:
     u32, f32, array = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.ARRAY
     sliding = [not config.is_full(layer) for layer in range(config.n_layer)]
     widths = [config.n_ff_of(layer) for layer in range(config.n_layer)]
-    kv_heads = [config.n_kv if slides else config.n_kv_full for slides in sliding]
+    kv_heads = [config.n_kv_of(layer) for layer in range(config.n_layer)]
     found: dict[str, tuple[GGUFValueType, Any]] = {
         "block_count": (u32, config.n_layer),
         "context_length": (u32, config.context_length),
@@ -196,6 +225,12 @@ def parameters(config: Config) -> dict[str, tuple[GGUFValueType, Any]]:
         "rope.dimension_count": (u32, config.head_dim_full),
         "rope.dimension_count_swa": (u32, int(config.head_dim * config.partial_rotary_sliding)),
     }
+    experts = {
+        "expert_count": config.n_expert,
+        "expert_used_count": config.n_expert_used,
+        "expert_feed_forward_length": config.n_ff_expert,
+    }
+    found |= {key: (u32, value) for key, value in experts.items() if value is not None}
     if config.softcap is not None:
         found["final_logit_softcapping"] = (f32, float(config.softcap))
     if isinstance(config, DrafterConfig):

@@ -7,9 +7,8 @@ import ctypes
 import numpy as np
 import numpy.typing as npt
 import torch
-from gemma_mtp.convert import recipe
+from gemma_mtp.convert.blocks import Type, n_bytes
 from gemma_mtp.convert.link import MtpError
-from gguf import GGMLQuantizationType
 from llama_cpp import llama_cpp as lib
 
 _quantize = lib._lib.ggml_quantize_chunk
@@ -19,7 +18,7 @@ _quantize.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 
 F16_MAX = 65504.0
 
 
-def quantize(rows: torch.Tensor, kind: GGMLQuantizationType) -> npt.NDArray[np.uint8]:
+def quantize(rows: torch.Tensor, kind: Type) -> npt.NDArray[np.uint8]:
     """Quantize rows; ctypes lets go of the interpreter lock meanwhile, so threads may share the work.
 
     Args:
@@ -35,10 +34,10 @@ def quantize(rows: torch.Tensor, kind: GGMLQuantizationType) -> npt.NDArray[np.u
     values = rows.to(torch.float32).contiguous()
     if not bool(torch.isfinite(values).all()):
         raise MtpError("it holds NaN or infinite values")
-    if kind is GGMLQuantizationType.F16 and float(values.abs().max()) > F16_MAX:
+    if kind is Type.F16 and float(values.abs().max()) > F16_MAX:
         raise MtpError(f"it holds {float(values.abs().max()):g}, more than F16 can; convert to BF16")
     length = values.shape[-1]
-    blocks = np.empty(recipe.n_bytes(kind, values.shape), np.uint8)
+    blocks = np.empty(n_bytes(kind, values.shape), np.uint8)
     written = _quantize(int(kind), values.data_ptr(), blocks.ctypes.data, 0, values.numel() // length, length, None)
     if written != blocks.nbytes:
         raise RuntimeError(f"libggml wrote {written} bytes of {kind.name}, {blocks.nbytes} were wanted")
@@ -50,6 +49,6 @@ _validate.restype = ctypes.c_bool
 _validate.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
 
 
-def valid(blocks: npt.NDArray[np.uint8], kind: GGMLQuantizationType) -> bool:
+def valid(blocks: npt.NDArray[np.uint8], kind: Type) -> bool:
     """Whether blocks as read from a file, [bytes], hold no NaN and no infinity; libggml prints where it finds one."""
     return bool(_validate(int(kind), blocks.ctypes.data, blocks.nbytes))

@@ -95,8 +95,18 @@ class Vocabulary:
                 )
         return [end for end in ends if self.tokens[end] not in KNOWN_ENDS]
 
-    def write(self, writer: GGUFWriter, generation: Mapping[str, Any]) -> None:
-        """Add all metadata of the tokenizer to a GGUF file that is being written."""
+    def suppressed(self, generation: Mapping[str, Any]) -> list[int]:
+        """Tokens that generation_config.json forbids (the 12B's: placeholders of images and audio)."""
+        tokens = generation.get("suppress_tokens") or []
+        if not isinstance(tokens, list) or not all(isinstance(token, int) for token in tokens):
+            raise MtpError(f"{self.folder / 'generation_config.json'}: suppress_tokens is no list of token ids.")
+        return tokens
+
+    def write(self, writer: GGUFWriter, generation: Mapping[str, Any], target: bool) -> None:
+        """Add all metadata of the tokenizer to a GGUF file that is being written.
+
+        Suppressed tokens go into a target's file only: its sampler forbids them, whatever a drafter proposes.
+        """
         writer.add_tokenizer_model("gemma4")
         writer.add_token_list([token.encode() for token in self.tokens])
         writer.add_token_scores([SCORE] * len(self.tokens))
@@ -107,5 +117,7 @@ class Vocabulary:
         adders = (writer.add_eot_token_id, writer.add_eom_token_id)
         for end, add in zip(self.other_ends(generation), adders, strict=False):
             add(end)
+        if target:
+            writer.add_array("tokenizer.ggml.suppress_tokens", self.suppressed(generation))
         writer.add_add_space_prefix(False)
         writer.add_add_bos_token(True)

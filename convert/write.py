@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from gemma_mtp.convert import names, recipe
-from gemma_mtp.convert.checkpoint import Checkpoint, DrafterConfig
+from gemma_mtp.convert.checkpoint import Checkpoint
+from gemma_mtp.convert.config import DrafterConfig, TargetConfig
 from gemma_mtp.convert.link import KEY_CENTROIDS, KEY_N_CENTROIDS, KEY_ORDERING, KEY_TOP_K, MtpError
 from gemma_mtp.convert.plan import Plan, Planned, rope_freqs
 from gemma_mtp.convert.quantize import quantize
@@ -87,7 +88,7 @@ def _metadata(writer: GGUFWriter, plan: Plan, checkpoint: Checkpoint, link: Mapp
             f"{checkpoint.folder}: tokenizer.json has {len(vocabulary.tokens)} tokens, config.json says "
             f"{checkpoint.config.vocab_size}; the two are of different models."
         )
-    vocabulary.write(writer, checkpoint.generation)
+    vocabulary.write(writer, checkpoint.generation, isinstance(checkpoint.config, TargetConfig))
     for key, value in link.items():
         writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
     if isinstance(checkpoint.config, DrafterConfig) and checkpoint.config.ordered:

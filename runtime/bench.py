@@ -1,98 +1,162 @@
-"""Plain generation against MTP on a real pair, in one process and one run."""
+"""What a pair costs and what MTP brings: target pass, draft round, tokens per second; ours beside other builds.
+
+Everything that is compared is measured in one run and alternates, as the speed of a machine drifts.
+"""
 
 from __future__ import annotations
 
-import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import llama_cpp
-from gemma_mtp.runtime import native
-from gemma_mtp.runtime.pair import open_pair
-from gemma_mtp.runtime.stats import Stats
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
+import numpy as np
+from gemma_mtp.convert import link
+from gemma_mtp.patches import build
+from gemma_mtp.runtime import machine
+from gemma_mtp.runtime.bench_settings import MARGIN, PROMPT_TOKENS, Settings, Step
+from gemma_mtp.runtime.bench_speed import ROUNDS, Speeds
+from gemma_mtp.runtime.bench_worker import Worker
+from llama_cpp import llama_cpp as lib
 
-PROMPTS = (
-    "def parse_arguments(argv):\n    ",
-    "The history of the steam engine begins with",
-    "import json\nimport os\n\nclass Settings:\n    ",
-)
+PASSES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12)
+TIMES = 3  # timings at each visit
+KEY_SEED = "mtp.random.seed"  # of convert/shapes.py
 
 
-def compare(
-    target: str,
-    prompts: Sequence[str],
-    *,
-    max_tokens: int,
-    temp: float,
-    repeat: int,
-    draft_length: int,
-    **loading: Any,
-) -> dict[str, Any]:
-    """Generate from each prompt `repeat` times without and with drafting, alternating, and compare.
+def measure(settings: Settings, step: Step = lambda label, done, total: None) -> dict[str, Any]:
+    """Measure a pair.
 
     Args:
-        target: GGUF file with a linked drafter.
-        prompts: texts to continue.
-        max_tokens: tokens per prompt.
-        temp: temperature; 0 for greedy.
-        repeat: runs per prompt and mode.
-        draft_length: tokens drafted in a round.
-        loading: further arguments of `Llama`.
+        settings: what to measure.
+        step: told of progress: what is being measured, steps done and steps in all.
 
     Returns:
-        Medians over runs of tokens per second, their ratio, the MTP counters, and the machine.
+        The object that `gemma-mtp bench` prints as JSON; README says what its keys mean.
 
     Raises:
-        gemma_mtp.convert.link.MtpError: the target has no drafter.
-        ValueError: draft_length is 0.
+        RuntimeError: a process could not load the pair, or ended.
+        gemma_mtp.convert.link.MtpError: a GGUF file is damaged.
+        gemma_mtp.patches.build.BuildError: the stock build is wanted and cannot be made.
     """
-    if draft_length == 0:
-        raise ValueError("a draft length of 0 is what MTP is compared with; give 1 or more.")
-    rates: dict[int, list[float]] = {0: [], draft_length: []}
-    total, same = Stats(), True
-    with open_pair(target, **loading) as llm, Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("measuring", total=repeat * len(rates) * len(prompts))
-        for _ in range(repeat):
-            texts: dict[int, list[str]] = {}
-            for length, seen in rates.items():
-                llm.draft_length = length
-                run = Stats()
-                for seed, prompt in enumerate(prompts):
-                    made = llm(prompt, max_tokens=max_tokens, temperature=temp, top_k=64, seed=seed)
-                    texts.setdefault(length, []).append(made["choices"][0]["text"])
-                    run.add(llm.stats)
-                    progress.advance(task)
-                seen.append((run.tokens - len(prompts)) / run.seconds)
-                if length:
-                    total.add(run)
-            same = same and texts[0] == texts[draft_length]
-    plain, mtp = median(rates[0]), median(rates[draft_length])
+    header = link.read_header(settings.target)
+    _check_memory(settings)
+    binaries = {name: _binary(name) for name in settings.against}
+    result = _about(settings, header)
+    with ExitStack() as stack:
+        ours = stack.enter_context(closing(Worker(settings.target, settings.drafter, **settings.loading)))
+        result["versions"] |= {"llama_cpp": ours.library["llama_cpp"], "patched": ours.library["patched"]}
+        result["machine"] |= {"gpu": ours.library["gpu"], "features": ours.library["features"]}
+        prompt = _prompt(settings, ours, KEY_SEED in header.metadata)
+        with ExitStack() as others:
+            workers = {"ours": ours}
+            if "stock" in binaries:
+                worker = Worker(settings.target, settings.drafter, binaries["stock"].parent, **settings.loading)
+                workers["stock"] = others.enter_context(closing(worker))
+            found = costs(workers, prompt, settings.repeat, step)
+        result |= found["ours"]
+        against: dict[str, Any] = {name: found.get(name, {}) for name in binaries}
+        for name, other in found.items():
+            if name != "ours":
+                against[name]["ratio"] = {
+                    key: {n: round(other[key][n] / value, 3) for n, value in found["ours"][key].items()}
+                    for key in ("target_pass_ms", "draft_round_ms")
+                }
+        ours.call("record", n=settings.tokens + MARGIN // 2)
+        speeds = Speeds(settings, ours, prompt, found["ours"], binaries, step)
+        result |= speeds.measure()
+        for name, other in speeds.others.items():
+            against[name] |= other
+    return result | ({"against": against} if against else {})
+
+
+def _check_memory(settings: Settings) -> None:
+    """Refuse what would swap: on a CPU each process copies the weights into the order that its kernels read."""
+    free = machine.free_memory()
+    if free is None or lib.llama_supports_gpu_offload():
+        return
+    tables = link.read_header(settings.target).tensors.get("per_layer_token_embd.weight")
+    weights = settings.target.stat().st_size - (tables.size if tables else 0) + settings.drafter.stat().st_size
+    processes = 1 + len(settings.against)
+    if processes * weights > free:
+        raise RuntimeError(
+            f"{processes} processes need about {processes * weights / 1e9:.0f} GB, {free / 1e9:.0f} GB are free; "
+            "measure fewer --layers, or leave --against away."
+        )
+
+
+def _binary(name: str) -> Path:
+    """llama-server of the stock build, made if need be, or of the installed one."""
+    if name == "stock":
+        build.build_stock()
+        return build.stock_dir() / "llama-server"
+    import llama_cpp
+
+    binary = Path(llama_cpp.__file__).parent / "lib" / "llama-server"
+    if not binary.exists():
+        raise RuntimeError(f"{binary} is not there; `make native` in a checkout of gemma-mtp installs it.")
+    return binary
+
+
+def _about(settings: Settings, header: link.Header) -> dict[str, Any]:
+    seed = header.metadata.get(KEY_SEED)
+    flags = {key: value for key, value in asdict(settings).items() if key not in ("target", "drafter", "prompts")}
     return {
-        "target": Path(target).name,
-        "draft_length": draft_length,
-        "temperature": temp,
-        "identical": same,
-        "tokens_per_s": {"plain": round(plain, 2), "mtp": round(mtp, 2)},
-        "speedup": round(mtp / plain, 3),
-        "mtp": total.as_dict(),
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "versions": {"llama_cpp": llama_cpp.__version__, "patched": native.patched()},
+        "target": settings.target.name,
+        "drafter": settings.drafter.name,
+        "layers": header.of_arch("block_count"),
+        "weights": "from the file" if seed is None else f"random, seed {seed}",
+        "ctx_filled": settings.ctx_filled,
+        "flags": flags | {"n_ctx": settings.n_ctx},
+        "machine": machine.describe(settings.threads),
+        "versions": {"gemma_mtp": version("gemma-mtp"), "python": platform.python_version()},
     }
 
 
-def show(result: dict[str, Any]) -> None:
-    """Print the comparison as a table."""
-    table = Table(title=f"{result['target']}, {result['draft_length']} drafted, temperature {result['temperature']:g}")
-    for heading in ("", "tokens/s", "over plain", "accepted", "tokens per target pass"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    rates, mtp = result["tokens_per_s"], result["mtp"]
-    table.add_row("plain", f"{rates['plain']:.1f}", "1.00", "", "1.00")
-    passes = f"{(mtp['accepted'] + mtp['drafts']) / max(mtp['drafts'], 1):.2f}"
-    table.add_row("MTP", f"{rates['mtp']:.1f}", f"{result['speedup']:.2f}", f"{mtp['acceptance']:.0%}", passes)
-    Console().print(table)
+def _prompt(settings: Settings, worker: Worker, random: bool) -> list[int]:
+    """As many tokens as the context is to be filled with: random ones, or the prompts over and over."""
+    if random:
+        rng = np.random.default_rng(settings.seed)
+        return [int(token) for token in rng.integers(1000, worker.library["n_vocab"], settings.ctx_filled)]
+    tokens: list[int] = worker.call("tokenize", text="\n\n".join(settings.prompts))
+    return (tokens * (settings.ctx_filled // len(tokens) + 1))[: settings.ctx_filled]
+
+
+def costs(workers: Mapping[str, Worker], prompt: list[int], repeat: int, step: Step) -> dict[str, dict[str, Any]]:
+    """Target pass by n, draft round by K (medians in ms) and the speed of prompts, for each worker in turn."""
+    passes = [("target_pass", {"n": n}) for n in PASSES]
+    rounds = [("draft_round", {"length": length}) for length in ROUNDS]
+    bulk = {"n": PROMPT_TOKENS, "logits_all": False}
+    plan: list[tuple[str, dict[str, int]]] = [*passes, *rounds, ("target_pass", bulk)]
+    taken: dict[tuple[str, int], list[float]] = {}
+    total = len(workers) * (1 + repeat * len(plan))
+    done = 0
+    for worker in workers.values():
+        step("filling the context", done, total)
+        worker.call("fill", tokens=prompt)
+        done += 1
+    for visit in range(repeat):
+        for place, (name, arguments) in enumerate(plan):
+            # Who goes first changes from visit to visit.
+            order = list(workers.items())[:: 1 if (visit + place) % 2 == 0 else -1]
+            for who, worker in order:
+                step("target passes and draft rounds", done, total)
+                times = 1 if arguments is bulk else TIMES
+                taken.setdefault((who, place), []).extend(worker.call(name, times=times, **arguments))
+                done += 1
+
+    def medians(who: str, first: int, keys: Sequence[int]) -> dict[str, float]:
+        return {str(key): round(median(taken[who, first + place]), 3) for place, key in enumerate(keys)}
+
+    return {
+        who: {
+            "target_pass_ms": medians(who, 0, PASSES),
+            "draft_round_ms": medians(who, len(PASSES), ROUNDS),
+            "prompt_tokens_per_s": round(PROMPT_TOKENS / median(taken[who, len(plan) - 1]) * 1e3, 1),
+        }
+        for who in workers
+    }

@@ -1,4 +1,4 @@
-"""The command `gemma-mtp`: the group, and the commands that generate."""
+"""The command `gemma-mtp`: the group, and the command that generates."""
 
 from __future__ import annotations
 
@@ -18,8 +18,19 @@ COMMANDS = {
     "modelfile": "gemma_mtp.convert.cli:modelfile",
     "ollama": "gemma_mtp.convert.cli:ollama",
     "run": "gemma_mtp.runtime.cli:run",
-    "bench": "gemma_mtp.runtime.cli:bench",
+    "bench": "gemma_mtp.runtime.bench_cli:bench",
 }
+
+
+def imported(command: str, where: str) -> Any:
+    """An object named as "module:name", imported now for a command; a missing optional package is one clear line."""
+    module, attribute = where.split(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as problem:
+        if problem.name not in ("torch", "safetensors"):
+            raise
+        raise click.ClickException(f"{command} needs {problem.name}; run: pip install 'gemma-mtp[convert]'") from None
 
 
 class LazyGroup(click.Group):
@@ -31,13 +42,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        module, attribute = COMMANDS[name].split(":")
-        try:
-            command: click.Command = getattr(importlib.import_module(module), attribute)
-        except ModuleNotFoundError as problem:
-            if problem.name not in ("torch", "safetensors"):
-                raise
-            raise click.ClickException(f"{name} needs {problem.name}; run: pip install 'gemma-mtp[convert]'") from None
+        command: click.Command = imported(name, COMMANDS[name])
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -155,29 +160,3 @@ def run(
         else:
             click.echo()
         click.echo(llm.stats.line(), err=True)
-
-
-@click.command()
-@click.argument("target", metavar="TARGET.gguf")
-@click.option("--prompts", type=click.File(), help="Text file, prompts separated by blank lines. [default: three]")
-@click.option("-n", "max_tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens per prompt.")
-@click.option("--temp", type=click.FloatRange(0), default=0.0, show_default=True, help="Temperature, 0 for greedy.")
-@click.option(
-    "--repeat", type=click.IntRange(1), default=3, show_default=True, help="Runs, of which the median counts."
-)
-@loading_options
-def bench(target: str, prompts: Any, max_tokens: int, temp: float, repeat: int, **loading: Any) -> None:
-    """Measure a pair with and without MTP; the last line on stdout is one JSON object.
-
-    \b
-    Examples:
-      gemma-mtp bench out/gemma-4-E2B-it-Q4_K_M.gguf
-      gemma-mtp bench out/gemma-4-E2B-it-Q4_K_M.gguf --prompts mine.txt -n 256 --draft 4
-    """
-    from gemma_mtp.runtime import bench as measure
-
-    texts = [p for p in prompts.read().split("\n\n") if p.strip()] if prompts else measure.PROMPTS
-    loading["drafter"] = loading["drafter"] or "auto"
-    result = measure.compare(target, texts, max_tokens=max_tokens, temp=temp, repeat=repeat, **loading)
-    measure.show(result)
-    click.echo(json.dumps(result))

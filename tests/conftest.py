@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import llama_cpp
@@ -10,7 +11,8 @@ import pytest
 from demo import QUANT
 from gemma_mtp.convert import Pair, convert_pair
 from gemma_mtp.patches import build
-from tiny import PAIR, make_drafter, make_target
+from tiny import PAIR, SIZES, make_drafter, make_pair, make_target
+from upstream import Upstream
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +36,14 @@ def llama_quantize() -> Path:
 
 
 @pytest.fixture(scope="session")
+def converted(upstream: Path, llama_quantize: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstream]:
+    """Upstream's file of a folder in a format."""
+    running = Upstream(upstream / "convert_hf_to_gguf.py", llama_quantize, tmp_path_factory.mktemp("upstream"))
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """The bundled pair, converted as `make demo` converts it."""
     folders = PAIR / "gemma-4-demo", PAIR / "gemma-4-demo-assistant"
@@ -53,6 +63,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "narrow": make_target(root / "narrow-target", **narrow),
         "narrow drafter": make_drafter(root / "narrow-drafter", ordered=True, backbone=80),
     }
+
+
+@pytest.fixture(scope="session")
+def sizes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Hugging Face folders of a random target of each of the five sizes' shapes, and of its drafter."""
+    root = tmp_path_factory.mktemp("sizes")
+    return {size: make_pair(size, root) for size in SIZES}
 
 
 @pytest.fixture(scope="session")

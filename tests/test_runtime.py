@@ -287,10 +287,3 @@ def test_run_names_what_is_wrong_in_one_line(demo: Pair, tmp_path: Path) -> None
         assert done.returncode == 1
         assert done.stderr.startswith("error: "), done.stderr
         assert done.stderr.count("\n") == 1
-
-
-def test_bench_ends_with_one_json_line(demo: Pair) -> None:
-    done = CliRunner().invoke(main, ["bench", str(demo.target), "-n", "16", "--repeat", "1"])
-    assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["target"] == demo.target.name

@@ -1,0 +1,199 @@
+"""The command `gemma-mtp bench`."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+from gemma_mtp.convert import link
+from gemma_mtp.runtime.pair import resolve
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+SHAPES = ("E2B", "E4B", "12B", "26B-A4B", "31B")
+GENERATOR = "gemma_mtp.convert.shapes:generate"
+
+
+class Numbers(click.ParamType):
+    """Numbers with commas between them.
+
+    Args:
+        kind: int or float.
+        low, high: what each must lie within.
+    """
+
+    name = "list"
+
+    def __init__(self, kind: type[int] | type[float], low: float, high: float) -> None:
+        self.kind, self.low, self.high = kind, low, high
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            found = tuple(dict.fromkeys(self.kind(part) for part in value.split(",")))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers with commas between them.", param, ctx)
+        if not all(self.low <= number <= self.high for number in found):
+            self.fail(f"{value!r}: each must lie between {self.low:g} and {self.high:g}.", param, ctx)
+        return found
+
+
+@click.command()
+@click.argument("pair", type=click.Path(exists=True, path_type=Path), required=False)
+@click.option("--shape", type=click.Choice(SHAPES), help="Measure random weights of this shape instead of a pair.")
+@click.option("-q", "--quant", default="Q4_0", show_default=True, help="With --shape: format of the target.")
+@click.option("--drafter-quant", default="Q4_0", show_default=True, help="With --shape: format of the drafter.")
+@click.option("--drafter-head", metavar="TYPE", help="With --shape: type of the drafter's output matrix.")
+@click.option("--layers", type=click.IntRange(1), help="With --shape: a target of fewer layers.")
+@click.option("--drafter", type=click.Path(path_type=Path), help="Drafter to use instead of the linked one.")
+@click.option(
+    "--acceptance",
+    type=Numbers(float, 0, 1),
+    metavar="P,P,...",
+    help="Replay a recorded continuation as the drafts, right with this chance per token. "
+    "[default with --shape: 0.35,0.6,0.8,0.95]",
+)
+@click.option(
+    "--draft",
+    type=Numbers(int, 1, 8),
+    metavar="N,N,...",
+    help="Tokens to draft in a round; of several the best is reported. [default: best by measured costs]",
+)
+@click.option(
+    "--against",
+    multiple=True,
+    type=click.Choice(["stock", "patched-server"]),
+    help="Measure another build on the same files as well; may be given twice.",
+)
+@click.option(
+    "--ctx-filled",
+    type=click.IntRange(2),
+    default=256,
+    show_default=True,
+    help="Tokens in the context when passes are measured.",
+)
+@click.option("-n", "tokens", type=click.IntRange(2), default=64, show_default=True, help="Tokens per run.")
+@click.option(
+    "--repeat", type=click.IntRange(1), default=3, show_default=True, help="Visits, of which the median counts."
+)
+@click.option("--prompts", type=click.File(), help="Text file, prompts separated by blank lines. [default: three]")
+@click.option(
+    "--temp",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="Temperature, 0 for greedy; of the drafter's own drafts.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**31),
+    default=0,
+    show_default=True,
+    help="Of random weights, prompts, noise and acceptance.",
+)
+@click.option("-t", "--threads", type=click.IntRange(1), help="CPU threads. [default: half]")
+@click.option("-ngl", "--gpu-layers", type=int, default=-1, show_default=True, help="Layers on the GPU, -1 for all.")
+@click.option("--flash-attn/--no-flash-attn", default=True, show_default=True, help="Whether to use flash attention.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.png", help="Draw the result.")
+def bench(
+    pair: Path | None,
+    shape: str | None,
+    quant: str,
+    drafter_quant: str,
+    drafter_head: str | None,
+    layers: int | None,
+    drafter: Path | None,
+    acceptance: tuple[float, ...] | None,
+    draft: tuple[int, ...] | None,
+    prompts: Any,
+    threads: int | None,
+    plot: Path | None,
+    **rest: Any,
+) -> None:
+    """Measure target passes, draft rounds and tokens per second; the last line on stdout is one JSON object.
+
+    PAIR is a target with a linked drafter, or the folder that convert wrote. With --shape a pair with random weights
+    of that shape is made and kept in the cache folder.
+
+    \b
+    Examples:
+      gemma-mtp bench out
+      gemma-mtp bench out/gemma-4-E2B-it-Q4_K_M.gguf --prompts mine.txt -n 256 --draft 2,3,4
+      gemma-mtp bench --shape E2B -q Q4_K_M --ctx-filled 2048 -t 2
+      gemma-mtp bench --shape E2B --against stock --plot e2b.png
+    """  # fmt: skip
+    if (pair is None) == (shape is None):
+        raise click.UsageError("name a PAIR, or give --shape for random weights.")
+    if plot is not None and find_spec("matplotlib") is None:
+        raise click.ClickException("--plot needs matplotlib; run: pip install 'gemma-mtp[plot]'")
+    if plot is not None and not plot.absolute().parent.is_dir():
+        raise click.ClickException(f"--plot {plot}: there is no folder {plot.absolute().parent}; make it first.")
+    from gemma_mtp.runtime import bench_report
+    from gemma_mtp.runtime.bench import measure
+    from gemma_mtp.runtime.bench_settings import PROMPTS, Settings
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def step(label: str, done: int, total: int) -> None:
+            bar.update(task, description=label, completed=done, total=total)
+
+        if shape is not None:
+            target, found = _random(
+                shape, rest["seed"], step,
+                quant=quant, drafter_quant=drafter_quant, drafter_head=drafter_head, layers=layers,
+            )  # fmt: skip
+        else:
+            assert pair is not None
+            target, found = _pair(pair, drafter)
+        given = acceptance if acceptance is not None else (0.35, 0.6, 0.8, 0.95) if shape else ()
+        texts = [text for text in prompts.read().split("\n\n") if text.strip()] if prompts else PROMPTS
+        settings = Settings(
+            target, found, acceptance=given, own=shape is None, draft=draft or (), prompts=tuple(texts),
+            threads=threads or max((os.cpu_count() or 2) // 2, 1), **rest,
+        )  # fmt: skip
+        result = measure(settings, step)
+    bench_report.show(result, Console(highlight=False))
+    if plot is not None:
+        bench_report.plot(result, plot)
+        click.echo(f"wrote {plot}", err=True)
+    click.echo(json.dumps(result))
+
+
+def _random(shape: str, seed: int, step: Any, **formats: Any) -> tuple[Path, Path]:
+    """A pair of a shape with random weights, from the cache folder or made now."""
+    from gemma_mtp.patches import build
+    from gemma_mtp.runtime.cli import imported
+
+    def progress(done: int, total: int) -> None:
+        step(f"making random weights of {shape}", done, total)
+
+    generate = imported("bench --shape", GENERATOR)
+    made: tuple[Path, Path] = generate(shape, build.cache_dir() / "shapes", seed=seed, progress=progress, **formats)
+    return made
+
+
+def _pair(pair: Path, drafter: Path | None) -> tuple[Path, Path]:
+    """Target and drafter, from a file or from the folder that convert wrote.
+
+    Raises:
+        link.MtpError: there is no target, or more than one, or no drafter of it.
+    """
+    if pair.is_dir():
+        headers = [link.read_header(path) for path in sorted(pair.glob("*.gguf"))]
+        targets = [header.path for header in headers if header.arch == link.TARGET_ARCH]
+        if len(targets) != 1:
+            listed = ", ".join(path.name for path in targets) or "none"
+            raise link.MtpError(f"{pair} must hold one target to measure, it holds: {listed}; name the file.")
+        pair = targets[0]
+    found = resolve(pair, drafter or "auto")
+    if found is None:
+        raise link.PairError(f"no linked drafter beside {pair}; name one with --drafter, or convert the pair again.")
+    return pair, found

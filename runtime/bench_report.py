@@ -1,0 +1,175 @@
+"""The tables and the picture of a measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+NAMES = {"stock": "stock", "patched-server": "our build"}
+OURS, OTHERS = "#1f6feb", ("#d97706", "#7c3aed")
+
+
+def show(result: Mapping[str, Any], console: Console) -> None:
+    """Print the tables."""
+    machine, flags = result["machine"], result["flags"]
+    read = machine["read_gb_per_s"]
+    console.print(
+        f"{result['target']} ({result['layers']} layers) with {result['drafter']}; weights {result['weights']}\n"
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+        f"{'' if read is None else f' reading {read:g} GB/s'}; llama-cpp-python {result['versions']['llama_cpp']}; "
+        f"context {result['ctx_filled']}, medians of {flags['repeat']} visits",
+        highlight=False, markup=False,
+    )  # fmt: skip
+    console.print(_costs(result, "target_pass_ms", "one target pass over n tokens", "n"))
+    console.print(_costs(result, "draft_round_ms", "drafting K tokens", "K"))
+    console.print(_speeds(result))
+    for who, other in result.get("against", {}).items():
+        console.print(_server(who, other["server"]))
+    for line in _notes(result):
+        console.print(line, highlight=False, markup=False)
+
+
+def _costs(result: Mapping[str, Any], key: str, title: str, letter: str) -> Table:
+    """A row a number of tokens, columns for ours and for each other library."""
+    table = Table(title=title, title_justify="left")
+    others = {who: other for who, other in result.get("against", {}).items() if key in other}
+    headings = [letter, "ms", *(["over n = 1"] if letter == "n" else [])]
+    for heading in headings + [text for who in others for text in (f"{who}, ms", f"{who} / ours")]:
+        table.add_column(heading, justify="right")
+    for n, value in result[key].items():
+        row = [n, f"{value:.1f}", *([f"{value / result[key]['1']:.2f}"] if letter == "n" else [])]
+        for other in others.values():
+            row += [f"{other[key][n]:.1f}", f"{other['ratio'][key][n]:.2f}"]
+        table.add_row(*row)
+    return table
+
+
+def _speeds(result: Mapping[str, Any]) -> Table:
+    """Ours: a row a case, plain, each acceptance, the drafter's own tokens."""
+    table = Table(title="tokens per second", title_justify="left")
+    for heading in ("acceptance", "tokens/s", "over plain", "drafted", "accepted"):
+        table.add_column(heading, justify="left" if heading == "acceptance" else "right")
+    table.add_row("plain", f"{result['tokens_per_s']['plain']:.1f}", "1.00", "", "")
+    for name, rate in result["tokens_per_s"]["mtp"].items():
+        table.add_row(
+            _case(name), f"{rate:.1f}", f"{result['speedup'][name]:.2f}",
+            str(result["draft_length"][name]), f"{result['acceptance'][name]:.3f}",
+        )  # fmt: skip
+    return table
+
+
+def _server(who: str, server: Mapping[str, Any]) -> Table:
+    """A llama-server: the same cases, and ours over it."""
+    table = Table(title=f"tokens per second, llama-server ({NAMES[who]})", title_justify="left")
+    for heading in ("acceptance", "tokens/s", "over its plain", "drafted", "ours / it"):
+        table.add_column(heading, justify="left" if heading == "acceptance" else "right")
+    over = server["ours_over_it"]
+    table.add_row("plain", f"{server['plain']:.1f}", "1.00", "", f"{over['plain']:.2f}")
+    for name, rate in server["mtp"].items():
+        table.add_row(
+            _case(name), f"{rate:.1f}", f"{server['speedup'][name]:.2f}", str(server["draft_length"][name]),
+            f"{over[name]:.2f}",
+        )  # fmt: skip
+    return table
+
+
+def _case(name: str) -> str:
+    return "the drafter's own" if name == "own" else name
+
+
+def _notes(result: Mapping[str, Any]) -> list[str]:
+    """What a reader must know of how the figures came about."""
+    lines = [f"prompt: {result['prompt_tokens_per_s']:.0f} tokens/s"]
+    for who, other in result.get("against", {}).items():
+        if "prompt_tokens_per_s" in other:
+            lines[0] += f"; {who} {other['prompt_tokens_per_s']:.0f}"
+    for name, by_length in result["speedup_by_length"].items():
+        if len(by_length) > 1:
+            each = ", ".join(f"{length}: {value:.2f}" for length, value in by_length.items())
+            lines.append(f"over plain at acceptance {name} by draft length: {each}")
+    if over := result["overhead"]:
+        share, spent = over["share"], over["ms_per_round"]
+        lines.append(f"overhead: {share:.1%} of a round ({spent:.2f} ms) outside llama_decode and drafting")
+    if result["replayed"]:
+        lines.append(
+            f"replayed at {', '.join(result['replayed'])}: drafts were taken from a recorded continuation with that "
+            "chance per token; the drafter ran and is paid for, its tokens were thrown away"
+        )
+        if result.get("against"):
+            lines.append(
+                "llama-server accepted at random (--spec-synth-rates); its tokens/s are the tokens expected of a round "
+                "over the measured time of one, greedy, backend sampling off, at its best of 1 to 4 drafted"
+            )
+    if "identical" in result:
+        lines.append(f"same tokens with MTP as without: {'yes' if result['identical'] else 'no'}")
+    return lines
+
+
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """Draw speed-up over acceptance and target pass over n, ours and the others'.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _plot_speedup(left, result)
+    _plot_passes(right, result)
+    machine = result["machine"]
+    figure.suptitle(
+        f"{result['target']}, weights {result['weights']}; {machine['cpu']}, {machine['threads']} threads, "
+        f"context {result['ctx_filled']}",
+        fontsize=10,
+    )  # fmt: skip
+    figure.savefig(path, dpi=150)
+
+
+def _points(values: Mapping[str, float], result: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """Acceptance and value of each case, in order; the drafter's own at the acceptance it had."""
+    pairs = sorted((result["acceptance"][k] if k == "own" else float(k), value) for k, value in values.items())
+    return [x for x, _ in pairs], [y for _, y in pairs]
+
+
+def _plot_speedup(axes: Any, result: Mapping[str, Any]) -> None:
+    curves = [("gemma-mtp", result["speedup"], OURS)]
+    for (who, other), colour in zip(result.get("against", {}).items(), OTHERS, strict=False):
+        curves.append((f"llama-server, {NAMES[who]}", other["server"]["speedup"], colour))
+    for label, values, colour in curves:
+        x, y = _points(values, result)
+        axes.plot(x, y, marker="o", color=colour, label=label)
+        # Ours above the point and the others' below, so that close curves stay readable.
+        place = (0, 7) if colour == OURS else (0, -14)
+        for at, value in zip(x, y, strict=True):
+            axes.annotate(f"{value:.2f}", (at, value), textcoords="offset points", xytext=place, ha="center",
+                          color=colour, fontsize=8)  # fmt: skip
+    axes.axhline(1.0, color="0.5", linewidth=1, linestyle="--")
+    axes.set(xlabel="chance that a drafted token is accepted", ylabel="tokens/s over plain", title="Speed-up with MTP")
+    axes.margins(x=0.08, y=0.12)
+    axes.set_ylim(bottom=0)
+    _tidy(axes)
+
+
+def _plot_passes(axes: Any, result: Mapping[str, Any]) -> None:
+    curves = [("gemma-mtp", result["target_pass_ms"], OURS)]
+    for (who, other), colour in zip(result.get("against", {}).items(), OTHERS, strict=False):
+        if "target_pass_ms" in other:
+            curves.append((f"{NAMES[who]} libllama", other["target_pass_ms"], colour))
+    for label, values, colour in curves:
+        axes.plot([int(n) for n in values], list(values.values()), marker="o", color=colour, label=label)
+    axes.set(xlabel="tokens in the pass", ylabel="ms", title="One target pass")
+    axes.set_xticks([int(n) for n in result["target_pass_ms"]])
+    axes.set_ylim(bottom=0)
+    _tidy(axes)
+
+
+def _tidy(axes: Any) -> None:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)

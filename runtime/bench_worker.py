@@ -1,0 +1,305 @@
+"""Measurements of one pair with one libllama, in a process of their own.
+
+Which libllama is loaded is decided when llama_cpp is imported (LLAMA_CPP_LIB_PATH), so comparing two builds takes two
+processes. Each reads requests from stdin and answers on stdout, one JSON object a line; only one works at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gemma_mtp.runtime.llama import Llama
+    from gemma_mtp.runtime.stats import Stats
+
+
+class Worker:
+    """Another process that holds a pair and measures it: `call` names a public method of `Measure`.
+
+    Args:
+        target: GGUF file of the target.
+        drafter: of its drafter.
+        library: folder of another libllama than the installed one.
+        options: arguments of `Llama`.
+
+    Raises:
+        RuntimeError: the process could not load the pair, or ended; with the last lines it wrote.
+    """
+
+    def __init__(self, target: Path, drafter: Path, library: Path | None = None, **options: Any) -> None:
+        env = dict(os.environ, PYTHONWARNINGS="ignore")
+        if library is not None:
+            env["LLAMA_CPP_LIB_PATH"] = str(library)
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in close)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "gemma_mtp.runtime.bench_worker"],
+            env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+        )  # fmt: skip
+        try:
+            self.library: dict[str, Any] = self._ask({"target": str(target), "drafter": str(drafter), **options})
+        except BaseException:
+            self.close()
+            raise
+
+    def call(self, name: str, **arguments: Any) -> Any:
+        return self._ask({"name": name, "arguments": arguments})
+
+    def _ask(self, request: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            self._log.seek(0)
+            tail = " / ".join(self._log.read().strip().splitlines()[-3:])
+            raise RuntimeError(f"the measuring process ended: {tail or 'it was killed, perhaps for want of memory'}")
+        parsed = json.loads(answer)
+        if "error" in parsed:
+            raise RuntimeError(parsed["error"])
+        return parsed["answer"]
+
+    def close(self) -> None:
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._log.close()
+
+
+class Measure:
+    """What can be measured of an open pair. Times are in milliseconds unless said."""
+
+    def __init__(self, llm: Llama) -> None:
+        self.llm = llm
+        self._prompt: list[int] = []
+        self._record: list[int] = []
+
+    def tokenize(self, text: str) -> list[int]:
+        return list(self.llm.tokenize(text.encode()))
+
+    def text(self, tokens: list[int]) -> str:
+        return str(self.llm.detokenize(tokens).decode(errors="replace"))
+
+    def fill(self, tokens: list[int]) -> float:
+        """Put a prompt into the KV cache, whose last token stays out as the one to go on from; time of the rest."""
+        self.llm.reset()
+        self._prompt = tokens
+        clock = perf_counter()
+        self.llm.eval(tokens[:-1])
+        self._synchronize()
+        return (perf_counter() - clock) * 1e3
+
+    def target_pass(self, n: int, times: int, warm: int = 1, logits_all: bool = True) -> list[float]:
+        """Target passes over n tokens behind the prompt, with logits for all or the last; untimed ones come first."""
+        batch, past = [self._prompt[-1]] * n, self.llm.n_tokens
+        taken = []
+        for _ in range(warm + times):
+            self.llm._batch.set_batch(batch=batch, n_past=past, logits_all=logits_all)
+            clock = perf_counter()
+            self.llm._ctx.decode(self.llm._batch)
+            self._synchronize()
+            taken.append((perf_counter() - clock) * 1e3)
+            self.llm._ctx.kv_cache_seq_rm(-1, past, -1)
+        return taken[warm:]
+
+    def draft_round(self, length: int, times: int, warm: int = 1) -> list[float]:
+        """Rounds of `length` drafted tokens behind the prompt."""
+        drafter = self.llm.drafter
+        assert drafter is not None
+        self.target_pass(1, 1, 0)
+        hidden, token = self.llm.hidden(0), self._prompt[-1]
+        taken = []
+        for _ in range(warm + times):
+            clock = perf_counter()
+            drafter.draft(token, hidden, self.llm.n_tokens, length, lambda logits, position: int(logits.argmax()))
+            taken.append((perf_counter() - clock) * 1e3)
+        return taken[warm:]
+
+    def record(self, n: int) -> list[int]:
+        """The target's own greedy continuation of the prompt, which `replay` then proposes."""
+        self.llm.draft_length = 0
+        self._record = list(self._prompt)
+        for token in self.llm.generate(self._prompt, temp=0.0):
+            self._record.append(token)
+            if len(self._record) == len(self._prompt) + n:
+                break
+        return self._record[len(self._prompt) :]
+
+    def replay(self, n: int, length: int, chance: float, seed: int) -> dict[str, Any]:
+        """Generate about n tokens, whole rounds, with recorded drafts accepted with this chance; length 0 for none.
+
+        Should the target leave its record, which takes a near-tie, it is put back on it.
+        """
+        from gemma_mtp.runtime.stats import Stats
+
+        total, shares, segments = Stats(), [0.0, 0.0], 0
+        at, end = len(self._prompt), len(self._prompt) + n
+        while at < end:
+            segments += 1
+            self.llm.draft_length = length
+            at = self._follow(at, end, chance if length else None, seed + segments, shares)
+            total.add(self.llm.stats)
+        return self._result(total, segments, shares) | {"left_record": segments - 1}
+
+    def _follow(self, at: int, end: int, chance: float | None, seed: int, shares: list[float]) -> int:
+        """Generate along the record from a place in it; returns the place to go on from."""
+        with _timed(self.llm, self._record, chance, seed, end - 1) as spent:
+            tokens = self.llm.generate(self._record[:at], temp=0.0)
+            with closing(tokens):
+                for token in _until_enough(tokens):
+                    if self.llm.stats.tokens == 1:
+                        spent.start()
+                    right = token == self._record[at]
+                    at += 1
+                    if not right or (chance is None and at >= end):
+                        break
+            spent.add_to(shares)
+        return at
+
+    def generate(self, prompt: list[int], n: int, length: int, temp: float, seed: int) -> dict[str, Any]:
+        """Generate n tokens, or up to the end of the turn, with what the drafter proposes; length 0 for none."""
+        self.llm.draft_length = length
+        self.llm.set_seed(seed)
+        made: list[int] = []
+        shares = [0.0, 0.0]
+        with _timed(self.llm, [], None, 0, len(prompt) + n - 1) as spent:
+            tokens = self.llm.generate(prompt, top_k=64, top_p=0.95, min_p=0.0, temp=temp)
+            with closing(tokens):
+                for token in _until_enough(tokens):
+                    if not made:
+                        spent.start()
+                    made.append(token)
+                    if token == self.llm.token_eos() or len(made) >= n + length:
+                        break
+            spent.add_to(shares)
+        return self._result(self.llm.stats, 1, shares) | {"tokens": made[:n]}
+
+    def _result(self, stats: Stats, segments: int, shares: Sequence[float]) -> dict[str, Any]:
+        """Counters, and the seconds by where they went. The first token of a segment is its prompt's."""
+        decode, draft = shares
+        return {
+            "generated": stats.tokens - segments,
+            "seconds": stats.seconds,
+            "decode_seconds": decode,
+            "draft_seconds": draft,
+            "rounds": stats.target_passes,
+            "stats": stats.as_dict(),
+        }
+
+    def _synchronize(self) -> None:
+        from llama_cpp import llama_cpp as lib
+
+        lib.llama_synchronize(self.llm.ctx)
+
+
+class _Spent:
+    """Seconds in llama_decode outside of drafts, and in drafts, since `start`."""
+
+    def __init__(self, drafter: Any) -> None:
+        self.decode, self._drafter, self._at_start = 0.0, drafter, (0.0, 0.0)
+
+    def start(self) -> None:
+        self._at_start = (self.decode, self._drafter.seconds)
+
+    def add_to(self, shares: list[float]) -> None:
+        draft = self._drafter.seconds - self._at_start[1]
+        shares[0] += self.decode - self._at_start[0]
+        shares[1] += draft
+
+
+@contextmanager
+def _timed(llm: Llama, record: Sequence[int], chance: float | None, seed: int, end: int) -> Iterator[_Spent]:
+    """Put `Replay` in the drafter's place and a clock around llama_decode, and take both away again."""
+    from gemma_mtp.runtime.replay import Replay
+    from llama_cpp import llama_cpp as lib
+
+    real, decode = llm.drafter, lib.llama_decode
+    replay = Replay(real, record, chance, seed, end)
+    spent = _Spent(replay)
+    target = llm.ctx
+
+    def timed(ctx: Any, batch: Any) -> int:
+        if ctx is not target:
+            return int(decode(ctx, batch))
+        clock = perf_counter()
+        status = int(decode(ctx, batch))
+        lib.llama_synchronize(ctx)
+        spent.decode += perf_counter() - clock
+        return status
+
+    lib.llama_decode, llm.drafter = timed, replay  # type: ignore[assignment]
+    try:
+        yield spent
+    finally:
+        lib.llama_decode, llm.drafter = decode, real
+
+
+def _until_enough(tokens: Iterator[int]) -> Iterator[int]:
+    from gemma_mtp.runtime.replay import Enough
+
+    try:
+        yield from tokens
+    except Enough:
+        return
+
+
+def main() -> None:
+    """Load a pair as the first line says, then answer requests until stdin ends."""
+    # llama.cpp and Python may print what they like; only answers go where the other side reads.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    measure: Measure | None = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer: dict[str, Any]
+        try:
+            if measure is None:
+                measure, about = _open(**request)
+                answer = {"answer": about}
+            else:
+                answer = {"answer": getattr(measure, request["name"])(**request["arguments"])}
+        except (ValueError, RuntimeError, MemoryError) as problem:
+            answer = {"error": str(problem) or type(problem).__name__}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+    if measure is not None:
+        measure.llm.close()
+
+
+def _open(target: str, drafter: str, **options: Any) -> tuple[Measure, dict[str, Any]]:
+    import llama_cpp
+    from gemma_mtp.runtime import native
+    from gemma_mtp.runtime.llama import Llama
+
+    clock = perf_counter()
+    llm = Llama(target, drafter=drafter, verbose=False, **options)
+    about = {
+        "llama_cpp": llama_cpp.__version__,
+        "patched": native.patched(),
+        "features": (llama_cpp.llama_print_system_info() or b"").decode().strip(),
+        "load_seconds": round(perf_counter() - clock, 2),
+        "n_vocab": llm.n_vocab(),
+        "gpu": bool(llama_cpp.llama_supports_gpu_offload()) and llm.model_params.n_gpu_layers != 0,
+    }
+    return Measure(llm), about
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""`gemma-mtp bench`: what it prints, what it replays, and the random weights it makes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from gemma_mtp.convert import Pair, link, shapes
+from gemma_mtp.convert.cli import verify_files
+from gemma_mtp.patches import build
+from gemma_mtp.runtime import bench, machine
+from gemma_mtp.runtime.bench_settings import Settings
+from gemma_mtp.runtime.bench_speed import best_length
+from gemma_mtp.runtime.bench_worker import Worker
+from gemma_mtp.runtime.cli import main
+from gemma_mtp.runtime.replay import Enough, Replay, expected_tokens
+from llama_cpp import llama_cpp as lib
+
+STOCK = build.stock_dir()
+needs_stock = pytest.mark.skipif(not STOCK.exists(), reason="no unpatched llama.cpp here; make check-stock builds it")
+PNG = b"\x89PNG\r\n"
+
+
+def run(*arguments: Any) -> dict[str, Any]:
+    done = CliRunner().invoke(main, ["bench", *map(str, arguments)])
+    assert done.exit_code == 0, done.output
+    parsed: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return parsed
+
+
+def test_bench_ends_with_one_json_line(demo: Pair, tmp_path: Path) -> None:
+    picture = tmp_path / "bench.png"
+    replay = ["--acceptance", "0.6,1", "--draft", "2,3", "--plot", picture]
+    found = run(demo.target.parent, "-n", 48, "--repeat", 1, "--ctx-filled", 40, "-t", 1, *replay)
+    assert found["target"] == demo.target.name
+    assert found["weights"] == "from the file"
+    assert list(found["target_pass_ms"]) == ["1", "2", "3", "4", "5", "6", "7", "8", "9", "12"]
+    assert list(found["draft_round_ms"]) == ["1", "2", "3", "4", "5", "6", "7", "8"]
+    assert min(*found["target_pass_ms"].values(), *found["draft_round_ms"].values()) > 0
+    assert set(found["tokens_per_s"]["mtp"]) == set(found["speedup"]) == {"0.6", "1", "own"}
+    assert found["tokens_per_s"]["plain"] > 0
+    assert found["replayed"] == ["0.6", "1"]
+    assert set(found["speedup_by_length"]["own"]) == {"2", "3"}
+    assert found["draft_length"]["own"] in (2, 3)
+    assert found["acceptance"]["0.6"] == pytest.approx(0.6, abs=0.08)
+    assert found["identical"] is True
+    assert 0 < found["overhead"]["share"] < 1
+    assert found["machine"]["threads"] == 1 and found["machine"]["cpu"]
+    assert found["versions"]["patched"] is True
+    assert picture.read_bytes().startswith(PNG)
+
+
+@pytest.mark.stock
+@needs_stock
+def test_bench_beside_stock(demo: Pair, tmp_path: Path) -> None:
+    picture = tmp_path / "bench.png"
+    small = ["-n", 24, "--repeat", 1, "--ctx-filled", 40, "-t", 1, "--acceptance", "0.8", "--plot", picture]
+    found = run(demo.target, *small, "--against", "stock", "--against", "patched-server")
+    stock, ours = found["against"]["stock"], found["against"]["patched-server"]
+    assert set(stock["ratio"]["target_pass_ms"]) == set(found["target_pass_ms"])
+    assert set(stock["ratio"]["draft_round_ms"]) == set(found["draft_round_ms"])
+    for other in (stock, ours):
+        assert set(other["server"]["speedup"]) == {"0.8", "own"}
+        assert set(other["server"]["ours_over_it"]) == {"plain", "0.8", "own"}
+        assert other["server"]["draft_length"]["own"] in (1, 2, 3, 4)
+    assert picture.read_bytes().startswith(PNG)
+
+
+class Guesses:
+    """A drafter that always proposes zeros, and counts how often it ran."""
+
+    runs = 0
+
+    def draft(self, token: int, hidden: Any, position: int, length: int, choose: Any) -> list[int]:
+        del token, hidden
+        self.runs += 1
+        return [choose(np.eye(1, 16)[0], position + 1 + step) if choose else 0 for step in range(length)]
+
+
+@pytest.mark.parametrize("choose", [None, lambda logits, position: int(logits.argmax())])
+@pytest.mark.parametrize("chance", [0.0, 0.35, 0.6, 0.95, 1.0])
+def test_replay_is_right_with_the_chance_asked_for(chance: float, choose: Any) -> None:
+    record, rounds, length = list(range(1, 9)), 400, 4
+    drafter = Guesses()
+    replay = Replay(drafter, record, chance, seed=3, end=len(record))
+    right = np.zeros(length + 1)
+    for _ in range(rounds):
+        drafted = replay.draft(2, np.zeros(1), 1, length, choose)
+        hits = [token == truth for token, truth in zip(drafted, record[2:], strict=False)]
+        count = hits.index(False) if False in hits else length
+        assert not any(hits[count:])  # a wrong token ends what can be accepted
+        right[: count + 1] += 1
+    assert drafter.runs == rounds
+    assert replay.seconds > 0
+    for place in range(1, length + 1):
+        # The numbers lie evenly, so the deviation is of the order of 1 / rounds, not of its square root.
+        assert right[place] / rounds == pytest.approx(chance**place, abs=0.01)
+
+
+def test_replay_without_a_chance_proposes_what_the_drafter_does_and_ends_between_rounds() -> None:
+    replay = Replay(Guesses(), [5, 6, 7], None, seed=0, end=2)
+    assert replay.draft(6, np.zeros(1), 1, 3, None) == [0, 0, 0]
+    with pytest.raises(Enough):
+        replay.draft(7, np.zeros(1), 2, 3, None)
+
+
+def test_best_length_weighs_cost_and_acceptance() -> None:
+    assert expected_tokens(0.5, 2) == 1.75
+    dear = {"target_pass_ms": {str(n): 10.0 * n for n in range(1, 10)}, "draft_round_ms": dict.fromkeys("12345678", 0)}
+    cheap = {"target_pass_ms": dict.fromkeys("123456789", 10.0), "draft_round_ms": dict.fromkeys("12345678", 0.0)}
+    assert best_length(0.6, dear) == 1
+    assert best_length(0.6, cheap) == 8
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+    """E2B's shape cut to five layers, 800 MB."""
+    target, drafter = shapes.generate("E2B", tmp_path_factory.mktemp("shapes"), layers=5)
+    yield target, drafter
+    target.unlink()
+
+
+def test_random_weights_are_a_linked_pair_at_true_shape(small: tuple[Path, Path], tmp_path: Path) -> None:
+    target, drafter = (link.read_header(path) for path in small)
+    verify_files(small[0])  # every block finite, the link checked
+    assert link.find_drafter(target.path) == drafter.path
+    assert target.metadata[shapes.KEY_SEED] == target.metadata[bench.KEY_SEED] == 0
+    assert target.tensors["token_embd.weight"].shape == (1536, 262144)
+    assert target.tensors["blk.4.ffn_down.weight"].shape == (6144, 1536)
+    assert drafter.metadata[link.KEY_N_CENTROIDS] == 2048
+    assert sorted(drafter.metadata[link.KEY_ORDERING][:8]) != list(range(8))
+    # The same seed gives the same bytes; a file that is there already is not made again.
+    again = tmp_path / small[0].parent.name / small[0].name
+    again.parent.mkdir()
+    again.touch()
+    made = shapes.generate("E2B", tmp_path, layers=5)
+    assert made[0].stat().st_size == 0
+    assert made[1].read_bytes() == small[1].read_bytes()
+
+
+@pytest.mark.parametrize("library", [None, pytest.param(STOCK, marks=[pytest.mark.stock, needs_stock])])
+def test_random_weights_generate_with_mtp(small: tuple[Path, Path], library: Path | None) -> None:
+    with closing(Worker(*small, library, n_ctx=256, n_threads=1, n_threads_batch=1)) as worker:
+        assert worker.library["patched"] is (library is None)
+        worker.call("fill", tokens=list(range(1000, 1016)))
+        record = worker.call("record", n=24)
+        assert len(set(record)) > 12  # no loop
+        found = worker.call("replay", n=12, length=3, chance=1.0, seed=0)
+        assert found["generated"] >= 11
+        assert found["rounds"] < found["generated"]
+        assert found["seconds"] >= found["decode_seconds"] + found["draft_seconds"] > 0
+
+
+@pytest.mark.parametrize("shape", list(shapes.SHAPES))
+def test_every_shape_is_planned_whole_and_shortened(shape: str) -> None:
+    spec = shapes.SHAPES[shape]
+    for layers in (None, spec.period, 2 * spec.period):
+        target, drafter = shapes.configs(shape, layers)
+        text = target["text_config"]
+        assert len(text["layer_types"]) == text["num_hidden_layers"]
+        assert (text["num_hidden_layers"] - text["num_kv_shared_layers"]) % spec.period == 0
+        assert drafter["backbone_hidden_size"] == text["hidden_size"]
+    with pytest.raises(link.MtpError, match=f"multiple of {spec.period}"):
+        shapes.configs(shape, spec.period + 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "name a PAIR"),
+        (["--shape", "E2B", "--layers", "7"], "multiple of 5"),
+        (["--shape", "E2B", "-q", "Q9"], "unknown format 'Q9'"),
+        (["--shape", "E2B", "--acceptance", "1.2"], "between 0 and 1"),
+        (["--shape", "E2B", "--draft", "a"], "not a list of numbers"),
+        (["."], "must hold one target"),
+        (["--shape", "E2B", "--plot", "none/bench.png"], "there is no folder"),
+    ],
+)
+def test_bad_arguments_get_one_clear_line(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GEMMA_MTP_CACHE", str(tmp_path / "cache"))
+    done = CliRunner().invoke(main, ["bench", *arguments])
+    assert done.exit_code != 0
+    assert said in done.output.splitlines()[-1]
+    assert not list(tmp_path.rglob("*.gguf"))
+
+
+def test_a_worker_that_cannot_load_says_why(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="does not exist"):
+        Worker(tmp_path / "none.gguf", tmp_path / "none.gguf", n_ctx=64)
+
+
+def test_too_little_memory_is_refused_before_anything_is_loaded(demo: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "free_memory", lambda: 1000)
+    monkeypatch.setattr(lib, "llama_supports_gpu_offload", lambda: False)
+    settings = Settings(demo.target, demo.drafter)
+    with pytest.raises(RuntimeError, match="processes need about"):
+        bench.measure(settings)
+
+
+def test_the_machine_is_described() -> None:
+    found = machine.describe(1)
+    assert found["cpu"] and found["cores"] >= 1
+    assert found["read_gb_per_s"] is None or found["read_gb_per_s"] > 0.1

@@ -5,7 +5,8 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo test check fix bench check-patches check-kernels check-stock clean
+.PHONY: help setup native demo test check fix bench bench-convert check-patches check-kernels check-formats check-stock \
+        clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +59,12 @@ check-kernels: setup ## build libggml for other instruction sets and compare its
 check-stock: setup ## build the unpatched llama.cpp and drive it with a converted pair
 	@$(BIN)/python patches/build.py stock
 	@$(BIN)/python -m pytest -m stock
+
+check-formats: setup ## every format of every size, with and without importance matrix, against llama-quantize
+	@$(BIN)/python -m pytest -q -s -m formats tests/test_formats.py
+
+bench-convert: setup ## time, memory and bytes of a conversion beside upstream's two steps
+	@$(BIN)/python tests/bench_convert.py
 
 clean: ## remove the environment and build outputs of this checkout
 	@rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -2,41 +2,68 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemma_mtp.convert import link
 from gemma_mtp.convert.link import MtpError, PairError
 
-__all__ = ["MtpError", "Pair", "PairError", "convert_pair"]
+if TYPE_CHECKING:
+    from gemma_mtp.convert.checkpoint import Checkpoint
+    from gemma_mtp.convert.imatrix import Imatrix
+    from gemma_mtp.convert.plan import Plan
+    from gemma_mtp.convert.recipe import Options
+
+__all__ = ["MtpError", "Pair", "PairError", "PairPlan", "convert_pair", "plan_pair"]
 
 Progress = Callable[[int, int], None]
+Folder = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What `convert_pair` wrote."""
+    """What `convert_pair` wrote: the first of the targets and of the drafters, the Modelfile of both, and all files."""
 
     target: Path
     drafter: Path
     modelfile: Path
+    files: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class PairPlan:
+    """What `convert_pair` would write: file name to plan, for each role; `files` with the parts of split ones."""
+
+    targets: Mapping[str, Plan]
+    drafters: Mapping[str, Plan]
+    files: tuple[str, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(each.n_bytes for each in (*self.targets.values(), *self.drafters.values()))
 
 
 def convert_pair(
-    target_dir: str | os.PathLike[str],
-    drafter_dir: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    quant: str = "Q4_K_M",
-    drafter_quant: str = "Q8_0",
+    target_dir: Folder,
+    drafter_dir: Folder,
+    out: Folder,
+    quant: str | Sequence[str] = "Q4_K_M",
+    drafter_quant: str | Sequence[str] = "Q8_0",
     name: str | None = None,
     force: bool = False,
     progress: Progress = lambda done, total: None,
+    *,
+    options: Options | None = None,
+    imatrix: Folder | None = None,
+    split_max_size: int | None = None,
 ) -> Pair:
     """Write OUT/<name>-<quant>.gguf, its drafter beside it, and a Modelfile for both.
 
@@ -46,11 +73,14 @@ def convert_pair(
         target_dir: Hugging Face folder of the target.
         drafter_dir: Hugging Face folder of its drafter.
         out: folder to write into; made if it is not there.
-        quant: format of the target: F32, F16, BF16, Q8_0, Q4_0 or Q4_K_M.
-        drafter_quant: format of the drafter.
+        quant: format of the target, a key of `recipe.QUANTS`, or several; the source is read once for all.
+        drafter_quant: format of the drafter, or several. The Modelfile names the first of each.
         name: start of the file names; the names of the two folders unless given.
         force: replace files of the same names.
         progress: called with bytes written and bytes in all.
+        options: types of the target's tensors, otherwise than the format has them.
+        imatrix: file with the importance matrix of the target.
+        split_max_size: bytes of tensors that a file holds at most; larger models are split as llama.cpp splits them.
 
     Raises:
         PairError: the two folders do not hold a target and its drafter.
@@ -58,22 +88,18 @@ def convert_pair(
     """
     from gemma_mtp.convert.checkpoint import open_checkpoint
     from gemma_mtp.convert.modelfile import modelfile
-    from gemma_mtp.convert.plan import check_pair, plan
     from gemma_mtp.convert.write import write
 
     folder = Path(out)
     with open_checkpoint(Path(target_dir)) as target, open_checkpoint(Path(drafter_dir)) as drafter:
-        check_pair(target.config, drafter.config)
-        _same_tokens(target.folder, drafter.folder)
-        plans = [plan(target.config, target.index, quant), plan(drafter.config, drafter.index, drafter_quant)]
-        stem, drafter_stem = _stems(target.folder, drafter.folder, name)
-        files = [f"{stem}-{quant}.gguf", f"{drafter_stem}-{drafter_quant}.gguf"]
-        total = sum(each.n_bytes for each in plans)
+        weights = _imatrix(imatrix)
+        plans = _plan(target, drafter, quant, drafter_quant, name, options, weights is not None, split_max_size)
+        first = plan_file(plans.files, plans.targets), plan_file(plans.files, plans.drafters)
         source = target.fingerprint()
         common = {link.KEY_VERSION: link.VERSION}
         links: list[dict[str, Any]] = [
-            {**common, link.KEY_ROLE: "target", link.KEY_SOURCE: source, link.KEY_PEER: files[1]},
-            {**common, link.KEY_ROLE: "drafter", link.KEY_SOURCE: drafter.fingerprint(), link.KEY_PEER: files[0],
+            {**common, link.KEY_ROLE: "target", link.KEY_SOURCE: source, link.KEY_PEER: first[1]},
+            {**common, link.KEY_ROLE: "drafter", link.KEY_SOURCE: drafter.fingerprint(), link.KEY_PEER: first[0],
              link.KEY_TARGET: source},
         ]  # fmt: skip
         done = 0
@@ -81,14 +107,82 @@ def convert_pair(
         def count(more: int) -> None:
             nonlocal done
             done += more
-            progress(done, total)
+            progress(done, plans.n_bytes)
 
-        with _all_or_nothing(folder, [*files, "Modelfile"], total, force) as hidden:
-            for checkpoint, each, file, tied in zip((target, drafter), plans, files, links, strict=True):
-                write(each, checkpoint, hidden / file, tied, count)
-            link.check(link.read_header(hidden / files[0]), link.read_header(hidden / files[1]))
-            (hidden / "Modelfile").write_text(modelfile(files[0], files[1], target.generation), encoding="utf-8")
-    return Pair(folder / files[0], folder / files[1], folder / "Modelfile")
+        with _all_or_nothing(folder, [*plans.files, "Modelfile"], plans.n_bytes, force) as hidden:
+            roles = (target, plans.targets, links[0], weights), (drafter, plans.drafters, links[1], None)
+            for checkpoint, each, tied, matrix in roles:
+                write(_outputs(hidden, each, tied, matrix, split_max_size), checkpoint, count)
+            link.check(link.read_header(hidden / first[0]), link.read_header(hidden / first[1]))
+            (hidden / "Modelfile").write_text(modelfile(*first, target.generation), encoding="utf-8")
+    files = tuple(folder / file for file in plans.files)
+    return Pair(folder / first[0], folder / first[1], folder / "Modelfile", files)
+
+
+def plan_pair(
+    target_dir: Folder,
+    drafter_dir: Folder,
+    quant: str | Sequence[str] = "Q4_K_M",
+    drafter_quant: str | Sequence[str] = "Q8_0",
+    name: str | None = None,
+    *,
+    options: Options | None = None,
+    imatrix: Folder | None = None,
+    split_max_size: int | None = None,
+) -> PairPlan:
+    """What `convert_pair` with the same arguments would write, from headers alone; raises what it raises."""
+    from gemma_mtp.convert.checkpoint import open_checkpoint
+
+    with open_checkpoint(Path(target_dir)) as target, open_checkpoint(Path(drafter_dir)) as drafter:
+        weights = _imatrix(imatrix)
+        return _plan(target, drafter, quant, drafter_quant, name, options, weights is not None, split_max_size)
+
+
+def plan_file(files: Sequence[str], plans: Mapping[str, Plan]) -> str:
+    """The file that a user names to load the first of some plans: its first part if it is split."""
+    stem = next(iter(plans)).removesuffix(".gguf")
+    return next(file for file in files if file == f"{stem}.gguf" or file.startswith(f"{stem}-00001-of-"))
+
+
+def _imatrix(path: Folder | None) -> Imatrix | None:
+    from gemma_mtp.convert.imatrix import read_imatrix
+
+    return None if path is None else read_imatrix(Path(path))
+
+
+def _plan(
+    target: Checkpoint, drafter: Checkpoint, quant: str | Sequence[str], drafter_quant: str | Sequence[str],
+    name: str | None, options: Options | None, imatrix: bool, split_max_size: int | None,
+) -> PairPlan:  # fmt: skip
+    from gemma_mtp.convert import recipe
+    from gemma_mtp.convert.plan import check_pair, parts, plan
+
+    check_pair(target.config, drafter.config)
+    _same_tokens(target.folder, drafter.folder)
+    chosen = replace(options or recipe.DEFAULT, imatrix=imatrix)
+    found: list[dict[str, Plan]] = []
+    stems = _stems(target.folder, drafter.folder, name)
+    for checkpoint, stem, quants, wanted in (
+        (target, stems[0], quant, chosen),
+        (drafter, stems[1], drafter_quant, recipe.DEFAULT),
+    ):
+        keys = [recipe.find_quant(each) for each in ([quants] if isinstance(quants, str) else quants)]
+        found.append({f"{stem}-{key}.gguf": plan(checkpoint.config, checkpoint.index, key, wanted) for key in keys})
+    files = [
+        path.name
+        for plans in found
+        for file, each in plans.items()
+        for path, _ in parts(each, Path(file), split_max_size)
+    ]
+    return PairPlan(found[0], found[1], tuple(files))
+
+
+def _outputs(
+    folder: Path, plans: Mapping[str, Plan], tied: Mapping[str, Any], imatrix: Imatrix | None, most: int | None
+) -> list[Any]:
+    from gemma_mtp.convert.write import Output
+
+    return [Output(each, folder / file, tied, imatrix, most) for file, each in plans.items()]
 
 
 def _stems(target: Path, drafter: Path, name: str | None) -> tuple[str, str]:
@@ -103,11 +197,14 @@ def _stems(target: Path, drafter: Path, name: str | None) -> tuple[str, str]:
 def _same_tokens(target: Path, drafter: Path) -> None:
     from gemma_mtp.convert.vocab import Vocabulary
 
+    one, other = (folder / "tokenizer.json" for folder in (target, drafter))
+    if one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False):
+        return
     ours, theirs = Vocabulary(target).tokens, Vocabulary(drafter).tokens
-    for place, (one, other) in enumerate(zip(ours, theirs, strict=False)):
-        if one != other:
+    for place, (left, right) in enumerate(zip(ours, theirs, strict=False)):
+        if left != right:
             raise PairError(
-                f"the drafter is of another target: token {place} is {one!r} in {target}, {other!r} in {drafter}; "
+                f"the drafter is of another target: token {place} is {left!r} in {target}, {right!r} in {drafter}; "
                 "pass the drafter published for this target."
             )
 

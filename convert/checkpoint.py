@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from gemma_mtp.convert.config import read_config, read_json
 from gemma_mtp.convert.link import MtpError
 from safetensors import SafetensorError, safe_open
+
+if TYPE_CHECKING:
+    import torch
 
 # The number of values taken from each of three places of every tensor for the fingerprint.
 SAMPLE = 4096
@@ -23,11 +30,18 @@ INCIDENTAL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
 @dataclass(frozen=True)
 class Source:
-    """One tensor of the checkpoint: file, shape as torch has it, and safetensors' name of its type."""
+    """One tensor of the checkpoint: file, shape as torch has it, safetensors' name of its type, bytes in the file."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    offset: int = 0
+    size: int = 0
+
+    @property
+    def row_size(self) -> int:
+        """Bytes of one row along the first dimension."""
+        return self.size // self.shape[0] if self.shape and self.shape[0] else self.size
 
 
 class Checkpoint:
@@ -40,21 +54,39 @@ class Checkpoint:
         self.config = read_config(folder)
         generation = folder / "generation_config.json"
         self.generation = read_json(generation) if generation.exists() else {}
-        self._open = {path: _open(path, files) for path in _weight_files(folder)}
+        self._files: dict[Path, int] = {}
         self.index: dict[str, Source] = {}
-        for path, file in self._open.items():
-            for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
+        for path in _weight_files(folder):
+            for name, source in _tensors(path).items():
                 if name in self.index:
                     raise MtpError(f"{path} holds {name!r}, and so does {self.index[name].file.name}; download again.")
-                piece = file.get_slice(name)
-                self.index[name] = Source(path, tuple(piece.get_shape()), piece.get_dtype())
+                self.index[name] = source
+            self._files[path] = os.open(path, os.O_RDONLY)
+            files.callback(os.close, self._files[path])
         _check_index(folder, self.index)
+
+    def read(self, name: str, start: int, size: int) -> npt.NDArray[np.uint8]:
+        """Bytes [start, start + size) of a tensor, read into memory of their own; threads may do so at once.
+
+        Raises:
+            MtpError: the file ends before the tensor does.
+        """
+        source = self.index[name]
+        raw = np.empty(size, np.uint8)
+        done = 0
+        while done < size:
+            more = os.preadv(self._files[source.file], [raw[done:].data], source.offset + start + done)
+            if not more:
+                raise MtpError(f"{source.file} ends within {name!r}; it was changed or cut off: download it again.")
+            done += more
+        return raw
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) along the first dimension of a tensor, in the type it is stored in."""
         source = self.index[name]
         try:
-            rows: torch.Tensor = self._open[source.file].get_slice(name)[start:stop]
+            with safe_open(source.file, framework="pt") as file:
+                rows: torch.Tensor = file.get_slice(name)[start:stop]
         except SafetensorError as problem:
             raise MtpError(f"{source.file}: cannot read {name!r} ({problem}); download it again.") from None
         return rows
@@ -72,10 +104,11 @@ class Checkpoint:
             total.update(f"{name} {source.dtype} {source.shape}\n".encode())
             count = source.shape[0] if source.shape else 0
             # A vector is sampled in one piece: its rows are single values.
-            pieces = [(row, row + 1) for row in sorted({0, count // 2, count - 1})] if count else []
-            for start, stop in [(0, min(count, SAMPLE))] if len(source.shape) == 1 else pieces:
-                sample = self.rows(name, start, stop).flatten()[:SAMPLE].contiguous()
-                total.update(sample.view(torch.uint8).numpy().tobytes())
+            matrix = len(source.shape) > 1
+            starts = sorted({0, count // 2, count - 1}) if matrix else [0]
+            length = min(source.row_size if matrix else source.size, SAMPLE * source.size // max(1, prod(source.shape)))
+            for start in starts if count else []:
+                total.update(self.read(name, start * source.row_size, length).tobytes())
         return total.hexdigest()
 
 
@@ -120,11 +153,23 @@ def _check_index(folder: Path, found: Mapping[str, Source]) -> None:
             raise MtpError(f"{folder / file} does not hold {name!r}, which {index.name} promises; download it again.")
 
 
-def _open(path: Path, files: ExitStack) -> Any:
+def _tensors(path: Path) -> dict[str, Source]:
+    """The tensors of a safetensors file, which the safetensors library checks: offsets, sizes, shapes."""
     with path.open("rb") as file:
-        if file.read(24).startswith(b"version https://git-lfs"):
+        start = file.read(24)
+        if start.startswith(b"version https://git-lfs"):
             raise MtpError(f"{path} is a Git LFS pointer, not weights; run git lfs pull in {path.parent}.")
     try:
-        return files.enter_context(safe_open(path, framework="pt"))
+        with safe_open(path, framework="np"):
+            pass
     except (SafetensorError, OSError) as problem:
         raise MtpError(f"{path} is damaged or only partly downloaded ({problem}); download it again.") from None
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    found = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            first, last = entry["data_offsets"]
+            found[name] = Source(path, tuple(entry["shape"]), entry["dtype"], 8 + length + first, last - first)
+    return dict(sorted(found.items()))

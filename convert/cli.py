@@ -11,14 +11,14 @@ from typing import Any
 
 import click
 import numpy as np
-from gemma_mtp.convert import Pair, convert_pair, link
-from gemma_mtp.convert.recipe import QUANTS
-from gguf import GGMLQuantizationType
+from gemma_mtp.convert import Pair, convert_pair, link, plan_pair
+from gemma_mtp.convert.blocks import Type
+from gemma_mtp.convert.cli_convert import FORMATS, describe_plan, read_options, read_size, show_plan, type_options
+from gemma_mtp.convert.recipe import RECIPES, recipe_of
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-FORMATS = click.Choice(list(QUANTS), case_sensitive=False)
 # Arrays that say nothing to a reader are shown by length alone.
 SHOWN = 8
 
@@ -27,55 +27,78 @@ SHOWN = 8
 @click.argument("target", type=click.Path(path_type=Path))
 @click.argument("drafter", type=click.Path(path_type=Path))
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write into.")
-@click.option("-q", "--quant", type=FORMATS, default="Q4_K_M", show_default=True, help="Format of the target.")
-@click.option("--drafter-quant", type=FORMATS, default="Q8_0", show_default=True, help="Format of the drafter.")
+@click.option("-q", "--quant", type=FORMATS, multiple=True, help="Format of the target; repeatable.")
+@click.option("--drafter-quant", type=FORMATS, multiple=True, help="Format of the drafter; repeatable.")
+@click.option("--recipe", type=click.Choice(list(RECIPES)), help="Formats of both, where -q and --drafter-quant name "
+              "none: cpu (Q4_0, Q4_0), gpu (Q4_K_M, Q8_0), qat (Q4_0, Q4_0). [default: qat for "
+              "*-qat-q4_0-unquantized, else gpu]")  # fmt: skip
+@type_options
 @click.option("--name", help="Start of the file names. [default: the names of the two folders]")
 @click.option("--force", is_flag=True, help="Replace files of the same names.")
+@click.option("--dry-run", is_flag=True, help="Print the plan with sizes and what is left out; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
 def convert(
-    target: Path, drafter: Path, out: Path, quant: str, drafter_quant: str, name: str | None, force: bool, as_json: bool
-) -> None:
+    target: Path, drafter: Path, out: Path, quant: tuple[str, ...], drafter_quant: tuple[str, ...], recipe: str | None,
+    imatrix: Path | None, tensor_type: tuple[str, ...], token_embedding_type: str | None,
+    output_tensor_type: str | None, pure: bool, split_max_size: str | None, name: str | None, force: bool,
+    dry_run: bool, as_json: bool,
+) -> None:  # fmt: skip
     """Convert a target and its drafter to two linked GGUF files and a Modelfile.
 
-    TARGET and DRAFTER are Hugging Face folders with safetensors weights.
+    TARGET and DRAFTER are Hugging Face folders with safetensors weights. All formats of llama-quantize are there; the
+    options for single tensors have its names and its meaning.
 
     \b
     Examples:
       gemma-mtp convert gemma-4-E2B-it gemma-4-E2B-it-assistant -o out
-      gemma-mtp convert gemma-4-E2B-it gemma-4-E2B-it-assistant -o out -q Q4_0 --drafter-quant BF16
-      gemma-mtp convert snapshots/8f3a snapshots/77c0 -o out --name gemma-4-E4B-it
+      gemma-mtp convert gemma-4-E2B-it gemma-4-E2B-it-assistant -o out --recipe cpu
+      gemma-mtp convert gemma-4-E2B-it gemma-4-E2B-it-assistant -o out -q Q4_K_M -q Q8_0 --dry-run
+      gemma-mtp convert gemma-4-E2B-it gemma-4-E2B-it-assistant -o out -q IQ3_M --imatrix imatrix.gguf
+      gemma-mtp convert snapshots/8f3a snapshots/77c0 -o out --name gemma-4-E4B-it --split-max-size 4G
     """
     console = Console(stderr=True)
     columns = (
         TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
+    formats = RECIPES[recipe or recipe_of(target.resolve().name)]
+    chosen = quant or formats[:1], drafter_quant or formats[1:]
+    options: dict[str, Any] = {
+        "options": read_options(tensor_type, token_embedding_type, output_tensor_type, pure),
+        "imatrix": imatrix,
+        "split_max_size": read_size(split_max_size),
+    }
+    if dry_run:
+        plans = plan_pair(target, drafter, *chosen, name, **options)
+        click.echo(json.dumps(describe_plan(plans))) if as_json else show_plan(plans)
+        return
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
         pair = convert_pair(
-            target, drafter, out, quant, drafter_quant, name, force,
-            lambda done, total: bar.update(task, completed=done, total=total),
+            target, drafter, out, *chosen, name, force,
+            lambda done, total: bar.update(task, completed=done, total=total), **options,
         )  # fmt: skip
     _report(pair, as_json)
 
 
 def _report(pair: Pair, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps({key: str(path) for key, path in vars(pair).items()}))
+        roles = {role: str(getattr(pair, role)) for role in ("target", "drafter", "modelfile")}
+        click.echo(json.dumps(roles | {"files": [str(path) for path in pair.files]}))
         return
     table = Table(box=None, pad_edge=False)
     for heading in ("", "file", "MB", "types"):
         table.add_column(heading, justify="right" if heading == "MB" else "left", overflow="fold")
-    for role in ("target", "drafter"):
-        path: Path = getattr(pair, role)
-        counts = _type_counts(link.read_header(path))
-        table.add_row(role, path.name, f"{path.stat().st_size / 1e6:.1f}", counts)
+    for path in pair.files:
+        header = link.read_header(path)
+        role = str(header.metadata.get(link.KEY_ROLE, ""))
+        table.add_row(role, path.name, f"{path.stat().st_size / 1e6:.1f}", _type_counts(header))
     table.add_row("Ollama", pair.modelfile.name, "", "")
     click.echo(f"{pair.target.parent}:")
     Console().print(table)
 
 
 def _type_counts(header: link.Header) -> str:
-    counts = Counter(GGMLQuantizationType(tensor.type).name for tensor in header.tensors.values())
+    counts = Counter(Type(tensor.type).name for tensor in header.tensors.values())
     return " ".join(f"{kind} x{count}" for kind, count in counts.most_common())
 
 
@@ -122,7 +145,7 @@ def describe(header: link.Header) -> dict[str, Any]:
         "architecture": header.arch,
         "metadata": {key: _plain(value) for key, value in header.metadata.items()},
         "tensors": [
-            {"name": name, "type": GGMLQuantizationType(t.type).name, "shape": list(t.shape), "bytes": t.size}
+            {"name": name, "type": Type(t.type).name, "shape": list(t.shape), "bytes": t.size}
             for name, t in header.tensors.items()
         ],
         "link": {
@@ -196,7 +219,7 @@ def _all_finite(header: link.Header) -> None:
 
     data = np.memmap(header.path, np.uint8, "r")
     for name, tensor in header.tensors.items():
-        if not valid(data[tensor.offset : tensor.offset + tensor.size], GGMLQuantizationType(tensor.type)):
+        if not valid(data[tensor.offset : tensor.offset + tensor.size], Type(tensor.type)):
             raise link.MtpError(f"{header.path}: tensor {name!r} is damaged (NaN or infinite); convert it again.")
 
 

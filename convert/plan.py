@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
+from pathlib import Path
 from typing import Any
 
 from gemma_mtp.convert import blocks, names, recipe
@@ -48,6 +50,39 @@ class Plan:
     def n_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.n_bytes for tensor in self.tensors)
+
+    @property
+    def n_params(self) -> int:
+        """Parameters of the checkpoint that the file holds."""
+        return sum(prod(tensor.shape) for tensor in self.tensors if tensor.source is not None)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one file of a split model holds: its place among `count` files, and its tensors."""
+
+    index: int
+    count: int
+    tensors: tuple[Planned, ...]
+
+
+def parts(plan: Plan, path: Path, most: int | None) -> list[tuple[Path, Part]]:
+    """The files of a model: one, or as many as it takes to keep the tensors of each within `most` bytes.
+
+    Parts are named as llama.cpp wants them (`llama_split_path`), and each holds at least one tensor.
+    """
+    groups: list[list[Planned]] = [[]]
+    size = 0
+    for tensor in plan.tensors:
+        if most is not None and groups[-1] and size + tensor.n_bytes > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.n_bytes
+    count = len(groups)
+    names = [path.name] if count == 1 else [f"{path.stem}-{i + 1:05d}-of-{count:05d}.gguf" for i in range(count)]
+    made = (Part(index, count, tuple(group)) for index, group in enumerate(groups))
+    return [(path.with_name(name), part) for name, part in zip(names, made, strict=True)]
 
 
 def plan(config: Config, index: Mapping[str, Source], quant: str, options: recipe.Options = recipe.DEFAULT) -> Plan:
@@ -98,6 +133,8 @@ def plan(config: Config, index: Mapping[str, Source], quant: str, options: recip
     rows.sort(key=lambda row: _order(row.name))
     model = recipe.Model(config.n_layer, config.n_head // config.n_kv_of(0), config.n_expert or 0)
     types = recipe.choose(rows, quant, model, options)
+    if not options.imatrix:
+        _check_imatrix(types, quant)
     return Plan(
         arch=DRAFTER_ARCH if isinstance(config, DrafterConfig) else TARGET_ARCH,
         quant=quant,
@@ -108,6 +145,15 @@ def plan(config: Config, index: Mapping[str, Source], quant: str, options: recip
         ),
         dropped=dropped,
     )
+
+
+def _check_imatrix(types: Mapping[str, Type], quant: str) -> None:
+    needy = [name for name, kind in types.items() if recipe.needs_imatrix(name, kind, quant)]
+    if needy:
+        raise MtpError(
+            f"{quant} makes {needy[0]} {types[needy[0]].name}, which is garbage without an importance matrix; make one "
+            "with llama-imatrix and pass it with --imatrix."
+        )
 
 
 def _unused(config: Config, place: names.Place | None) -> str | None:

@@ -1,146 +1,164 @@
-"""A plan and an open checkpoint to one GGUF file, streamed: a few rows in memory at a time, no intermediate file."""
+"""Plans and an open checkpoint to GGUF files, in one pass: each row is read once, whatever is made of it.
+
+Where every block goes is known before the first is made, so threads read, quantize and write on their own; what is in
+memory is one piece of work for each of them.
+"""
 
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from threading import Lock
+from typing import Any, NamedTuple
 
-import gguf
 import numpy as np
-import numpy.typing as npt
-import torch
-from gemma_mtp.convert import names, recipe
+from gemma_mtp.convert import blocks
 from gemma_mtp.convert.checkpoint import Checkpoint
-from gemma_mtp.convert.config import DrafterConfig, TargetConfig
-from gemma_mtp.convert.link import KEY_CENTROIDS, KEY_N_CENTROIDS, KEY_ORDERING, KEY_TOP_K, MtpError
-from gemma_mtp.convert.plan import Plan, Planned, rope_freqs
-from gemma_mtp.convert.quantize import quantize
-from gemma_mtp.convert.vocab import Vocabulary
-from gguf import GGUFValueType, GGUFWriter
+from gemma_mtp.convert.header import header, padded
+from gemma_mtp.convert.imatrix import Imatrix
+from gemma_mtp.convert.link import MtpError
+from gemma_mtp.convert.plan import SOURCE_TYPES, Plan, Planned, parts, rope_freqs
+from gemma_mtp.convert.quantize import Bytes, blocks_of, largest, widen
+from gemma_mtp.convert.recipe import EMBEDDINGS
 
-ALIGNMENT = 32
-# Values of one piece of work: 16 MiB as float32.
-PIECE = 1 << 22
+# Values of one piece of work: 8 MiB as float32.
+PIECE = 1 << 21
 Progress = Callable[[int], None]
 
 
-def write(plan: Plan, checkpoint: Checkpoint, path: Path, link: Mapping[str, Any], progress: Progress) -> None:
-    """Write one GGUF file; the same input gives the same bytes.
+@dataclass(frozen=True)
+class Output:
+    """One model file to write: its plan, where, metadata of the pair (`mtp.*`), and the largest size of a part."""
+
+    plan: Plan
+    path: Path
+    link: Mapping[str, Any]
+    imatrix: Imatrix | None = None
+    part_bytes: int | None = None
+
+
+class _Place(NamedTuple):
+    """Where a tensor goes: an open file, the offset of its first block, and what it becomes there."""
+
+    file: int
+    offset: int
+    tensor: Planned
+    imatrix: Imatrix | None
+
+
+class _Rows(NamedTuple):
+    """Rows [start, stop) of a tensor, counted over all its matrices; never of two experts."""
+
+    name: str
+    start: int
+    stop: int
+
+
+def write(outputs: Sequence[Output], checkpoint: Checkpoint, progress: Progress) -> None:
+    """Write GGUF files; the same input gives the same bytes.
 
     Args:
-        plan: of this checkpoint.
-        checkpoint: where the rows come from.
-        path: file to write; the caller keeps it out of sight until it is whole.
-        link: metadata of the pair, `mtp.*`: int or str values.
-        progress: called with the number of bytes after each piece.
+        outputs: with plans of this checkpoint; the caller keeps the files out of sight until all are whole.
+        checkpoint: where the rows come from; each is read once.
+        progress: called with the number of bytes after each piece, from any thread but one at a time.
 
     Raises:
         MtpError: the vocabulary does not fit the model, or a tensor holds NaN or infinite values.
         OSError: the disk is full or cannot be written.
     """
-    writer = GGUFWriter(path, plan.arch)
-    try:
-        for tensor in plan.tensors:
-            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes, tensor.type)
-        _metadata(writer, plan, checkpoint, link)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-    finally:
-        writer.close()
-    with path.open("r+b") as file:
-        file.seek(0, os.SEEK_END)
-        _pad(file)
-        for blocks, last in _pieces(plan, checkpoint):
-            file.write(blocks.data)
-            if last:
-                _pad(file)
-            progress(blocks.nbytes)
-        file.flush()
-        os.fsync(file.fileno())
+    lock = Lock()
+    with ExitStack() as files:
+        places: dict[str, list[_Place]] = {}
+        for output in outputs:
+            for name, place in _create(output, checkpoint, files):
+                places.setdefault(name, []).append(place)
+
+        def work(piece: _Rows) -> None:
+            written = _piece(piece, places[piece.name], checkpoint)
+            with lock:
+                progress(written)
+
+        pool = ThreadPoolExecutor(os.cpu_count() or 1)
+        try:
+            pending = [pool.submit(work, piece) for piece in _pieces(outputs[0].plan)]
+            done, _ = wait(pending, return_when=FIRST_EXCEPTION)
+            for each in done:
+                each.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _pad(file: BinaryIO) -> None:
-    file.write(b"\0" * (-file.tell() % ALIGNMENT))
+def _create(output: Output, checkpoint: Checkpoint, files: ExitStack) -> Iterator[tuple[str, _Place]]:
+    """Create the file or the parts of an output, headers first and of their final size."""
+    for path, part in parts(output.plan, output.path, output.part_bytes):
+        tensors = part.tensors
+        start = header(output.plan, part, checkpoint, output.link, output.imatrix)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        files.callback(os.close, file)
+        _write_all(file, memoryview(start), 0)
+        offset = len(start)
+        for tensor in tensors:
+            yield tensor.name, _Place(file, offset, tensor, output.imatrix)
+            offset += padded(tensor.n_bytes)
+        os.ftruncate(file, offset)
 
 
-def _metadata(writer: GGUFWriter, plan: Plan, checkpoint: Checkpoint, link: Mapping[str, Any]) -> None:
-    """All keys, in the order of upstream's converter (conversion/base.py, `prepare_metadata`), ours at the end."""
-    writer.add_type(gguf.GGUFType.MODEL)
-    described = gguf.Metadata.load(None, checkpoint.folder, None, total := writer.get_total_parameter_count()[0])
-    described.name = described.name or checkpoint.folder.name
-    described.size_label = described.size_label or gguf.size_label(total, *writer.get_total_parameter_count()[1:])
-    described.set_gguf_meta_model(writer)
-    for key, (kind, value) in plan.parameters.items():
-        if kind is GGUFValueType.ARRAY:
-            writer.add_array(f"{plan.arch}.{key}", value)
-        else:
-            writer.add_key_value(f"{plan.arch}.{key}", value, kind)
-    writer.add_file_type(recipe.QUANTS[plan.quant].file_type)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    vocabulary = Vocabulary(checkpoint.folder)
-    if len(vocabulary.tokens) != checkpoint.config.vocab_size:
-        raise MtpError(
-            f"{checkpoint.folder}: tokenizer.json has {len(vocabulary.tokens)} tokens, config.json says "
-            f"{checkpoint.config.vocab_size}; the two are of different models."
-        )
-    vocabulary.write(writer, checkpoint.generation, isinstance(checkpoint.config, TargetConfig))
-    for key, value in link.items():
-        writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
-    if isinstance(checkpoint.config, DrafterConfig) and checkpoint.config.ordered:
-        _ordered(writer, checkpoint, checkpoint.config)
+def _pieces(plan: Plan) -> Iterator[_Rows]:
+    """All tensors in the order of the file, in pieces of whole rows."""
+    for tensor in plan.tensors:
+        n_rows = prod(tensor.shape[:-1])
+        step = max(1, PIECE // tensor.shape[-1])
+        whole = tensor.shape[-2] if len(tensor.shape) > 2 else n_rows
+        for first in range(0, n_rows, whole):
+            for start in range(first, first + whole, step):
+                yield _Rows(tensor.name, start, min(start + step, first + whole))
 
 
-def _ordered(writer: GGUFWriter, checkpoint: Checkpoint, config: DrafterConfig) -> None:
-    """The ordered head as metadata: centroids [n_centroids * n_embd] row by row, and token ids in cluster order."""
-    centroids = checkpoint.rows(names.CENTROIDS, 0, config.n_centroids).to(torch.float32)
-    ordering = checkpoint.rows(names.ORDERING, 0, config.vocab_size)
-    if not bool(torch.isfinite(centroids).all()):
-        raise MtpError(f"{checkpoint.folder}: {names.CENTROIDS!r} holds NaN or infinite values; download it again.")
-    if not torch.equal(ordering.to(torch.int64).sort().values, torch.arange(config.vocab_size)):
-        raise MtpError(f"{checkpoint.folder}: {names.ORDERING!r} does not name every token once; download it again.")
-    writer.add_uint32(KEY_N_CENTROIDS, config.n_centroids)
-    writer.add_uint32(KEY_TOP_K, config.top_k)
-    writer.add_array(KEY_CENTROIDS, centroids.flatten().tolist())
-    writer.add_array(KEY_ORDERING, ordering.tolist())
-
-
-def _pieces(plan: Plan, checkpoint: Checkpoint) -> Iterator[tuple[npt.NDArray[np.uint8], bool]]:
-    """Quantized pieces in the order of the file, each with whether its tensor ends there.
-
-    Reading and quantizing run in as many threads as there are cores; the next few pieces are under way while one is
-    written, which bounds the memory.
-    """
-    workers = os.cpu_count() or 1
-    waiting: deque[tuple[Future[npt.NDArray[np.uint8]], bool]] = deque()
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for tensor in plan.tensors:
-            row = tensor.shape[-1] if len(tensor.shape) > 1 else 1
-            step = max(1, PIECE // row)
-            for start in range(0, tensor.shape[0], step):
-                stop = min(start + step, tensor.shape[0])
-                waiting.append((pool.submit(_piece, tensor, checkpoint, start, stop), stop == tensor.shape[0]))
-                if len(waiting) > 2 * workers:
-                    done, last = waiting.popleft()
-                    yield done.result(), last
-        while waiting:
-            done, last = waiting.popleft()
-            yield done.result(), last
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _piece(tensor: Planned, checkpoint: Checkpoint, start: int, stop: int) -> npt.NDArray[np.uint8]:
+def _piece(piece: _Rows, places: Sequence[_Place], checkpoint: Checkpoint) -> int:
+    """Read some rows, and write what each output wants of them; returns the bytes written."""
+    tensor = places[0].tensor
+    length, source = tensor.shape[-1], blocks.Type.F32
     if tensor.source is None:
-        rows = torch.tensor(rope_freqs(checkpoint.config))[start:stop]
+        raw: Bytes = np.array(rope_freqs(checkpoint.config), np.float32).view(np.uint8)
     else:
-        rows = checkpoint.rows(tensor.source, start, stop)
+        source = SOURCE_TYPES[checkpoint.index[tensor.source].dtype]
+        size = blocks.n_bytes(source, (length,))
+        raw = checkpoint.read(tensor.source, piece.start * size, (piece.stop - piece.start) * size)
     try:
-        return quantize(rows, tensor.type)
+        magnitude = largest(raw, source)
+        if np.isinf(magnitude):
+            raise MtpError("it holds NaN or infinite values")
+        values = None
+        made: dict[Any, Bytes] = {(source, None): raw}
+        written = 0
+        for file, offset, each, imatrix in places:
+            weights = _weights(imatrix, each, piece)
+            key = (each.type, None if weights is None else id(imatrix))
+            if key not in made:
+                values = widen(raw, source).reshape(-1, length) if values is None else values
+                made[key] = blocks_of(values, each.type, magnitude, weights)
+            _write_all(file, made[key].data, offset + piece.start * blocks.n_bytes(each.type, (length,)))
+            written += made[key].nbytes
     except MtpError as problem:
         raise MtpError(f"{checkpoint.folder}: tensor {tensor.source!r}: {problem}.") from None
+    return written
+
+
+def _weights(imatrix: Imatrix | None, tensor: Planned, piece: _Rows) -> Any:
+    """The importance of the columns of a piece, [row length], or None."""
+    if imatrix is None or tensor.type in blocks.UNQUANTIZED:
+        return None
+    found = imatrix.of(tensor.name, tensor.shape, tensor.name in EMBEDDINGS)
+    return None if found is None else found[piece.start // tensor.shape[-2] if len(tensor.shape) > 2 else 0]
+
+
+def _write_all(file: int, data: memoryview, offset: int) -> None:
+    view = data.cast("B")
+    while view:
+        done = os.pwrite(file, view, offset)
+        view, offset = view[done:], offset + done

@@ -25,7 +25,9 @@ def run(*arguments: str | Path) -> Result:
 def test_convert_says_what_it_wrote(tiny: dict[str, Path], tmp_path: Path) -> None:
     done = run("convert", tiny["target"], tiny["ordered"], "-o", tmp_path, "-q", "q4_k_m", "--json")
     assert done.exit_code == 0, done.output
-    wrote = {key: Path(value).name for key, value in json.loads(done.stdout).items()}
+    said = json.loads(done.stdout)
+    assert said.pop("files") == [said["target"], said["drafter"]]
+    wrote = {key: Path(value).name for key, value in said.items()}
     assert wrote == {
         "target": "tiny-target-Q4_K_M.gguf",
         "drafter": "tiny-ordered-Q8_0.gguf",

@@ -33,6 +33,7 @@ class Costs:
         self._factor = [0.0] * (most + 1)
         self._seen = [0] * (most + 1)
         self._speed = 0.0
+        self._saved = 0
 
     def observe(self, place: int, seconds: float) -> None:
         """Note what a pass over `place` tokens took, or with STEP what a draft step took."""
@@ -79,7 +80,10 @@ class Costs:
         }
 
     def save(self, path: Path) -> None:
-        """Write the table; a folder that cannot be written to is left alone."""
+        """Write the table, if much was learned since; a folder that cannot be written to is left alone."""
+        if sum(self._seen) < 2 * self._saved + 8:
+            return
+        self._saved = sum(self._seen)
         text = json.dumps({"format": FORMAT, "factor": self._factor, "seen": self._seen, "speed": self._speed})
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,6 +105,7 @@ class Costs:
             if sound and all(map(math.isfinite, [*factor, kept["speed"]])) and min(seen) >= 0:
                 costs._factor, costs._speed = factor, float(kept["speed"])
                 costs._seen = [min(count, 8) for count in seen]  # today's measurements count more than kept ones
+                costs._saved = sum(costs._seen)
         except (OSError, ValueError, KeyError, TypeError):
             pass
         return costs

@@ -170,6 +170,7 @@ class Llama(llama_cpp.Llama):
             if self._costs.seen(1):
                 plain_passes = max(self.stats.tokens - 1, 0)
                 self.stats.plain_pass_seconds = plain_passes * self._costs.pass_seconds(1)
+            self._costs.save(self._costs_path)
             self.total_stats.add(self.stats)
 
     def _choice(self, settings: dict[str, Any], logits_processor: Any, grammar: Any) -> Sampler:

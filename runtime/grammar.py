@@ -28,11 +28,13 @@ class Vocabulary:
         buffer = ctypes.create_string_buffer(LONGEST)
         first = np.full(n_vocab, -1, dtype=np.int32)
         size = np.zeros(n_vocab, dtype=np.int32)
+        self.spelled = np.zeros(n_vocab, dtype=np.bool_)
         for token in range(n_vocab):
             size[token] = lib.llama_token_to_piece(vocab, token, buffer, LONGEST, 0, True)
             # A grammar rejects tokens without text, or with text that begins with a zero byte.
             if size[token] > 0 and buffer[0] != b"\0":
                 first[token] = buffer[0][0]
+                self.spelled[token] = lib.llama_vocab_get_attr(vocab, token) & lib.LLAMA_TOKEN_ATTR_BYTE
         ends = [token for token in range(n_vocab) if lib.llama_vocab_is_eog(vocab, token)]
         first[ends] = -1
         self.ends = np.array(ends, dtype=np.int32)
@@ -103,10 +105,12 @@ class Mask:
         return self._legal
 
     def forced(self) -> int | None:
-        """The next token, if only one may come."""
+        """The next token, if only one may come; the tokens of single bytes, which can spell any text, do not count."""
         if self._legal is None and self._by_byte and self.allows(self._vocabulary.probes).sum() > 1:
             return None
         legal = self.legal()
+        if len(legal) > 1:
+            legal = legal[~self._vocabulary.spelled[legal]]
         return int(legal[0]) if len(legal) == 1 else None
 
     def accept(self, token: int) -> None:

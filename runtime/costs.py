@@ -119,4 +119,9 @@ def costs_path(**what: Any) -> Path:
     """
     machine = {"node": platform.node(), "machine": platform.machine(), "cores": os.cpu_count()}
     key = hashlib.sha256(json.dumps(what | machine, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    return build.cache_dir() / "costs" / f"{key}.json"
+    return costs_dir() / f"{key}.json"
+
+
+def costs_dir() -> Path:
+    """The folder of all tables."""
+    return build.cache_dir() / "costs"

@@ -78,14 +78,14 @@ def adaptive(table: dict[int, float], step: float, level: Level, seed: int) -> f
 
 def fixed(table: dict[int, float], step: float, level: Level, length: int) -> float:
     """Tokens per second with one length throughout."""
-    return Machine(table, step, 1000).run(4000, level, lambda: length, lambda *_: None)
+    return Machine(table, step, 1000).run(6000, level, lambda: length, lambda *_: None)
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_never_slower_than_plain_and_near_the_best_fixed_length(name: str) -> None:
     table, step = TABLES[name]
     for level in LEVELS.values():
-        ours = float(np.mean([adaptive(table, step, level, seed) for seed in range(5)]))
+        ours = float(np.mean([adaptive(table, step, level, seed) for seed in range(12)]))
         plain, *others = [fixed(table, step, level, length) for length in (0, 1, 2, 3, 4, 5, 6, 7, 9, 11, 14)]
         assert ours >= 0.96 * plain, (name, ours / plain)  # 0.97 less the noise of the simulation itself
         assert ours >= 0.94 * max(plain, *others), (name, ours / max(plain, *others))
@@ -95,7 +95,7 @@ def test_switching_acceptance_is_followed() -> None:
     """Better than any fixed length, where lengths differ in what they bring."""
     for name in ("multi-row", "slow"):
         table, step = TABLES[name]
-        ours = np.mean([adaptive(table, step, LEVELS["switching"], seed) for seed in range(5)])
+        ours = np.mean([adaptive(table, step, LEVELS["switching"], seed) for seed in range(12)])
         assert ours > max(fixed(table, step, LEVELS["switching"], length) for length in range(8))
 
 
@@ -114,7 +114,7 @@ def test_acceptance_is_learned_and_forgotten() -> None:
     for _ in range(4):
         belief.observed(4, 0)
         belief.passed(1)
-    assert belief.reach(1)[0] < 0.3
+    assert belief.reach(1)[0] < 0.35
     low = belief.reach(1)[0]
     belief.passed(100)
     assert belief.reach(1)[0] > low

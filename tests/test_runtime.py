@@ -278,6 +278,27 @@ def test_run_prints_text_and_one_line_of_statistics(demo: Pair) -> None:
     assert len(found["stats"]["accepted_per_position"]) == 2
 
 
+def test_run_stats_are_for_people(demo: Pair) -> None:
+    command = ["run", str(demo.target), "-p", PROMPT, "-n", "24", "--temp", "0", "--stats"]
+    told = CliRunner().invoke(main, [*command, "--draft", "3"]).stderr
+    for heading in ("target passes", "accepted", "by position", "from mtp", "time", "speed"):
+        assert heading in told
+    assert "from mtp" not in CliRunner().invoke(main, [*command, "--no-mtp"]).stderr
+    wrong = CliRunner().invoke(main, [*command, "--draft", "few"])
+    assert wrong.exit_code == 2
+    assert "neither a number of tokens nor auto" in wrong.stderr
+
+
+def test_the_default_length_goes_by_cost(demo: Pair, plain: Llama) -> None:
+    with closing(Llama(demo.target, **OPTIONS)) as llm:
+        assert llm.draft_length == "auto"
+        made = llm(PROMPT, max_tokens=64, **GREEDY)["choices"][0]["text"]
+        assert made == plain(PROMPT, max_tokens=64, **GREEDY)["choices"][0]["text"]
+        assert llm.stats.speedup is not None
+        assert llm._costs.seen(1) >= 2
+        assert llm._costs_path.exists()
+
+
 def test_run_names_what_is_wrong_in_one_line(demo: Pair, tmp_path: Path) -> None:
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(demo.target.read_bytes()[:-50000])

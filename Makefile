@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .PHONY: help setup native demo test check fix bench bench-convert check-patches check-kernels check-formats check-stock \
-        clean
+        check-distribution clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ check-formats: setup ## every format of every size, with and without importance 
 
 bench-convert: setup ## time, memory and bytes of a conversion beside upstream's two steps
 	@$(BIN)/python tests/bench_convert.py
+
+check-distribution: setup ## draw 600,000 times with MTP and compare with the target's distribution
+	@$(BIN)/python -m pytest -s -m distribution
 
 clean: ## remove the environment and build outputs of this checkout
 	@rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -5,16 +5,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
 from gemma_mtp.runtime import loop, native, sampling
+from gemma_mtp.runtime.costs import Costs, costs_path
+from gemma_mtp.runtime.draft_length import Policy
 from gemma_mtp.runtime.drafter import Drafter, attached
+from gemma_mtp.runtime.drafts import MOST, DraftLength, Drafts
+from gemma_mtp.runtime.grammar import Mask, Vocabulary
 from gemma_mtp.runtime.native import Floats
 from gemma_mtp.runtime.pair import Wanted, resolve
+from gemma_mtp.runtime.sampling import Sampler
 from gemma_mtp.runtime.stats import Stats
 from llama_cpp._utils import suppress_stdout_stderr
 
@@ -30,7 +37,8 @@ class Llama(llama_cpp.Llama):
         model_path: GGUF file of the target.
         drafter: "auto" (the default) takes the linked drafter in the same folder, if there is one; a path names it;
             None turns multi-token prediction off.
-        draft_length: tokens to draft in a round.
+        draft_length: tokens to draft in a round, or "auto" (the default) to go by what passes cost on this machine and
+            by what is accepted: then drafts also come from the text itself, and there are none where they do not pay.
         options: everything llama_cpp.Llama takes.
 
     Attributes:
@@ -39,7 +47,8 @@ class Llama(llama_cpp.Llama):
 
     Raises:
         gemma_mtp.convert.link.MtpError: a file is damaged, or the drafter is not the target's.
-        ValueError: as llama_cpp.Llama, for instance when model_path does not exist; or draft_length is negative.
+        ValueError: as llama_cpp.Llama, for instance when model_path does not exist; or draft_length is neither a count
+            nor "auto".
     """
 
     # Set by llama_cpp.Llama: how many tokens the KV cache holds, and which they are, [n_ctx].
@@ -51,12 +60,12 @@ class Llama(llama_cpp.Llama):
         model_path: str | PathLike[str],
         *,
         drafter: Wanted = "auto",
-        draft_length: int = 3,
+        draft_length: DraftLength = "auto",
         **options: Any,
     ) -> None:
         self._stack = ExitStack()  # for close() and __del__, should what follows raise
-        if draft_length < 0:
-            raise ValueError(f"draft_length is {draft_length}; it counts tokens, 0 drafts none.")
+        if draft_length != "auto" and (not isinstance(draft_length, int) or draft_length < 0):
+            raise ValueError(f'draft_length is {draft_length!r}; give a number of tokens, 0 for none, or "auto".')
         self.stats = Stats()
         self.total_stats = Stats()
         self.draft_length = draft_length
@@ -135,12 +144,16 @@ class Llama(llama_cpp.Llama):
             "mirostat_eta": mirostat_eta,
             "penalize_nl": penalize_nl,
         }
-        constraints = {"logits_processor": logits_processor, "grammar": grammar}
         if self.draft_model is not None or (mirostat_mode != 0 and temp > 0):
             if mirostat_mode != 0:
                 self._tell("mirostat draws its own random numbers: this request runs without MTP")
             yield from super().generate(
-                tokens, reset=reset, stopping_criteria=stopping_criteria, **settings, **constraints
+                tokens,
+                reset=reset,
+                stopping_criteria=stopping_criteria,
+                logits_processor=logits_processor,
+                grammar=grammar,
+                **settings,
             )
             return
 
@@ -149,35 +162,58 @@ class Llama(llama_cpp.Llama):
 
         self.stats = Stats()
         try:
-            yield from loop.generate(
-                self,
-                self._reuse_prefix(list(tokens), reset),
-                self._choice(settings, constraints),
-                self._choice(settings | {"repeat_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}, {}),
-                self.draft_length,
-                stop,
-                self.stats,
-            )
+            left = self._reuse_prefix(list(tokens), reset)
+            sampler = self._choice(settings, logits_processor, grammar)
+            drafts = Drafts(self, sampler, self.draft_length, self._policy, self._costs)
+            yield from loop.generate(self, left, sampler, drafts, stop, self.stats)
         finally:
+            if self._costs.seen(1):
+                plain_passes = max(self.stats.tokens - 1, 0)
+                self.stats.plain_pass_seconds = plain_passes * self._costs.pass_seconds(1)
+            self._costs.save(self._costs_path)
             self.total_stats.add(self.stats)
 
-    def _choice(self, settings: dict[str, Any], constraints: dict[str, Any]) -> sampling.Choose:
-        """The token at a position under these settings: llama.cpp's sampler chain, with our noise for its draw."""
+    def _choice(self, settings: dict[str, Any], logits_processor: Any, grammar: Any) -> Sampler:
+        """What chooses tokens under these settings: llama.cpp's sampler chain, with our noise for its draw."""
+        temp, top_k = settings["temp"], settings["top_k"]
         penalties = (settings["repeat_penalty"], settings["frequency_penalty"], settings["presence_penalty"])
-        free = penalties == (1.0, 0.0, 0.0) and not any(constraints.values())
-        if settings["temp"] == 0.0 and free:
-            return sampling.argmax
-        chain = sampling.without_draw(self._init_sampler(**settings, **constraints))
-        choice = sampling.ChainChoice(chain, self._n_vocab, None if settings["temp"] == 0.0 else self._seed)
-        if free:
-            return choice
+        keep = 1 if temp == 0.0 else top_k if temp > 0.0 and 0 < top_k < self._n_vocab else None
+        return Sampler(
+            sampling.without_draw(self._init_sampler(**settings)),
+            self._n_vocab,
+            seed=None if temp == 0.0 else self._seed,
+            keep=keep,
+            penalized=0 if penalties == (1.0, 0.0, 0.0) else max(self.last_n_tokens_size, 0),
+            mask=Mask.of(grammar, self._vocabulary) if grammar is not None else None,
+            processors=logits_processor or (),
+            input_ids=lambda: self._input_ids,
+        )
 
-        def accepting(logits: Floats, position: int) -> int:
-            token = choice(logits, position)
-            choice.accept(token)
-            return token
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        """Tokens by their first byte, for grammars."""
+        return Vocabulary(self._model.vocab, self._n_vocab)
 
-        return accepting
+    @cached_property
+    def _costs(self) -> Costs:
+        """What passes and draft steps take here; from the cache, if this model has run on this machine before."""
+        return Costs.load(self._costs_path, MOST + 1)
+
+    @cached_property
+    def _policy(self) -> Policy:
+        return Policy(self._costs, MOST)
+
+    @property
+    def _costs_path(self) -> Path:
+        settings = ("n_threads", "n_ubatch", "flash_attn_type", "type_k", "type_v", "offload_kqv")
+        return costs_path(
+            model=Path(self.model_path).name,
+            size=self._model.size(),
+            drafter=self.drafter is not None,
+            layers=self.model_params.n_gpu_layers,
+            libllama=(llama_cpp.__version__, native.patched()),
+            **{name: str(getattr(self.context_params, name, None)) for name in settings},
+        )
 
     def _reuse_prefix(self, tokens: list[int], reset: bool) -> list[int]:
         """Keep what the KV cache shares with a prompt; returns the tokens left to decode, at least one.

@@ -90,7 +90,7 @@ def attached(target: llama_cpp.Llama, path: Path) -> Iterator[Drafter]:
 def load_model(target: llama_cpp.Llama, path: Path) -> Any:
     """The drafter's model, on the devices and with the memory mapping its target was given."""
     params = lib.llama_model_default_params()
-    for name in ("n_gpu_layers", "split_mode", "main_gpu", "load_mode"):
+    for name in ("n_gpu_layers", "split_mode", "main_gpu", "tensor_split", "load_mode"):
         setattr(params, name, getattr(target.model_params, name))
     try:
         return internals.LlamaModel(path_model=str(path), params=params, verbose=target.verbose)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from gemma_mtp.convert import link
 from gemma_mtp.runtime import logprobs
 from gemma_mtp.runtime.drafter import Drafter
-from gemma_mtp.runtime.faults import explain_decode
+from gemma_mtp.runtime.faults import CLOSED, Careful, Closed, check_grammar, explain_decode
 from gemma_mtp.runtime.guard import Guard
 from gemma_mtp.runtime.logprobs import Kept
 from gemma_mtp.runtime.requests import ASKED, Request, ask, per_request, with_keywords, within
@@ -59,6 +59,7 @@ class Api(llama_cpp.Llama):
     n_tokens: int
     input_ids: npt.NDArray[np.intc]
     scores: npt.NDArray[np.single]
+    _ctx: Any
 
     def prepare(self) -> None:
         """The state of this class; before llama_cpp.Llama's __init__."""
@@ -67,6 +68,7 @@ class Api(llama_cpp.Llama):
         self.drafter: Drafter | None = None
         self.request = Request()  # of the completion that runs
         self.kept: Kept | None = None  # its log-probabilities
+        self.careful = Careful(())  # the logits processors of the latest sampler
         self._resets = 0
 
     def fit_arrays(self) -> None:
@@ -81,10 +83,11 @@ class Api(llama_cpp.Llama):
         self.scores = np.zeros((rows, self._n_vocab), dtype=np.single)
 
     def check_open(self) -> None:
-        """Raise RuntimeError if the model was freed: llama.cpp would read freed memory."""
-        context = getattr(self, "_ctx", None)
-        if context is None or context.ctx is None:
-            raise RuntimeError("this Llama is closed; load the model again.")
+        """Raise RuntimeError if there is nothing to run: the model was freed, or loaded without weights."""
+        if self._ctx.ctx is None:
+            raise RuntimeError(CLOSED)
+        if self._ctx.memory is None:
+            raise RuntimeError("this Llama was loaded with vocab_only=True and has no weights; load it without.")
 
     __call__ = per_request(Stock.__call__)
     create_completion = per_request(Stock.create_completion)
@@ -195,8 +198,22 @@ class Api(llama_cpp.Llama):
             self._resets = self._resets % 1_000_000 + 1
             self.input_ids[:] = -self._resets
 
+    def _init_sampler(self, *args: Any, logits_processor: Any = None, grammar: Any = None, **kwargs: Any) -> Any:
+        """Stock's sampler chain, with a grammar that llama.cpp can read and processors whose exceptions are kept."""
+        if grammar is not None:
+            check_grammar(self._model.vocab, grammar)
+        self.careful = Careful(logits_processor or ())
+        careful = [self.careful] if logits_processor is not None else None
+        return super()._init_sampler(*args, logits_processor=careful, grammar=grammar, **kwargs)
+
+    @exclusive
+    def sample(self, *args: Any, **kwargs: Any) -> int:
+        """As llama_cpp.Llama.sample; what a logits processor raises is raised here."""
+        token: int = super().sample(*args, **kwargs)
+        self.careful.check()
+        return token
+
     embed = exclusive(Stock.embed)
-    sample = exclusive(Stock.sample)
     save_state = exclusive(Stock.save_state)
 
     @exclusive
@@ -231,12 +248,7 @@ class Api(llama_cpp.Llama):
         with self.guard.call():
             self._stack.close()
             self.drafter = None
-
-    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
-        """As llama_cpp.Llama.tokenize."""
-        self.check_open()
-        tokens: list[int] = super().tokenize(text, add_bos, special)
-        return tokens
+            self._ctx = self._model = self.tokenizer_ = Closed()
 
     @classmethod
     def from_pretrained(cls, repo_id: str, filename: str | None, *args: Any, **kwargs: Any) -> Self:

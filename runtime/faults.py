@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from llama_cpp import llama_cpp as lib
+
+CLOSED = "this Llama is closed; load the model again."
 # What llama_decode returns (include/llama.h), and what helps.
 DECODE = {
     1: "the KV cache has no room for the batch; raise n_ctx, or shorten the prompt or max_tokens",
@@ -15,8 +18,77 @@ DECODE = {
     -2: "memory ran out; lower n_ctx, n_batch or n_ubatch, or quantize the KV cache (type_k, type_v, flash_attn=True)",
     -3: "a computation failed; verbose=True shows llama.cpp's reason",
 }
-# The quantized ggml types, by their numbers in ggml.h, begin after F32 and F16 and leave out the plain numbers.
-PLAIN_TYPES = {0, 1, 24, 25, 26, 27, 28, 30}
+# ggml types that hold keys and values, by their numbers in ggml.h: F32, F16, BF16, then the quantized ones. A type that
+# ggml cannot quantize to on the fly ends the process in an assertion.
+PLAIN_TYPES = {0, 1, 30}
+CACHE_TYPES = PLAIN_TYPES | {2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse arguments of llama_cpp.Llama that end the process inside llama.cpp.
+
+    Raises:
+        ValueError: naming the argument and what it may be.
+    """
+    for name, least in (("n_ctx", 0), ("n_batch", 1), ("n_ubatch", 0)):
+        if options.get(name, least) < least:
+            raise ValueError(f"{name} is {options[name]}; it counts tokens, {least} at least.")
+    for name in ("type_k", "type_v"):
+        if options.get(name) not in {None, *CACHE_TYPES}:
+            raise ValueError(
+                f"{name} is ggml type {options[name]}, which no KV cache can hold; use llama_cpp.GGML_TYPE_F16, "
+                "_BF16, _F32, _Q8_0, _Q5_1, _Q5_0, _Q4_1, _Q4_0 or _IQ4_NL."
+            )
+
+
+def check_grammar(vocab: Any, grammar: Any) -> None:
+    """Refuse a grammar that llama.cpp cannot read; a sampler chain would take the null pointer and crash.
+
+    Raises:
+        ValueError: it is not GBNF, or has no root rule.
+    """
+    sampler = lib.llama_sampler_init_grammar(vocab, grammar._grammar.encode(), grammar._root.encode())
+    if not sampler:
+        raise ValueError(
+            f"llama.cpp cannot read this grammar; check its syntax (GBNF), and that it has a rule {grammar._root!r}."
+        )
+    lib.llama_sampler_free(sampler)
+
+
+class Closed:
+    """Stands where a freed model was: llama.cpp would read freed memory."""
+
+    ctx = None
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(CLOSED)
+
+
+class Careful:
+    """Logits processors whose exception is kept: between C frames, where they are called, ctypes would drop it.
+
+    Args:
+        processors: llama_cpp's LogitsProcessorList, or any callables.
+    """
+
+    def __init__(self, processors: Iterable[Callable[[Any, Any], Any]]) -> None:
+        self._processors = list(processors)
+        self._raised: BaseException | None = None
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        if self._raised is None:
+            try:
+                for processor in self._processors:
+                    scores = processor(input_ids, scores)
+            except BaseException as problem:
+                self._raised = problem
+        return scores
+
+    def check(self) -> None:
+        """Raise what a processor raised."""
+        problem, self._raised = self._raised, None
+        if problem is not None:
+            raise problem
 
 
 def explain_decode(problem: RuntimeError) -> RuntimeError:

@@ -11,13 +11,16 @@ from typing import Any
 from gemma_mtp.runtime import loop, native, sampling
 from gemma_mtp.runtime.api import Api, exclusive_stream
 from gemma_mtp.runtime.drafter import attached
-from gemma_mtp.runtime.faults import explain_decode, explaining_load
+from gemma_mtp.runtime.faults import check_options, explain_decode, explaining_load
 from gemma_mtp.runtime.native import Floats
 from gemma_mtp.runtime.pair import Wanted, resolve
 from gemma_mtp.runtime.requests import Request
 from gemma_mtp.runtime.stats import Stats
 from llama_cpp import llama_cpp as lib
 from llama_cpp._utils import suppress_stdout_stderr
+
+# Tokens that a draft may have where the KV cache forgets keys out of the window.
+LONGEST = 31
 
 
 class Llama(Api):
@@ -59,6 +62,10 @@ class Llama(Api):
         self.draft_length = draft_length
         self._wanted = drafter
         self._told: set[str] = set()
+        check_options(options)
+        if options.get("swa_full") is False:
+            # A batch longer than n_ubatch may overwrite keys that its rollback needs.
+            options["n_ubatch"] = max(options.get("n_ubatch", 512), LONGEST + 1)
         path = resolve(model_path, drafter)
         # llama.cpp reports the sizes of its caches as warnings, which stock Llama shows even when told to be quiet.
         with suppress_stdout_stderr(disable=options.get("verbose", True)), explaining_load(options):
@@ -175,13 +182,14 @@ class Llama(Api):
         free = penalties == (1.0, 0.0, 0.0) and not any(constraints.values())
         if settings["temp"] == 0.0 and free:
             return sampling.argmax
-        chain = sampling.without_draw(self._init_sampler(**settings, **constraints))
+        chain, careful = sampling.without_draw(self._init_sampler(**settings, **constraints)), self.careful
         choice = sampling.ChainChoice(chain, self._n_vocab, None if settings["temp"] == 0.0 else self._seed)
         if free:
             return choice
 
         def accepting(logits: Floats, position: int) -> int:
             token = choice(logits, position)
+            careful.check()
             choice.accept(token)
             return token
 
@@ -226,12 +234,9 @@ class Llama(Api):
         return bool(0 <= first <= max(0, keep - lib.llama_model_n_swa(self._model.model)))
 
     def _length(self, request: Request) -> int:
-        """The draft length of a request.
-
-        With swa_full=False a batch may overwrite keys that a rollback needs, unless it fits one n_ubatch.
-        """
+        """The draft length of a request; with swa_full=False a rollback must stay within one n_ubatch."""
         length = request.length(self.draft_length)
-        return length if self.context_params.swa_full else min(length, self.context_params.n_ubatch - 1)
+        return int(length if self.context_params.swa_full else min(length, LONGEST))
 
     def decode(self, tokens: Sequence[int], draft: Sequence[int]) -> int:
         """Decode tokens and a draft after them; afterwards `n_tokens` counts the tokens, not the draft.

@@ -17,17 +17,17 @@ class Request:
 
     Attributes:
         mtp: False generates without drafting.
-        draft_length: tokens to draft in a round.
+        draft_length: tokens to draft in a round, or what else the object's own draft_length may be.
     """
 
     mtp: bool | None = None
-    draft_length: int | None = None
+    draft_length: Any = None
 
     def __post_init__(self) -> None:
-        if self.draft_length is not None and self.draft_length < 0:
+        if isinstance(self.draft_length, int) and self.draft_length < 0:
             raise ValueError(f"draft_length is {self.draft_length}; it counts tokens, 0 drafts none.")
 
-    def length(self, default: int) -> int:
+    def length(self, default: Any) -> Any:
         """The draft length of this request, 0 when it wants no drafts."""
         if self.mtp is False:
             return 0
@@ -50,7 +50,7 @@ def asking(request: Request) -> Iterator[None]:
         ASKED.reset(token)
 
 
-def within(mtp: bool | None, draft_length: int | None) -> Request:
+def within(mtp: bool | None, draft_length: Any) -> Request:
     """The request of a call: what it says itself, and what the call around it said."""
     around = ASKED.get()
     return Request(
@@ -85,7 +85,7 @@ def per_request(stock: Callable[..., Any]) -> Callable[..., Any]:
     """Give a method of llama_cpp.Llama the keyword arguments of a Request; everything else stays as it is."""
 
     @functools.wraps(stock)
-    def method(self: Any, *args: Any, mtp: bool | None = None, draft_length: int | None = None, **kwargs: Any) -> Any:
+    def method(self: Any, *args: Any, mtp: bool | None = None, draft_length: Any = None, **kwargs: Any) -> Any:
         return ask(within(mtp, draft_length), lambda: stock(self, *args, **kwargs))
 
     return with_keywords(method, mtp="bool | None", draft_length="int | None")

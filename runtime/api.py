@@ -207,8 +207,9 @@ class Api(llama_cpp.Llama):
         return super()._init_sampler(*args, logits_processor=careful, grammar=grammar, **kwargs)
 
     @exclusive
+    @functools.wraps(Stock.sample)
     def sample(self, *args: Any, **kwargs: Any) -> int:
-        """As llama_cpp.Llama.sample; what a logits processor raises is raised here."""
+        """Raise here what a logits processor raised."""
         token: int = super().sample(*args, **kwargs)
         self.careful.check()
         return token

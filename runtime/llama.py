@@ -70,6 +70,8 @@ class Llama(Api):
         # llama.cpp reports the sizes of its caches as warnings, which stock Llama shows even when told to be quiet.
         with suppress_stdout_stderr(disable=options.get("verbose", True)), explaining_load(options):
             super().__init__(fspath(model_path), **options)
+            if self.lora_path and not self._lora_adapter:  # stock lets llama.cpp's null pointer pass
+                raise RuntimeError(f"Failed to initialize LoRA adapter from lora path: {self.lora_path}")
         self.fit_arrays()
         if path is not None and (reason := self._cannot_draft()):
             self._tell(reason)

@@ -73,8 +73,9 @@ def attached(target: llama_cpp.Llama, path: Path) -> Iterator[Drafter]:
         ctypes.memmove(ctypes.byref(params), ctypes.byref(target.context_params), ctypes.sizeof(params))
         params.ctx_type, params.ctx_other = lib.LLAMA_CONTEXT_TYPE_MTP, target.ctx
         params.n_ctx, params.embeddings = target.n_ctx(), False
-        # One token a step: the compute buffer would otherwise hold n_ubatch rows of vocabulary size.
-        params.n_batch = params.n_ubatch = 1
+        # One token a step: the compute buffer would otherwise hold n_ubatch rows of vocabulary size. llama.cpp asserts
+        # one for each sequence that the target's context allows.
+        params.n_batch = params.n_ubatch = max(1, params.n_seq_max)
         with suppress_stdout_stderr(disable=target.verbose):
             ctx = lib.llama_init_from_model(model.model, params)
         if not ctx:

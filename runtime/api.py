@@ -21,6 +21,7 @@ from gemma_mtp.runtime.guard import Guard
 from gemma_mtp.runtime.logprobs import Kept
 from gemma_mtp.runtime.requests import ASKED, Request, ask, per_request, with_keywords, within
 from llama_cpp import LogitsProcessorList, llama_chat_format
+from llama_cpp import llama_cpp as lib
 
 Stock = llama_cpp.Llama
 
@@ -214,7 +215,21 @@ class Api(llama_cpp.Llama):
         self.careful.check()
         return token
 
-    embed = exclusive(Stock.embed)
+    @exclusive
+    def embed(
+        self, input: str | list[str], normalize: bool = False, truncate: bool = True, return_count: bool = False
+    ) -> Any:
+        """As llama_cpp.Llama.embed.
+
+        Without pooling, as Gemma 4 is loaded, stock reads the rows of the second text of a batch and of those after it
+        from the wrong place; one text a batch is read right.
+        """
+        if isinstance(input, str) or self.pooling_type() != lib.LLAMA_POOLING_TYPE_NONE:
+            return super().embed(input, normalize, truncate, return_count)
+        made = [super(Api, self).embed(text, normalize, truncate, True) for text in input]
+        rows, count = [row for row, _ in made], sum(n for _, n in made)
+        return (rows, count) if return_count else rows
+
     save_state = exclusive(Stock.save_state)
 
     @exclusive

@@ -19,7 +19,14 @@ from gemma_mtp.runtime import Llama
 from gemma_mtp.runtime.guard import Guard
 from llama_cpp import llama_cpp as lib
 
-OPTIONS: dict[str, Any] = {"n_ctx": 512, "verbose": False, "n_threads": 1, "n_threads_batch": 1, "flash_attn": True}
+OPTIONS: dict[str, Any] = {
+    "n_ctx": 512,
+    "verbose": False,
+    "n_threads": 1,
+    "n_threads_batch": 1,
+    "flash_attn": True,
+    "draft_length": 3,
+}
 PROMPT = "import os\nimport sys\n\ndef main("
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 32}
 

@@ -16,7 +16,14 @@ from gemma_mtp.runtime import Llama, Stats
 from llama_cpp import llama_cpp as lib
 from test_pair import held_out
 
-OPTIONS: dict[str, Any] = {"n_ctx": 1024, "verbose": False, "n_threads": 1, "n_threads_batch": 1, "flash_attn": True}
+OPTIONS: dict[str, Any] = {
+    "n_ctx": 1024,
+    "verbose": False,
+    "n_threads": 1,
+    "n_threads_batch": 1,
+    "flash_attn": True,
+    "draft_length": 3,
+}
 # Acceptance of the pair is about 0.6; a drafter that reads wrong keys gets near 0.
 SANE = 0.35
 WINDOW = 128  # of the bundled pair's sliding layers

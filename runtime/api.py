@@ -44,9 +44,20 @@ def exclusive_stream(method: Callable[..., Generator[Any, Any, None]]) -> Callab
     @functools.wraps(method)
     def guarded(self: Api, *args: Any, **kwargs: Any) -> Any:
         self.check_open()
-        return self.guard.stream(method(self, *args, **kwargs))
+        return self.guard.stream(_explained(method(self, *args, **kwargs)))
 
     return guarded
+
+
+def _explained(source: Generator[Any, Any, None]) -> Generator[Any, Any, None]:
+    """The same generator; what llama.cpp refuses in it is raised with the next step."""
+    try:
+        yield from source
+    except RuntimeError as problem:
+        explained = explain_decode(problem)
+        if str(explained) == str(problem):
+            raise
+        raise explained from problem
 
 
 class Api(llama_cpp.Llama):

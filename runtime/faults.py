@@ -97,6 +97,8 @@ def explain_decode(problem: RuntimeError) -> RuntimeError:
     if found is None:
         return problem
     meaning = DECODE.get(int(found[2]), "verbose=True shows llama.cpp's reason")
+    if "drafter" in found[1]:
+        meaning += "; mtp=False goes on without the drafter"
     return RuntimeError(f"{found[1]} returned {found[2]}: {meaning}.")
 
 

@@ -157,7 +157,7 @@ class Llama(Api):
             source = super().generate(
                 tokens, reset=reset, stopping_criteria=stopping_criteria, **settings, **constraints
             )
-            yield from source if kept is None else kept.watching(self, source)
+            yield from self._counting(source if kept is None else kept.watching(self, source))
             return
 
         def stop(row: int) -> bool:
@@ -175,6 +175,23 @@ class Llama(Api):
                 stop,
                 self.stats,
             )
+        finally:
+            self.total_stats.add(self.stats)
+
+    def _counting(
+        self, source: Generator[int, Sequence[int] | None, None]
+    ) -> Generator[int, Sequence[int] | None, None]:
+        """Stock's generator of tokens, counted."""
+        self.stats = Stats()
+        sent: Sequence[int] | None = None
+        try:
+            while True:
+                try:
+                    token = source.send(sent)
+                except StopIteration:
+                    return
+                self.stats.tokens += 1
+                sent = yield token
         finally:
             self.total_stats.add(self.stats)
 

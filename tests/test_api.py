@@ -376,4 +376,5 @@ def test_requests_without_mtp_say_so_once(mtp: Llama, capsys: pytest.CaptureFixt
     with closing(Llama(**mtp.__getstate__())) as llm:
         for _ in range(2):
             llm(PROMPT, max_tokens=4, mirostat_mode=2)
+            assert (llm.stats.tokens, llm.stats.drafted) == (4, 0)
     assert capsys.readouterr().err.count("without MTP") == 1

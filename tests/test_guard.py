@@ -216,6 +216,14 @@ def test_a_failed_decode_rolls_back(code: int, place: int, usable: Llama, monkey
     assert lib.llama_memory_seq_pos_max(lib.llama_get_memory(usable.ctx), 0) == usable.n_tokens - 1
 
 
+def test_a_drafter_that_fails_says_how_to_go_on(usable: Llama, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = lib.llama_decode
+    monkeypatch.setattr(lib, "llama_decode", lambda ctx, batch: real(ctx, batch) if ctx == usable.ctx else -2)
+    with pytest.raises(RuntimeError, match=r"memory ran out.*mtp=False"):
+        usable(PROMPT, **GREEDY)
+    assert usable(PROMPT, **GREEDY, mtp=False)["choices"][0]["text"] == wanted
+
+
 def test_a_full_context_is_an_error_with_a_next_step(demo: Pair) -> None:
     with closing(Llama(demo.target, **OPTIONS | {"n_ctx": 256})) as llm:
         tokens = []

@@ -252,10 +252,10 @@ class Llama(Api):
         first = lib.llama_memory_seq_pos_min(self._ctx.memory, 0)
         return bool(0 <= first <= max(0, keep - lib.llama_model_n_swa(self._model.model)))
 
-    def _length(self, request: Request) -> int:
+    def _length(self, request: Request) -> Any:
         """The draft length of a request; with swa_full=False a rollback must stay within one n_ubatch."""
         length = request.length(self.draft_length)
-        return int(length if self.context_params.swa_full else min(length, LONGEST))
+        return min(length, LONGEST) if isinstance(length, int) and not self.context_params.swa_full else length
 
     def decode(self, tokens: Sequence[int], draft: Sequence[int]) -> int:
         """Decode tokens and a draft after them; afterwards `n_tokens` counts the tokens, not the draft.

@@ -277,6 +277,11 @@ class Api(llama_cpp.Llama):
             self.drafter = None
             self._ctx = self._model = self.tokenizer_ = Closed()
 
+    def __del__(self) -> None:
+        if hasattr(self, "guard"):
+            self.guard.serialized = True  # nobody has the object any more, nor its streams
+            self.close()
+
     @classmethod
     def from_pretrained(cls, repo_id: str, filename: str | None, *args: Any, **kwargs: Any) -> Self:
         """As llama_cpp.Llama.from_pretrained; the drafter that the target names is fetched with it.

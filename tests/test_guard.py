@@ -285,6 +285,20 @@ def test_dropping_an_object_frees_it_at_once(demo: Pair) -> None:
         gc.enable()
 
 
+def test_garbage_with_a_stream_of_another_thread_is_freed(demo: Pair) -> None:
+    def lose() -> Any:
+        llm = Llama(demo.target, **OPTIONS)
+        stream = llm(PROMPT, **GREEDY, stream=True)
+        next(stream)
+        ring: list[Any] = [llm, stream]
+        ring.append(ring)
+        return llm._ctx
+
+    context = in_thread(lose)
+    gc.collect()
+    assert context.ctx is None
+
+
 LOADS: dict[str, tuple[str, str]] = {
     "quantized V without flash attention": ("type_v=8, flash_attn=False", "flash_attn=True"),
     "no ggml type": ("type_k=99", "type_k"),

@@ -59,6 +59,8 @@ CASES: dict[str, dict[str, Any]] = {
     "n_ubatch of one": {"n_ubatch": 1},
     "n_ubatch smaller than the draft": {"n_batch": 16, "n_ubatch": 3, "draft_length": 6},
     "KV on the host": {"offload_kqv": False},
+    "layers on a GPU, if there is one": {"n_gpu_layers": -1, "tensor_split": [0.6, 0.4], "main_gpu": 0},
+    "no memory mapping": {"use_mmap": False},
     "all logits": {"logits_all": True},
     "long drafts": {"draft_length": 12},
     "rope scaled": {"rope_freq_scale": 0.5},

@@ -87,8 +87,8 @@ class Api(llama_cpp.Llama):
         """Arrays as long as the context that llama.cpp made; after llama_cpp.Llama's __init__.
 
         llama.cpp rounds n_ctx up, to 256 at least, and stock has no room for the tokens beyond the n_ctx given. Without
-        logits_all stock keeps n_batch rows of scores and never writes them; one, of the latest token, serves the same
-        callers (512 rows are 512 MiB for Gemma 4, in every saved state).
+        logits_all stock keeps n_batch rows of scores and never writes them; a single one serves the same callers (512
+        rows are 512 MiB for Gemma 4, in every saved state).
         """
         self.input_ids = np.full(self._n_ctx, -1, dtype=np.intc)
         rows = self._n_ctx if self._logits_all else 1

@@ -18,6 +18,8 @@ COMMANDS = {
     "modelfile": "gemma_mtp.convert.cli:modelfile",
     "ollama": "gemma_mtp.convert.cli:ollama",
     "run": "gemma_mtp.runtime.cli:run",
+    "chat": "gemma_mtp.runtime.chat:chat",
+    "serve": "gemma_mtp.runtime.serve:serve",
     "bench": "gemma_mtp.runtime.bench_cli:bench",
 }
 

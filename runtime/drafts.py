@@ -8,8 +8,10 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from gemma_mtp.runtime import native
 from gemma_mtp.runtime.costs import STEP, Costs
 from gemma_mtp.runtime.draft_length import Policy, fitting
+from gemma_mtp.runtime.drafter import DraftSettings
 from gemma_mtp.runtime.lookup import Lookup
 from gemma_mtp.runtime.native import Floats
 from gemma_mtp.runtime.sampling import NoTokenLeft, Sampler, largest
@@ -33,7 +35,7 @@ class Draft:
         sources: where each came from: "mtp", "lookup" or "grammar".
         kind: what the policy chose it as; empty for no draft of its choosing.
         seconds: what making it took.
-        unsure: whether the drafter's last token was left out.
+        steps: of the drafter, those included whose token was left out.
         shares: of a greedy draft of the drafter, the probability it gave to each token.
     """
 
@@ -41,7 +43,7 @@ class Draft:
     sources: list[str] = field(default_factory=list)
     kind: str = ""
     seconds: float = 0.0
-    unsure: bool = False
+    steps: int = 0
     shares: list[float] = field(default_factory=list)
 
     def add(self, token: int, source: str) -> None:
@@ -62,10 +64,21 @@ class Drafts:
         sampler: chooses the target's tokens; forked for drafts.
         length: tokens per draft, or "auto" to go by cost and acceptance.
         policy: what is known of both.
+        costs: where passes and draft steps are noted.
+        settings: how `sampler` chooses, if that is a matter of logits and position alone: a round is one call then.
     """
 
-    def __init__(self, llm: Llama, sampler: Sampler, length: DraftLength, policy: Policy, costs: Costs) -> None:
+    def __init__(
+        self,
+        llm: Llama,
+        sampler: Sampler,
+        length: DraftLength,
+        policy: Policy,
+        costs: Costs,
+        settings: DraftSettings | None = None,
+    ) -> None:
         self._llm, self._sampler, self._policy, self._costs = llm, sampler, policy, costs
+        self._settings = settings if sampler.plain and native.drafts_rounds() else None
         self._length = length
         self._most = min(MOST, policy.most) if length == "auto" else length
         self._lookup = Lookup() if length == "auto" and llm.drafter else None
@@ -108,8 +121,8 @@ class Drafts:
         self._costs.observe(len(draft.tokens) + 1, pass_seconds)
         own = [source for source in draft.sources if source != GRAMMAR]
         forced = len(draft.sources) - len(own)
-        if MTP in own:
-            self._costs.observe(STEP, draft.seconds / (len(own) + draft.unsure))
+        if draft.steps:
+            self._costs.observe(STEP, draft.seconds / draft.steps)
         if accepted >= forced:
             self._policy.observe(draft.kind, len(own), accepted - forced, made)
         for place, share in enumerate(draft.shares[: accepted - forced + 1]):
@@ -148,29 +161,39 @@ class Drafts:
         vocab = self._llm._model.vocab
         watched, survival = self._length == "auto" and sampler.seed is None, 1.0
 
+        def take(made: int, share: float | None) -> bool:
+            """Add a token of the drafter, or say that there is no use in going on."""
+            nonlocal survival
+            if watched and share is not None:
+                survival *= self._policy.trust.chance(share)
+                # The first token is always verified, or nothing would ever be learned.
+                if len(draft.tokens) > ahead and not self._policy.pays(len(draft.tokens), survival):
+                    return False
+                draft.shares.append(share)
+            draft.add(made, MTP)
+            return not lib.llama_vocab_is_eog(vocab, made)
+
         def choose(logits: Floats, position: int) -> int:
+            draft.steps += 1
             try:
                 made = sampler(logits, position + ahead)
             except NoTokenLeft:
                 raise EndOfDraft from None
-            if watched:
-                nonlocal survival
-                share = share_of(made, logits)
-                survival *= self._policy.trust.chance(share)
-                # The first token is always verified, or nothing would ever be learned.
-                if len(draft.tokens) > ahead and not self._policy.pays(len(draft.tokens), survival):
-                    draft.unsure = True
-                    raise EndOfDraft
-                draft.shares.append(share)
-            draft.add(made, MTP)
-            if lib.llama_vocab_is_eog(vocab, made):
+            if not take(made, share_of(made, logits) if watched else None):
                 raise EndOfDraft
             return made
 
-        last = draft.tokens[-1] if draft.tokens else token
+        drafter, last = self._llm.drafter, draft.tokens[-1] if draft.tokens else token
+        assert drafter is not None
+        if self._settings is not None and not ahead:
+            tokens = drafter.draft(last, hidden, self._llm.n_tokens, length, self._settings)
+            draft.steps = len(tokens)
+            for made, share in zip(tokens, drafter.probabilities, strict=True):
+                if not take(made, share):
+                    return
+            return
         try:
-            assert self._llm.drafter is not None
-            self._llm.drafter.draft(last, hidden, self._llm.n_tokens, length, choose)
+            drafter.draft(last, hidden, self._llm.n_tokens, length, choose)
         except EndOfDraft:
             pass
 

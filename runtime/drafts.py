@@ -12,7 +12,7 @@ from gemma_mtp.runtime.costs import STEP, Costs
 from gemma_mtp.runtime.draft_length import Policy, fitting
 from gemma_mtp.runtime.lookup import Lookup
 from gemma_mtp.runtime.native import Floats
-from gemma_mtp.runtime.sampling import NoTokenLeft, Sampler, largest
+from gemma_mtp.runtime.sampling import NoTokenLeft, Sampler
 from llama_cpp import llama_cpp as lib
 
 if TYPE_CHECKING:
@@ -33,16 +33,12 @@ class Draft:
         sources: where each came from: "mtp", "lookup" or "grammar".
         kind: what the policy chose it as; empty for no draft of its choosing.
         seconds: what making it took.
-        unsure: whether the drafter's last token was left out.
-        shares: of a greedy draft of the drafter, the probability it gave to each token.
     """
 
     tokens: list[int] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
     kind: str = ""
     seconds: float = 0.0
-    unsure: bool = False
-    shares: list[float] = field(default_factory=list)
 
     def add(self, token: int, source: str) -> None:
         """Append a token."""
@@ -109,11 +105,9 @@ class Drafts:
         own = [source for source in draft.sources if source != GRAMMAR]
         forced = len(draft.sources) - len(own)
         if MTP in own:
-            self._costs.observe(STEP, draft.seconds / (len(own) + draft.unsure))
+            self._costs.observe(STEP, draft.seconds / len(own))
         if accepted >= forced:
             self._policy.observe(draft.kind, len(own), accepted - forced, made)
-        for place, share in enumerate(draft.shares[: accepted - forced + 1]):
-            self._policy.trust.observed(share, place < accepted - forced)
 
     def _found(self, token: int, room: int) -> tuple[list[int], int]:
         """What stood after the latest tokens before."""
@@ -146,22 +140,12 @@ class Drafts:
         """Run the drafter from the last token, forced or generated."""
         ahead = len(draft.tokens)
         vocab = self._llm._model.vocab
-        watched, survival = self._length == "auto" and sampler.seed is None, 1.0
 
         def choose(logits: Floats, position: int) -> int:
             try:
                 made = sampler(logits, position + ahead)
             except NoTokenLeft:
                 raise EndOfDraft from None
-            if watched:
-                nonlocal survival
-                share = share_of(made, logits)
-                survival *= self._policy.trust.chance(share)
-                # The first token is always verified, or nothing would ever be learned.
-                if len(draft.tokens) > ahead and not self._policy.pays(len(draft.tokens), survival):
-                    draft.unsure = True
-                    raise EndOfDraft
-                draft.shares.append(share)
             draft.add(made, MTP)
             if lib.llama_vocab_is_eog(vocab, made):
                 raise EndOfDraft
@@ -173,12 +157,6 @@ class Drafts:
             self._llm.drafter.draft(last, hidden, self._llm.n_tokens, length, choose)
         except EndOfDraft:
             pass
-
-
-def share_of(token: int, logits: Floats) -> float:
-    """About the probability of a token: among the 32 likeliest."""
-    top = logits[largest(logits, 32)].astype(np.float64)
-    return float(np.exp(logits[token] - top.max()) / np.exp(top - top.max()).sum())
 
 
 def matched_class(matched: int) -> int:

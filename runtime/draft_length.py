@@ -125,7 +125,7 @@ def rates(reach: Doubles, pass_seconds: Callable[[int], float], step_seconds: fl
 class Policy:
     """Chooses a source of drafts and a length for every round.
 
-    Ending a draft early by the probabilities that the drafter gave brought nothing on the bundled pair: drawn tokens are
+    Ending a draft early by the drafter's probabilities brought nothing on the bundled pair: drawn tokens are
     accepted as often at 0.1 as at 0.7, and greedy ones gained 0.4 % at most over the length chosen here.
 
     Args:

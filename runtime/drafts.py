@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
@@ -14,7 +15,7 @@ from gemma_mtp.runtime.draft_length import Policy, fitting
 from gemma_mtp.runtime.drafter import DraftSettings
 from gemma_mtp.runtime.lookup import Lookup
 from gemma_mtp.runtime.native import Floats
-from gemma_mtp.runtime.sampling import NoTokenLeft, Sampler, largest
+from gemma_mtp.runtime.sampling import NoTokenLeft, Sampler
 from llama_cpp import llama_cpp as lib
 
 if TYPE_CHECKING:
@@ -35,8 +36,7 @@ class Draft:
         sources: where each came from: "mtp", "lookup" or "grammar".
         kind: what the policy chose it as; empty for no draft of its choosing.
         seconds: what making it took.
-        steps: of the drafter, those included whose token was left out.
-        shares: of a greedy draft of the drafter, the probability it gave to each token.
+        steps: passes of the drafter.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -44,7 +44,6 @@ class Draft:
     kind: str = ""
     seconds: float = 0.0
     steps: int = 0
-    shares: list[float] = field(default_factory=list)
 
     def add(self, token: int, source: str) -> None:
         """Append a token."""
@@ -125,8 +124,6 @@ class Drafts:
             self._costs.observe(STEP, draft.seconds / draft.steps)
         if accepted >= forced:
             self._policy.observe(draft.kind, len(own), accepted - forced, made)
-        for place, share in enumerate(draft.shares[: accepted - forced + 1]):
-            self._policy.trust.observed(share, place < accepted - forced)
 
     def _found(self, token: int, room: int) -> tuple[list[int], int]:
         """What stood after the latest tokens before."""
@@ -159,19 +156,6 @@ class Drafts:
         """Run the drafter from the last token, forced or generated."""
         ahead = len(draft.tokens)
         vocab = self._llm._model.vocab
-        watched, survival = self._length == "auto" and sampler.seed is None, 1.0
-
-        def take(made: int, share: float | None) -> bool:
-            """Add a token of the drafter, or say that there is no use in going on."""
-            nonlocal survival
-            if watched and share is not None:
-                survival *= self._policy.trust.chance(share)
-                # The first token is always verified, or nothing would ever be learned.
-                if len(draft.tokens) > ahead and not self._policy.pays(len(draft.tokens), survival):
-                    return False
-                draft.shares.append(share)
-            draft.add(made, MTP)
-            return not lib.llama_vocab_is_eog(vocab, made)
 
         def choose(logits: Floats, position: int) -> int:
             draft.steps += 1
@@ -179,29 +163,20 @@ class Drafts:
                 made = sampler(logits, position + ahead)
             except NoTokenLeft:
                 raise EndOfDraft from None
-            if not take(made, share_of(made, logits) if watched else None):
+            draft.add(made, MTP)
+            if lib.llama_vocab_is_eog(vocab, made):
                 raise EndOfDraft
             return made
 
         drafter, last = self._llm.drafter, draft.tokens[-1] if draft.tokens else token
         assert drafter is not None
         if self._settings is not None and not ahead:
-            tokens = drafter.draft(last, hidden, self._llm.n_tokens, length, self._settings)
-            draft.steps = len(tokens)
-            for made, share in zip(tokens, drafter.probabilities, strict=True):
-                if not take(made, share):
-                    return
+            for made in drafter.draft(last, hidden, self._llm.n_tokens, length, self._settings):
+                draft.steps += 1
+                draft.add(made, MTP)
             return
-        try:
+        with suppress(EndOfDraft):
             drafter.draft(last, hidden, self._llm.n_tokens, length, choose)
-        except EndOfDraft:
-            pass
-
-
-def share_of(token: int, logits: Floats) -> float:
-    """About the probability of a token: among the 32 likeliest."""
-    top = logits[largest(logits, 32)].astype(np.float64)
-    return float(np.exp(logits[token] - top.max()) / np.exp(top - top.max()).sum())
 
 
 def matched_class(matched: int) -> int:

@@ -12,7 +12,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 from gemma_mtp.runtime import loop, native, sampling
-from gemma_mtp.runtime.drafter import Drafter, attached
+from gemma_mtp.runtime.drafter import Drafter, DraftSettings, attached
 from gemma_mtp.runtime.native import Floats
 from gemma_mtp.runtime.pair import Wanted, resolve
 from gemma_mtp.runtime.stats import Stats
@@ -153,7 +153,10 @@ class Llama(llama_cpp.Llama):
                 self,
                 self._reuse_prefix(list(tokens), reset),
                 self._choice(settings, constraints),
-                self._choice(settings | {"repeat_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}, {}),
+                DraftSettings.of(settings, self._seed)
+                or self._choice(
+                    settings | {"repeat_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}, {}
+                ),
                 self.draft_length,
                 stop,
                 self.stats,

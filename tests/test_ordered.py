@@ -219,9 +219,10 @@ def test_a_drafter_alone_says_what_it_is(demo: Pair) -> None:
     assert "--spec-draft-model" in told
 
 
-def test_a_drafter_of_another_target_is_refused(demo: Pair, tiny_f32: Pair) -> None:
-    command = server("-m", tiny_f32.target, "--spec-draft-model", demo.drafter, "--spec-type", "draft-mtp")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def test_a_drafter_of_another_target_is_refused(demo: Pair, tiny: dict[str, Path], tmp_path: Path) -> None:
+    narrow = convert_pair(tiny["narrow"], tiny["narrow drafter"], tmp_path, "F32", "F32")
+    command = server("-m", narrow.target, "--spec-draft-model", demo.drafter, "--spec-type", "draft-mtp")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert "for another target than" in done.stdout + done.stderr
     assert done.returncode > 0
 

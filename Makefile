@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo test check fix bench check-patches check-stock clean
+.PHONY: help setup native demo test check fix bench check-patches check-stock fuzz clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ check-patches: $(BIN)/python ## apply, re-export and compile every prefix of the
 check-stock: setup ## build the unpatched llama.cpp and drive it with a converted pair
 	@$(BIN)/python patches/build.py stock
 	@$(BIN)/python -m pytest -m stock
+
+fuzz: setup ## mutated GGUF and safetensors files against the readers, FUZZ_SECONDS long (60)
+	@nice -n 19 $(BIN)/python tests/fuzz_headers.py --seconds $(or $(FUZZ_SECONDS),60) --seed $(or $(FUZZ_SEED),0)
 
 clean: ## remove the environment and build outputs of this checkout
 	@rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -5,22 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import click
-import numpy as np
 from gemma_mtp.convert import Pair, convert_pair, link
+from gemma_mtp.convert.cli_files import type_counts
 from gemma_mtp.convert.recipe import QUANTS
-from gguf import GGMLQuantizationType
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 FORMATS = click.Choice(list(QUANTS), case_sensitive=False)
-# Arrays that say nothing to a reader are shown by length alone.
-SHOWN = 8
 
 
 @click.command()
@@ -67,137 +62,11 @@ def _report(pair: Pair, as_json: bool) -> None:
         table.add_column(heading, justify="right" if heading == "MB" else "left", overflow="fold")
     for role in ("target", "drafter"):
         path: Path = getattr(pair, role)
-        counts = _type_counts(link.read_header(path))
+        counts = type_counts(link.read_header(path))
         table.add_row(role, path.name, f"{path.stat().st_size / 1e6:.1f}", counts)
     table.add_row("Ollama", pair.modelfile.name, "", "")
     click.echo(f"{pair.target.parent}:")
     Console().print(table)
-
-
-def _type_counts(header: link.Header) -> str:
-    counts = Counter(GGMLQuantizationType(tensor.type).name for tensor in header.tensors.values())
-    return " ".join(f"{kind} x{count}" for kind, count in counts.most_common())
-
-
-@click.command()
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--tensors", is_flag=True, help="List every tensor.")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
-def inspect(file: Path, tensors: bool, as_json: bool) -> None:
-    """Show metadata, types and link of a GGUF file.
-
-    \b
-    Examples:
-      gemma-mtp inspect out/gemma-4-E2B-it-Q4_K_M.gguf
-      gemma-mtp inspect out/gemma-4-E2B-it-Q4_K_M.gguf --tensors
-      gemma-mtp inspect out/gemma-4-E2B-it-Q4_K_M.gguf --json | jq .link
-    """
-    header = link.read_header(file)
-    found = describe(header)
-    if as_json:
-        click.echo(json.dumps(found))
-        return
-    console = Console(highlight=False)
-    table = Table(title=str(file), box=None, show_header=False, pad_edge=False, title_justify="left")
-    for key, value in found["metadata"].items():
-        text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
-        table.add_row(key, text if len(text) < 200 else text[:200] + " ...")
-    table.add_row("tensors", f"{len(header.tensors)}: {_type_counts(header)}")
-    for key, value in found["link"].items():
-        table.add_row(f"link: {key}", str(value))
-    console.print(table, markup=False)
-    if tensors:
-        listing = Table("tensor", "type", "shape", "bytes", box=None, pad_edge=False)
-        for each in found["tensors"]:
-            shape = " x ".join(map(str, each["shape"]))
-            listing.add_row(each["name"], each["type"], shape, str(each["bytes"]))
-        console.print(listing, markup=False)
-
-
-def describe(header: link.Header) -> dict[str, Any]:
-    """A header as plain values: metadata (long arrays by length), tensors (row length first), link."""
-    drafter = link.find_drafter(header.path, header) if header.arch == link.TARGET_ARCH else None
-    return {
-        "file": str(header.path),
-        "architecture": header.arch,
-        "metadata": {key: _plain(value) for key, value in header.metadata.items()},
-        "tensors": [
-            {"name": name, "type": GGMLQuantizationType(t.type).name, "shape": list(t.shape), "bytes": t.size}
-            for name, t in header.tensors.items()
-        ],
-        "link": {
-            "role": header.metadata.get(link.KEY_ROLE),
-            "source": header.metadata.get(link.KEY_SOURCE),
-            "target": header.metadata.get(link.KEY_TARGET),
-            "drafter": None if drafter is None else str(drafter),
-            "ordered head": link.KEY_CENTROIDS in header.metadata if header.arch == link.DRAFTER_ARCH else None,
-        },
-    }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (str, int, float)):
-        return value
-    if len(value) > SHOWN * 8:
-        shown = value[:SHOWN]
-        return {"length": len(value), "first": shown if isinstance(shown, list) else shown.tolist()}
-    return list(value) if isinstance(value, link.Strings) else value.tolist()
-
-
-@click.command()
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-def verify(out: Path, as_json: bool) -> None:
-    """Check a converted pair: both files whole, every block finite, the drafter the target's own.
-
-    OUT is the folder that convert wrote, or one GGUF file of it.
-
-    \b
-    Examples:
-      gemma-mtp verify out
-      gemma-mtp verify out/gemma-4-E2B-it-Q4_K_M.gguf --json
-    """
-    found = verify_files(out)
-    if as_json:
-        click.echo(json.dumps(found))
-        return
-    for file in found["files"]:
-        click.echo(f"ok  {file['file']}: {file['tensors']} tensors, {file['bytes'] / 1e6:.1f} MB")
-    for target, drafter in found["pairs"].items():
-        click.echo(f"ok  {Path(drafter).name} drafts for {Path(target).name}")
-
-
-def verify_files(out: Path) -> dict[str, Any]:
-    """Read a folder's GGUF files, or one file and its drafter, from end to end.
-
-    Raises:
-        link.MtpError: naming the first file that is damaged, unlinked or not its target's.
-    """
-    paths = sorted(out.glob("*.gguf")) if out.is_dir() else [out]
-    if not paths:
-        raise link.MtpError(f"{out} holds no GGUF file; name the folder that gemma-mtp convert wrote.")
-    headers = [link.read_header(path) for path in paths]
-    pairs = {}
-    for header in headers:
-        if header.arch == link.TARGET_ARCH:
-            drafter = link.find_drafter(header.path, header)
-            if drafter is None:
-                raise link.PairError(f"{header.path} has no linked drafter beside it; convert the pair again.")
-            link.check(header, link.read_header(drafter))
-            pairs[str(header.path)] = str(drafter)
-    for header in headers:
-        _all_finite(header)
-    files = [{"file": str(h.path), "tensors": len(h.tensors), "bytes": h.path.stat().st_size} for h in headers]
-    return {"files": files, "pairs": pairs}
-
-
-def _all_finite(header: link.Header) -> None:
-    from gemma_mtp.convert.quantize import valid
-
-    data = np.memmap(header.path, np.uint8, "r")
-    for name, tensor in header.tensors.items():
-        if not valid(data[tensor.offset : tensor.offset + tensor.size], GGMLQuantizationType(tensor.type)):
-            raise link.MtpError(f"{header.path}: tensor {name!r} is damaged (NaN or infinite); convert it again.")
 
 
 @click.command()

@@ -43,13 +43,3 @@ def quantize(rows: torch.Tensor, kind: GGMLQuantizationType) -> npt.NDArray[np.u
     if written != blocks.nbytes:
         raise RuntimeError(f"libggml wrote {written} bytes of {kind.name}, {blocks.nbytes} were wanted")
     return blocks
-
-
-_validate = lib._lib.ggml_validate_row_data
-_validate.restype = ctypes.c_bool
-_validate.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
-
-
-def valid(blocks: npt.NDArray[np.uint8], kind: GGMLQuantizationType) -> bool:
-    """Whether blocks as read from a file, [bytes], hold no NaN and no infinity; libggml prints where it finds one."""
-    return bool(_validate(int(kind), blocks.ctypes.data, blocks.nbytes))

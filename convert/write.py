@@ -15,9 +15,10 @@ import numpy.typing as npt
 import torch
 from gemma_mtp.convert import names, recipe
 from gemma_mtp.convert.checkpoint import Checkpoint, DrafterConfig
-from gemma_mtp.convert.link import KEY_CENTROIDS, KEY_N_CENTROIDS, KEY_ORDERING, KEY_TOP_K, MtpError
+from gemma_mtp.convert.link import KEY_CENTROIDS, KEY_HASHES, KEY_N_CENTROIDS, KEY_ORDERING, KEY_TOP_K, MtpError
 from gemma_mtp.convert.plan import Plan, Planned, rope_freqs
 from gemma_mtp.convert.quantize import quantize
+from gemma_mtp.convert.verify import seal
 from gemma_mtp.convert.vocab import Vocabulary
 from gguf import GGUFValueType, GGUFWriter
 
@@ -59,8 +60,7 @@ def write(plan: Plan, checkpoint: Checkpoint, path: Path, link: Mapping[str, Any
             if last:
                 _pad(file)
             progress(blocks.nbytes)
-        file.flush()
-        os.fsync(file.fileno())
+    seal(path)
 
 
 def _pad(file: BinaryIO) -> None:
@@ -90,6 +90,7 @@ def _metadata(writer: GGUFWriter, plan: Plan, checkpoint: Checkpoint, link: Mapp
     vocabulary.write(writer, checkpoint.generation)
     for key, value in link.items():
         writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
+    writer.add_array(KEY_HASHES, ["0" * 64] * len(plan.tensors))  # filled in by verify.seal
     if isinstance(checkpoint.config, DrafterConfig) and checkpoint.config.ordered:
         _ordered(writer, checkpoint, checkpoint.config)
 

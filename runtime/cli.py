@@ -13,8 +13,8 @@ import click
 # Where each command lives. They are imported when called for: converting needs torch, generating does not.
 COMMANDS = {
     "convert": "gemma_mtp.convert.cli:convert",
-    "inspect": "gemma_mtp.convert.cli:inspect",
-    "verify": "gemma_mtp.convert.cli:verify",
+    "inspect": "gemma_mtp.convert.cli_files:inspect",
+    "verify": "gemma_mtp.convert.cli_files:verify",
     "modelfile": "gemma_mtp.convert.cli:modelfile",
     "ollama": "gemma_mtp.convert.cli:ollama",
     "run": "gemma_mtp.runtime.cli:run",

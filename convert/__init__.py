@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +56,7 @@ def convert_pair(
     from gemma_mtp.convert.checkpoint import open_checkpoint
     from gemma_mtp.convert.modelfile import modelfile
     from gemma_mtp.convert.plan import check_pair, plan
+    from gemma_mtp.convert.staging import staging
     from gemma_mtp.convert.write import write
 
     folder = Path(out)
@@ -83,7 +81,7 @@ def convert_pair(
             done += more
             progress(done, total)
 
-        with _all_or_nothing(folder, [*files, "Modelfile"], total, force) as hidden:
+        with staging(folder, [*files, "Modelfile"], total, force) as hidden:
             for checkpoint, each, file, tied in zip((target, drafter), plans, files, links, strict=True):
                 write(each, checkpoint, hidden / file, tied, count)
             link.check(link.read_header(hidden / files[0]), link.read_header(hidden / files[1]))
@@ -110,30 +108,3 @@ def _same_tokens(target: Path, drafter: Path) -> None:
                 f"the drafter is of another target: token {place} is {one!r} in {target}, {other!r} in {drafter}; "
                 "pass the drafter published for this target."
             )
-
-
-@contextmanager
-def _all_or_nothing(folder: Path, names: list[str], n_bytes: int, force: bool) -> Iterator[Path]:
-    """A hidden folder whose files move to `folder` at the end, or are gone again if anything goes wrong."""
-    there = [name for name in names if (folder / name).exists()]
-    if there and not force:
-        raise MtpError(f"{folder} already holds {', '.join(there)}; choose another folder, or pass --force to replace.")
-    made = not folder.exists()
-    hidden: Path | None = None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        if free < n_bytes:
-            raise MtpError(f"{folder}: {n_bytes / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free; make room.")
-        hidden = Path(tempfile.mkdtemp(prefix=".gemma-mtp-", dir=folder))
-        yield hidden
-        for name in names:
-            (hidden / name).replace(folder / name)
-        made = False
-    except OSError as problem:
-        raise MtpError(f"cannot write into {folder}: {problem.strerror}; make room or choose another folder.") from None
-    finally:
-        if hidden is not None:
-            shutil.rmtree(hidden, ignore_errors=True)
-        if made and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()

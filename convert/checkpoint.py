@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gemma_mtp.convert.link import MtpError
+from gemma_mtp.convert.errors import MtpError, damaged
+from gemma_mtp.convert.safetensors_file import check_file
 from safetensors import SafetensorError, safe_open
 
 TARGET_CLASSES = ("Gemma4ForConditionalGeneration", "Gemma4ForCausalLM")
@@ -109,7 +110,7 @@ def _json(path: Path) -> dict[str, Any]:
         parsed = json.loads(path.read_text(encoding="utf-8"))
     except OSError as problem:
         raise MtpError(f"{path}: {problem.strerror}; a Hugging Face model folder is wanted.") from None
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise MtpError(f"{path} is not JSON ({problem}); download it again.") from None
     if not isinstance(parsed, dict):
         raise MtpError(f"{path} does not hold a JSON object; download it again.")
@@ -182,7 +183,7 @@ def read_config(folder: Path) -> TargetConfig | DrafterConfig:
         "double_wide_mlp": bool(text.get("use_double_wide_mlp", False)),
         "context_length": int(text["max_position_embeddings"]),
         "rms_eps": float(text["rms_norm_eps"]),
-        "softcap": text.get("final_logit_softcapping"),
+        "softcap": None if (softcap := text.get("final_logit_softcapping")) is None else float(softcap),
         "rope_theta": float(full["rope_theta"]),
         "rope_theta_sliding": float(sliding["rope_theta"]),
         "partial_rotary": float(full["partial_rotary_factor"]),
@@ -209,7 +210,8 @@ class Checkpoint:
         if not folder.is_dir():
             raise MtpError(f"{folder} is not a folder; pass the folder of a Hugging Face checkpoint.")
         self.folder = folder
-        self.config = read_config(folder)
+        with damaged(folder / "config.json"):
+            self.config = read_config(folder)
         generation = folder / "generation_config.json"
         self.generation = _json(generation) if generation.exists() else {}
         self._open = {path: _open(path, files) for path in _weight_files(folder)}
@@ -271,6 +273,9 @@ def _weight_files(folder: Path) -> list[Path]:
             raise MtpError(f"{folder} has neither {single.name} nor {index.name}; download the weights.")
         return [single]
     names = sorted(set(_weight_map(index).values()))
+    outside = [name for name in names if Path(name).name != name or name == ".."]
+    if outside:
+        raise MtpError(f"{index} names {outside[0]!r}, which is not a file of its folder; download it again.")
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise MtpError(f"{folder}: {len(missing)} of {len(names)} shards missing: {', '.join(missing)}; download them.")
@@ -279,7 +284,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     mapped = _json(index).get("weight_map")
-    if not isinstance(mapped, dict) or not mapped:
+    if not isinstance(mapped, dict) or not mapped or not all(isinstance(name, str) for name in mapped.values()):
         raise MtpError(f"{index} has no weight_map; download it again.")
     return mapped
 
@@ -293,9 +298,7 @@ def _check_index(folder: Path, found: Mapping[str, Source]) -> None:
 
 
 def _open(path: Path, files: ExitStack) -> Any:
-    with path.open("rb") as file:
-        if file.read(24).startswith(b"version https://git-lfs"):
-            raise MtpError(f"{path} is a Git LFS pointer, not weights; run git lfs pull in {path.parent}.")
+    check_file(path)
     try:
         return files.enter_context(safe_open(path, framework="pt"))
     except (SafetensorError, OSError) as problem:

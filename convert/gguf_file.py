@@ -20,6 +20,7 @@ from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
+from gemma_mtp.convert.errors import MtpError
 from gguf import GGML_QUANT_SIZES
 
 # Number in the file: numpy type. 8 is a string, 9 an array.
@@ -42,10 +43,6 @@ MAX_NAME = 63  # bytes of a tensor's name: GGML_MAX_NAME without the zero at its
 MAX_DIMS = 4
 
 _u32, _u64 = struct.Struct("<I").unpack_from, struct.Struct("<Q").unpack_from
-
-
-class MtpError(ValueError):
-    """What a user can cause and mend; its text is one line with the next step."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from gemma_mtp.convert.gguf_file import Header, MtpError, Strings
+from gemma_mtp.convert.errors import MtpError
+from gemma_mtp.convert.gguf_file import Header, Strings
 
 TARGET_ARCH = "gemma4"
 DRAFTER_ARCH = "gemma4-assistant"

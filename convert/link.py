@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gemma_mtp.convert.gguf_file import Header, MtpError, Strings, Tensor, read
+from gemma_mtp.convert.errors import MtpError, PairError
+from gemma_mtp.convert.gguf_file import Header, Strings, Tensor, read
 from gemma_mtp.convert.gguf_model import (
     DRAFTER_ARCH,
     KEY_CENTROIDS,
@@ -36,10 +37,6 @@ KEY_TARGET = "mtp.target.fingerprint"
 KEY_PEER = "mtp.peer.file"
 # SHA-256 of every tensor's bytes, in the order of the tensors.
 KEY_HASHES = "mtp.tensor.sha256"
-
-
-class PairError(MtpError):
-    """The two files, or the two checkpoints, are not a target and its drafter."""
 
 
 def read_header(path: Path) -> Header:

@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from gemma_mtp.convert.gguf_file import MtpError
+from gemma_mtp.convert.errors import MtpError
 
 # Bits of one element.
 BITS = {

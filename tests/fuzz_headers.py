@@ -132,7 +132,7 @@ def judge_gguf(path: Path) -> str:
 
 def judge_safetensors(path: Path) -> str:
     """Check one safetensors file here and, if it is accepted, read every tensor with safetensors."""
-    from gemma_mtp.convert.gguf_file import MtpError
+    from gemma_mtp.convert.errors import MtpError
     from gemma_mtp.convert.safetensors_file import check_file
     from safetensors import safe_open
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 from gemma_mtp.convert import Pair, convert_pair, link
 from gemma_mtp.convert.cli_files import type_counts
+from gemma_mtp.convert.modelfile import modelfile
 from gemma_mtp.convert.recipe import QUANTS
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -69,16 +70,25 @@ def _report(pair: Pair, as_json: bool) -> None:
     Console().print(table)
 
 
-@click.command()
-@click.argument("out", type=click.Path(path_type=Path, exists=True, file_okay=False))
-def modelfile(out: Path) -> None:
-    """Print the Modelfile of a converted pair.
+@click.command("modelfile")
+@click.argument("out", type=click.Path(path_type=Path, exists=True))
+def modelfile_command(out: Path) -> None:
+    """Print the Modelfile of a converted or linked pair.
+
+    OUT is the folder that convert wrote, or the GGUF file of a target with its linked drafter beside it.
 
     \b
-    Example:
-      gemma-mtp modelfile out > Modelfile
+    Examples:
+      gemma-mtp modelfile out
+      gemma-mtp modelfile gemma-4-E2B-it-Q4_K_M.gguf > Modelfile
     """
-    click.echo(_modelfile(out).read_text(encoding="utf-8"), nl=False)
+    if out.is_dir():
+        click.echo(_modelfile(out).read_text(encoding="utf-8"), nl=False)
+        return
+    drafter = link.find_drafter(out)
+    if drafter is None:
+        raise link.PairError(f"{out} has no linked drafter beside it; run gemma-mtp link first.")
+    click.echo(modelfile(out.name, drafter.name, {}), nl=False)
 
 
 def _modelfile(out: Path) -> Path:

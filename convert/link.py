@@ -1,11 +1,14 @@
 """The pairing contract: which drafter belongs to which target, read from the two GGUF headers.
 
 A target carries the fingerprint of the checkpoint it was converted from, a drafter the fingerprint of its target's
-checkpoint, so one drafter serves every quantization of its target.
+checkpoint, so one drafter serves every quantization of its target. Files of others carry none: there the drafter gets
+the fingerprint of its target's weights, and the target stays as it is.
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from gemma_mtp.convert.gguf_model import (
 __all__ = [
     "DRAFTER_ARCH", "KEY_CENTROIDS", "KEY_HASHES", "KEY_N_CENTROIDS", "KEY_ORDERING", "KEY_PEER", "KEY_ROLE",
     "KEY_SOURCE", "KEY_TARGET", "KEY_TOP_K", "KEY_VERSION", "TARGET_ARCH", "VERSION", "Header", "MtpError", "PairError",
-    "Strings", "Tensor", "check", "check_model", "find_drafter", "read_header",
+    "Strings", "Tensor", "check", "check_model", "find_drafter", "read_header", "weights_identity",
 ]  # fmt: skip
 
 VERSION = 1
@@ -35,6 +38,8 @@ KEY_ROLE = "mtp.role"
 KEY_SOURCE = "mtp.source.fingerprint"
 KEY_TARGET = "mtp.target.fingerprint"
 KEY_PEER = "mtp.peer.file"
+# Start of a target's fingerprint that was taken from its GGUF file, where nothing tells of the checkpoint.
+WEIGHTS = "weights:"
 # SHA-256 of every tensor's bytes, in the order of the tensors.
 KEY_HASHES = "mtp.tensor.sha256"
 
@@ -51,9 +56,45 @@ def read_header(path: Path) -> Header:
     return header
 
 
+def weights_identity(header: Header) -> str:
+    """What all quantizations of one target share: its vocabulary and its float vectors, norms and scales.
+
+    Quantizers leave vectors in float32, so files of any converter and format agree, and files of other weights differ.
+    (A fine-tune that left every norm alone agrees with the model it came from; the drafter serves it too.)
+
+    Raises:
+        MtpError: a file of a split target is missing or damaged.
+    """
+    total = hashlib.sha256()
+    tokens = header.vocabulary
+    total.update(tokens.digest().encode() if isinstance(tokens, Strings) else b"")
+    vectors = {}
+    for part in _parts(header):
+        with part.path.open("rb") as file:
+            for name, tensor in part.tensors.items():
+                if tensor.type == 0 and len(tensor.shape) == 1 and name != "rope_freqs.weight":
+                    file.seek(tensor.offset)
+                    vectors[name] = file.read(tensor.size)
+    for name in sorted(vectors):
+        total.update(name.encode() + b"\0" + vectors[name])
+    return WEIGHTS + total.hexdigest()
+
+
+def _parts(header: Header) -> list[Header]:
+    """The header itself, or those of all files of a split (llama-gguf-split names them -00001-of-00003.gguf)."""
+    count = header.metadata.get("split.count", 0)
+    stem = re.fullmatch(r"(.+)-\d{5}-of-\d{5}", header.path.stem)
+    if stem is None or not isinstance(count, int) or count < 2:
+        return [header]
+    return [read(header.path.with_name(f"{stem[1]}-{part:05}-of-{count:05}.gguf")) for part in range(1, count + 1)]
+
+
 def _belongs(target: Header, drafter: Header) -> bool:
-    wanted = target.metadata.get(KEY_SOURCE)
-    return drafter.arch == DRAFTER_ARCH and wanted is not None and drafter.metadata.get(KEY_TARGET) == wanted
+    """Whether a drafter carries this target's fingerprint, of its checkpoint or of its weights."""
+    wanted = drafter.metadata.get(KEY_TARGET)
+    if drafter.arch != DRAFTER_ARCH or not isinstance(wanted, str):
+        return False
+    return wanted == (weights_identity(target) if wanted.startswith(WEIGHTS) else target.metadata.get(KEY_SOURCE))
 
 
 def find_drafter(target: Path, header: Header | None = None) -> Path | None:
@@ -66,18 +107,24 @@ def find_drafter(target: Path, header: Header | None = None) -> Path | None:
         MtpError: the target, or the drafter that it names, cannot be read.
     """
     header = header or read_header(target)
-    if KEY_SOURCE not in header.metadata:
-        return None
     named = target.parent / Path(str(header.metadata.get(KEY_PEER, ""))).name
     if named.is_file() and _belongs(header, read_header(named)):
         return named
     for path in sorted(target.parent.glob("*.gguf")):
         try:
-            if path != target and _belongs(header, read_header(path)):
+            if path != target and _says_drafter(path) and _belongs(header, read_header(path)):
                 return path
-        except MtpError:
+        except (MtpError, OSError):
             continue  # a broken file that nobody named is none of this pair's business
     return None
+
+
+def _says_drafter(path: Path) -> bool:
+    """Whether the architecture, which every writer puts first, is a drafter's: a glance instead of a whole header."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return DRAFTER_ARCH.encode() in file.read(4096)
 
 
 def _by_type(header: Header, key: str) -> dict[str, Any]:
@@ -85,6 +132,10 @@ def _by_type(header: Header, key: str) -> dict[str, Any]:
     pattern = np.atleast_1d(header.of_arch("attention.sliding_window_pattern", []))
     values = np.broadcast_to(np.asarray(header.of_arch(key, -1)), pattern.shape)
     return {("sliding" if sliding else "full"): int(value) for sliding, value in zip(pattern, values, strict=True)}
+
+
+def _short(fingerprint: str) -> str:
+    return str(fingerprint).removeprefix(WEIGHTS)[:12]
 
 
 def check(target: Header, drafter: Header) -> None:
@@ -102,10 +153,12 @@ def check(target: Header, drafter: Header) -> None:
         )
     advice = "use the drafter converted together with this target."
     wants, has = drafter.metadata.get(KEY_TARGET), target.metadata.get(KEY_SOURCE)
+    if isinstance(wants, str) and wants.startswith(WEIGHTS):
+        has = weights_identity(target)
     if wants and has and wants != has:
         raise PairError(
-            f"{drafter.path.name} was converted for the target with fingerprint {wants[:12]}, but {target.path.name} "
-            f"has {has[:12]}; {advice}"
+            f"{drafter.path.name} was made for the target with fingerprint {_short(wants)}, but {target.path.name} has "
+            f"{_short(has)}; {advice}"
         )
     compared = {
         "hidden size": (target.of_arch("embedding_length"), drafter.of_arch("embedding_length_out")),

@@ -92,21 +92,28 @@ def _metadata(writer: GGUFWriter, plan: Plan, checkpoint: Checkpoint, link: Mapp
         writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
     writer.add_array(KEY_HASHES, ["0" * 64] * len(plan.tensors))  # filled in by verify.seal
     if isinstance(checkpoint.config, DrafterConfig) and checkpoint.config.ordered:
-        _ordered(writer, checkpoint, checkpoint.config)
+        for key, value in ordered_head(checkpoint, checkpoint.config).items():
+            writer.add_uint32(key, value) if isinstance(value, int) else writer.add_array(key, value.tolist())
 
 
-def _ordered(writer: GGUFWriter, checkpoint: Checkpoint, config: DrafterConfig) -> None:
-    """The ordered head as metadata: centroids [n_centroids * n_embd] row by row, and token ids in cluster order."""
+def ordered_head(checkpoint: Checkpoint, config: DrafterConfig) -> dict[str, Any]:
+    """The ordered head as metadata: centroids [n_centroids * n_embd] row by row, and token ids in cluster order.
+
+    Raises:
+        MtpError: a centroid holds NaN or infinite values, or the ordering does not name every token once.
+    """
     centroids = checkpoint.rows(names.CENTROIDS, 0, config.n_centroids).to(torch.float32)
     ordering = checkpoint.rows(names.ORDERING, 0, config.vocab_size)
     if not bool(torch.isfinite(centroids).all()):
         raise MtpError(f"{checkpoint.folder}: {names.CENTROIDS!r} holds NaN or infinite values; download it again.")
     if not torch.equal(ordering.to(torch.int64).sort().values, torch.arange(config.vocab_size)):
         raise MtpError(f"{checkpoint.folder}: {names.ORDERING!r} does not name every token once; download it again.")
-    writer.add_uint32(KEY_N_CENTROIDS, config.n_centroids)
-    writer.add_uint32(KEY_TOP_K, config.top_k)
-    writer.add_array(KEY_CENTROIDS, centroids.flatten().tolist())
-    writer.add_array(KEY_ORDERING, ordering.tolist())
+    return {
+        KEY_N_CENTROIDS: config.n_centroids,
+        KEY_TOP_K: config.top_k,
+        KEY_CENTROIDS: centroids.flatten().numpy(),
+        KEY_ORDERING: ordering.to(torch.int32).numpy(),
+    }
 
 
 def _pieces(plan: Plan, checkpoint: Checkpoint) -> Iterator[tuple[npt.NDArray[np.uint8], bool]]:

@@ -13,9 +13,10 @@ import click
 # Where each command lives. They are imported when called for: converting needs torch, generating does not.
 COMMANDS = {
     "convert": "gemma_mtp.convert.cli:convert",
+    "link": "gemma_mtp.convert.cli_files:link_command",
     "inspect": "gemma_mtp.convert.cli_files:inspect",
     "verify": "gemma_mtp.convert.cli_files:verify",
-    "modelfile": "gemma_mtp.convert.cli:modelfile",
+    "modelfile": "gemma_mtp.convert.cli:modelfile_command",
     "ollama": "gemma_mtp.convert.cli:ollama",
     "run": "gemma_mtp.runtime.cli:run",
     "bench": "gemma_mtp.runtime.cli:bench",

@@ -40,8 +40,8 @@ def convert_pair(
     Everything is decided and checked before the first byte is written, and the files appear when all are complete.
 
     Args:
-        target_dir: Hugging Face folder of the target.
-        drafter_dir: Hugging Face folder of its drafter.
+        target_dir: Hugging Face folder of the target, or org/name[@revision] to download.
+        drafter_dir: the same of its drafter, or "auto" for the one published for an official target.
         out: folder to write into; made if it is not there.
         quant: format of the target: F32, F16, BF16, Q8_0, Q4_0 or Q4_K_M.
         drafter_quant: format of the drafter.
@@ -56,11 +56,14 @@ def convert_pair(
     from gemma_mtp.convert.checkpoint import open_checkpoint
     from gemma_mtp.convert.modelfile import modelfile
     from gemma_mtp.convert.plan import check_pair, plan
+    from gemma_mtp.convert.sources import AUTO, official_drafter, resolve
     from gemma_mtp.convert.staging import staging
     from gemma_mtp.convert.write import write
 
     folder = Path(out)
-    with open_checkpoint(Path(target_dir)) as target, open_checkpoint(Path(drafter_dir)) as drafter:
+    source, other = os.fspath(target_dir), os.fspath(drafter_dir)
+    folders = [resolve(source), resolve(official_drafter(source) if other == AUTO else other)]
+    with open_checkpoint(folders[0]) as target, open_checkpoint(folders[1]) as drafter:
         check_pair(target.config, drafter.config)
         _same_tokens(target.folder, drafter.folder)
         plans = [plan(target.config, target.index, quant), plan(drafter.config, drafter.index, drafter_quant)]
@@ -90,11 +93,13 @@ def convert_pair(
 
 
 def _stems(target: Path, drafter: Path, name: str | None) -> tuple[str, str]:
+    from gemma_mtp.convert.sources import name_of
+
     if name is not None:
         if Path(name).name != name:
             raise MtpError(f"the name {name!r} is not a plain file name.")
         return name, f"{name}-assistant"
-    first, second = target.resolve().name, drafter.resolve().name
+    first, second = name_of(target), name_of(drafter)
     return first, f"{second}-assistant" if second == first else second
 
 

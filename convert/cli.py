@@ -9,19 +9,21 @@ from pathlib import Path
 
 import click
 from gemma_mtp.convert import Pair, convert_pair, link
-from gemma_mtp.convert.cli_files import type_counts
+from gemma_mtp.convert.cli_files import progress_bar, type_counts
 from gemma_mtp.convert.modelfile import modelfile
 from gemma_mtp.convert.recipe import QUANTS
+from gemma_mtp.convert.sources import AUTO
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 FORMATS = click.Choice(list(QUANTS), case_sensitive=False)
 
 
 @click.command()
-@click.argument("target", type=click.Path(path_type=Path))
-@click.argument("drafter", type=click.Path(path_type=Path))
+@click.argument("target")
+@click.argument("drafter", required=False)
+@click.option("--drafter", "named", metavar="auto|SOURCE", help="The drafter, instead of as second argument. "
+              "[default: auto, the one published for an official target]")  # fmt: skip
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write into.")
 @click.option("-q", "--quant", type=FORMATS, default="Q4_K_M", show_default=True, help="Format of the target.")
 @click.option("--drafter-quant", type=FORMATS, default="Q8_0", show_default=True, help="Format of the drafter.")
@@ -29,26 +31,34 @@ FORMATS = click.Choice(list(QUANTS), case_sensitive=False)
 @click.option("--force", is_flag=True, help="Replace files of the same names.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
 def convert(
-    target: Path, drafter: Path, out: Path, quant: str, drafter_quant: str, name: str | None, force: bool, as_json: bool
+    target: str,
+    drafter: str | None,
+    named: str | None,
+    out: Path,
+    quant: str,
+    drafter_quant: str,
+    name: str | None,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Convert a target and its drafter to two linked GGUF files and a Modelfile.
 
-    TARGET and DRAFTER are Hugging Face folders with safetensors weights.
+    TARGET and DRAFTER are Hugging Face folders with safetensors weights, or repositories, org/name[@revision], which
+    are downloaded into the Hugging Face cache.
 
     \b
     Examples:
       gemma-mtp convert gemma-4-E2B-it gemma-4-E2B-it-assistant -o out
+      gemma-mtp convert google/gemma-4-E2B-it --drafter auto -o out
       gemma-mtp convert gemma-4-E2B-it gemma-4-E2B-it-assistant -o out -q Q4_0 --drafter-quant BF16
       gemma-mtp convert snapshots/8f3a snapshots/77c0 -o out --name gemma-4-E4B-it
     """
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    if drafter and named:
+        raise click.UsageError("pass the drafter once, as second argument or with --drafter.")
+    with progress_bar("converting") as bar:
         task = bar.add_task("", total=None)
         pair = convert_pair(
-            target, drafter, out, quant, drafter_quant, name, force,
+            target, drafter or named or AUTO, out, quant, drafter_quant, name, force,
             lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     _report(pair, as_json)

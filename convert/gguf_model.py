@@ -78,9 +78,11 @@ def check_model(header: Header) -> None:
             raise _wrong(header, key, value, f"{layers} booleans")
         else:
             _number(header, key, bound)
-    for key in ("attention.shared_kv_layers", "nextn_predict_layers"):
-        if header.of_arch(key) is not None:
-            _number(header, key, Bound(0, layers))
+    if header.of_arch("nextn_predict_layers") is not None:
+        _number(header, "nextn_predict_layers", Bound(0, layers))
+    if header.of_arch("attention.shared_kv_layers") is not None:
+        # a target keeps at least the last layer of each kind for the others to read
+        _number(header, "attention.shared_kv_layers", Bound(0, layers if header.arch == DRAFTER_ARCH else layers - 2))
     _related(header, layers)
     _check_vocabulary(header)
     if KEY_CENTROIDS in header.metadata:
@@ -120,9 +122,21 @@ def _related(header: Header, layers: int) -> None:
         turned = header.of_arch(f"rope.dimension_count{kind}", key)
         if turned > key or turned % 2:
             raise _wrong(header, f"rope.dimension_count{kind}", turned, f"an even number up to {key}")
+    sliding = header.of_arch("attention.sliding_window_pattern")
+    first_shared = layers - int(header.of_arch("attention.shared_kv_layers", 0))
+    if not bool(sliding.any()):
+        raise _wrong(header, "attention.sliding_window_pattern", sliding.tolist(), "at least one sliding layer")
+    if header.arch == TARGET_ARCH and first_shared < layers and not ends_in_donors(sliding[:first_shared]):
+        raise _wrong(header, "attention.sliding_window_pattern", sliding.tolist(),
+                     f"a sliding layer and a full one before layer {first_shared}, which the others read")  # fmt: skip
     experts, used = header.of_arch("expert_count", 0), header.of_arch("expert_used_count", 0)
     if used > experts or (experts and not used):
         raise _wrong(header, "expert_used_count", used, f"1 to {experts}, the number of experts")
+
+
+def ends_in_donors(sliding: Any) -> bool:
+    """Whether layers end in a sliding and a full one: their KV is what llama.cpp lets others, and drafters, read."""
+    return len(sliding) >= 2 and bool(sliding[-2]) and not bool(sliding[-1])
 
 
 def _check_vocabulary(header: Header) -> None:

@@ -23,6 +23,7 @@ from gemma_mtp.convert.gguf_model import (
     KEY_TOP_K,
     TARGET_ARCH,
     check_model,
+    ends_in_donors,
 )
 
 __all__ = [
@@ -168,6 +169,11 @@ def check(target: Header, drafter: Header) -> None:
     for name, key in (("head size", "key_length"), ("sliding head size", "key_length_swa")):
         compared[name] = tuple(h.of_arch(f"attention.{key}") for h in (target, drafter))
     donors, readers = (_by_type(h, "attention.head_count_kv") for h in (target, drafter))
+    pattern = target.of_arch("attention.sliding_window_pattern", [])
+    own = pattern[: len(pattern) - int(target.of_arch("attention.shared_kv_layers", 0))]
+    if not ends_in_donors(own):
+        raise PairError(f"{target.path.name}: its last layers with KV of their own are not a sliding and a full one, "
+                        "which a drafter reads; run it without MTP.")  # fmt: skip
     for kind in readers:
         compared[f"KV heads of {kind} layers"] = (donors.get(kind, 0), readers[kind])
     for name, (ours, theirs) in compared.items():

@@ -123,11 +123,26 @@ def judge_gguf(path: Path) -> str:
     if header.arch in (link.TARGET_ARCH, link.DRAFTER_ARCH):
         params = llama_cpp.llama_model_default_params()
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
-        if model:
-            llama_cpp.llama_model_free(model)
-            return "loaded"
-        return "not loaded"
+        if not model:
+            return "not loaded"
+        if header.arch == link.TARGET_ARCH:
+            decode(model)
+        llama_cpp.llama_model_free(model)
+        return "loaded"
     return "accepted"
+
+
+def decode(model: object) -> None:
+    """One token through a model, where a context can be made for it."""
+    import llama_cpp
+
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_threads = 64, 8, 1
+    context = llama_cpp.llama_init_from_model(model, params)
+    if context:
+        tokens = (llama_cpp.llama_token * 1)(2)
+        llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, 1))
+        llama_cpp.llama_free(context)
 
 
 def judge_safetensors(path: Path) -> str:

@@ -164,18 +164,32 @@ def test_killed_while_linking(files: tuple[Path, Path, Path]) -> None:
     assert sorted(path.name for path in drafter.parent.iterdir()) == sorted(path.name for path in files)
 
 
-def test_a_split_target(files: tuple[Path, Path, Path], llama_quantize: Path) -> None:
-    """The weights of a split target are those of the whole one."""
-    _, target, _ = files
-    split = llama_quantize.with_name("llama-gguf-split")
-    if not split.exists():
-        pytest.skip("this build has no llama-gguf-split")
-    done = subprocess.run(
-        [split, "--split-max-tensors", "20", target, target.with_name("part")], capture_output=True, check=False
-    )
-    assert done.returncode == 0
-    first = min(target.parent.glob("part-00001-*.gguf"))
-    assert link.weights_identity(link.read_header(first)) == link.weights_identity(link.read_header(target))
+def test_a_split_target(files: tuple[Path, Path, Path]) -> None:
+    """The weights of a target that came in several files are those of the whole one, and its drafter is found."""
+    from gguf import GGUFReader, GGUFWriter
+
+    _, target, drafter = files
+    writer = GGUFWriter(target.with_name("part.gguf"), link.TARGET_ARCH, split_max_tensors=20)
+    reader = GGUFReader(target)
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            sub_type = field.types[1] if len(field.types) > 1 else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub_type)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    parts = sorted(target.parent.glob("part-*.gguf"))
+    assert len(parts) > 1
+    assert link.weights_identity(link.read_header(parts[0])) == link.weights_identity(link.read_header(target))
+    linked = link_files(parts[0], drafter)
+    assert link.find_drafter(parts[0]) == link.find_drafter(target) == linked
+    parts[1].unlink()
+    done = run("link", parts[0], drafter, "-o", drafter.with_name("other.gguf"))
+    assert done.exit_code == 1
+    assert parts[1].name in done.stderr
 
 
 def test_other_weights_are_another_target(theirs: Path, tiny_f32: Pair) -> None:

@@ -23,6 +23,7 @@ class Pair:
     target: Path
     drafter: Path
     modelfile: Path
+    projector: Path | None = None
 
 
 def convert_pair(
@@ -34,6 +35,7 @@ def convert_pair(
     name: str | None = None,
     force: bool = False,
     progress: Progress = lambda done, total: None,
+    mmproj: str | None = None,
 ) -> Pair:
     """Write OUT/<name>-<quant>.gguf, its drafter beside it, and a Modelfile for both.
 
@@ -48,12 +50,14 @@ def convert_pair(
         name: start of the file names; the names of the two folders unless given.
         force: replace files of the same names.
         progress: called with bytes written and bytes in all.
+        mmproj: format of the projector, F16, BF16, F32 or Q8_0, if it is to be converted too.
 
     Raises:
         PairError: the two folders do not hold a target and its drafter.
         MtpError: an input is missing, damaged or not supported, an output is there already, or the disk is full.
     """
     from gemma_mtp.convert.checkpoint import open_checkpoint
+    from gemma_mtp.convert.mmproj import plan_mmproj, write_mmproj
     from gemma_mtp.convert.modelfile import modelfile
     from gemma_mtp.convert.plan import check_pair, plan
     from gemma_mtp.convert.sources import AUTO, official_drafter, resolve
@@ -69,7 +73,9 @@ def convert_pair(
         plans = [plan(target.config, target.index, quant), plan(drafter.config, drafter.index, drafter_quant)]
         stem, drafter_stem = _stems(target.folder, drafter.folder, name)
         files = [f"{stem}-{quant}.gguf", f"{drafter_stem}-{drafter_quant}.gguf"]
-        total = sum(each.n_bytes for each in plans)
+        projector = f"mmproj-{stem}-{mmproj}.gguf" if mmproj else None
+        encoders = plan_mmproj(target.folder, mmproj)[1] if mmproj else []
+        total = sum(each.n_bytes for each in plans) + sum(each.n_bytes for each in encoders)
         source = target.fingerprint()
         common = {link.KEY_VERSION: link.VERSION}
         links: list[dict[str, Any]] = [
@@ -84,12 +90,16 @@ def convert_pair(
             done += more
             progress(done, total)
 
-        with staging(folder, [*files, "Modelfile"], total, force) as hidden:
+        with staging(folder, [*files, *([projector] if projector else []), "Modelfile"], total, force) as hidden:
             for checkpoint, each, file, tied in zip((target, drafter), plans, files, links, strict=True):
                 write(each, checkpoint, hidden / file, tied, count)
             link.check(link.read_header(hidden / files[0]), link.read_header(hidden / files[1]))
-            (hidden / "Modelfile").write_text(modelfile(files[0], files[1], target.generation), encoding="utf-8")
-    return Pair(folder / files[0], folder / files[1], folder / "Modelfile")
+            if projector and mmproj:
+                write_mmproj(target.folder, hidden / projector, mmproj, count)
+            text = modelfile(files[0], files[1], target.generation, projector)
+            (hidden / "Modelfile").write_text(text, encoding="utf-8")
+    found = folder / projector if projector else None
+    return Pair(folder / files[0], folder / files[1], folder / "Modelfile", found)
 
 
 def _stems(target: Path, drafter: Path, name: str | None) -> tuple[str, str]:

@@ -105,7 +105,7 @@ class _Keys:
         return _Keys(self[key], self.file)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         parsed = json.loads(path.read_text(encoding="utf-8"))
     except OSError as problem:
@@ -157,7 +157,7 @@ def read_config(folder: Path) -> TargetConfig | DrafterConfig:
         MtpError: it is missing or damaged, lacks a key, or asks for a feature that is not supported.
     """
     file = folder / "config.json"
-    root = _Keys(_json(file), file)
+    root = _Keys(read_json(file), file)
     name = str(root["architectures"][0])
     if name not in TARGET_CLASSES + DRAFTER_CLASSES:
         wanted = ", ".join(TARGET_CLASSES + DRAFTER_CLASSES)
@@ -213,7 +213,7 @@ class Checkpoint:
         with damaged(folder / "config.json"):
             self.config = read_config(folder)
         generation = folder / "generation_config.json"
-        self.generation = _json(generation) if generation.exists() else {}
+        self.generation = read_json(generation) if generation.exists() else {}
         self._open = {path: _open(path, files) for path in _weight_files(folder)}
         self.index: dict[str, Source] = {}
         for path, file in self._open.items():
@@ -238,7 +238,7 @@ class Checkpoint:
 
         It does not depend on how the tensors are spread over files, nor on the version that saved them.
         """
-        config = {key: value for key, value in _json(self.folder / "config.json").items() if key not in INCIDENTAL}
+        config = {key: value for key, value in read_json(self.folder / "config.json").items() if key not in INCIDENTAL}
         if isinstance(text := config.get("text_config"), dict):
             config["text_config"] = {key: value for key, value in text.items() if key not in INCIDENTAL}
         total = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
@@ -264,6 +264,16 @@ def open_checkpoint(folder: Path) -> Iterator[Checkpoint]:
         yield Checkpoint(folder, files)
 
 
+def open_weights(folder: Path, files: ExitStack) -> dict[str, Any]:
+    """The open safetensors file of every tensor of a folder, by the tensor's name.
+
+    Raises:
+        MtpError: a file is missing, cut off or not what it should be.
+    """
+    opened = [_open(path, files) for path in _weight_files(folder)]
+    return {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)
+
+
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder, all present."""
     index = folder / "model.safetensors.index.json"
@@ -283,7 +293,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    mapped = _json(index).get("weight_map")
+    mapped = read_json(index).get("weight_map")
     if not isinstance(mapped, dict) or not mapped or not all(isinstance(name, str) for name in mapped.values()):
         raise MtpError(f"{index} has no weight_map; download it again.")
     return mapped

@@ -16,6 +16,7 @@ from gemma_mtp.convert.sources import AUTO
 from rich.console import Console
 from rich.table import Table
 
+PROJECTOR_FORMATS = ["F16", "BF16", "F32", "Q8_0"]
 FORMATS = click.Choice(list(QUANTS), case_sensitive=False)
 
 
@@ -27,6 +28,9 @@ FORMATS = click.Choice(list(QUANTS), case_sensitive=False)
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write into.")
 @click.option("-q", "--quant", type=FORMATS, default="Q4_K_M", show_default=True, help="Format of the target.")
 @click.option("--drafter-quant", type=FORMATS, default="Q8_0", show_default=True, help="Format of the drafter.")
+@click.option("--mmproj", is_flag=True, help="Convert the projector too: vision, and audio where there is one.")
+@click.option("--mmproj-quant", type=click.Choice(PROJECTOR_FORMATS, case_sensitive=False), default="F16",
+              show_default=True, help="Format of the projector.")  # fmt: skip
 @click.option("--name", help="Start of the file names. [default: the names of the two folders]")
 @click.option("--force", is_flag=True, help="Replace files of the same names.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
@@ -37,6 +41,8 @@ def convert(
     out: Path,
     quant: str,
     drafter_quant: str,
+    mmproj: bool,
+    mmproj_quant: str,
     name: str | None,
     force: bool,
     as_json: bool,
@@ -51,6 +57,7 @@ def convert(
       gemma-mtp convert gemma-4-E2B-it gemma-4-E2B-it-assistant -o out
       gemma-mtp convert google/gemma-4-E2B-it --drafter auto -o out
       gemma-mtp convert gemma-4-E2B-it gemma-4-E2B-it-assistant -o out -q Q4_0 --drafter-quant BF16
+      gemma-mtp convert gemma-4-E4B-it gemma-4-E4B-it-assistant -o out --mmproj
       gemma-mtp convert snapshots/8f3a snapshots/77c0 -o out --name gemma-4-E4B-it
     """
     if drafter and named:
@@ -60,19 +67,22 @@ def convert(
         pair = convert_pair(
             target, drafter or named or AUTO, out, quant, drafter_quant, name, force,
             lambda done, total: bar.update(task, completed=done, total=total),
+            mmproj_quant if mmproj else None,
         )  # fmt: skip
     _report(pair, as_json)
 
 
 def _report(pair: Pair, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps({key: str(path) for key, path in vars(pair).items()}))
+        click.echo(json.dumps({key: str(path) for key, path in vars(pair).items() if path}))
         return
     table = Table(box=None, pad_edge=False)
     for heading in ("", "file", "MB", "types"):
         table.add_column(heading, justify="right" if heading == "MB" else "left", overflow="fold")
-    for role in ("target", "drafter"):
-        path: Path = getattr(pair, role)
+    for role in ("target", "drafter", "projector"):
+        path: Path | None = getattr(pair, role)
+        if path is None:
+            continue
         counts = type_counts(link.read_header(path))
         table.add_row(role, path.name, f"{path.stat().st_size / 1e6:.1f}", counts)
     table.add_row("Ollama", pair.modelfile.name, "", "")

@@ -38,8 +38,8 @@ def type_counts(header: link.Header) -> str:
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="File to write. [default: <drafter>-linked.gguf "
               "beside the target]")  # fmt: skip
 @click.option("--in-place", is_flag=True, help="Replace the drafter: written beside it, checked, then renamed.")
-@click.option("--ordered-from", metavar="FOLDER", type=click.Path(path_type=Path),
-              help="Hugging Face folder of the drafter, to add its ordered head (E2B, E4B).")  # fmt: skip
+@click.option("--ordered-from", metavar="SOURCE",
+              help="Hugging Face folder or org/name of the drafter, to add its ordered head (E2B, E4B).")  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace the output, and a link to another target.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
 def link_command(
@@ -47,7 +47,7 @@ def link_command(
     drafter: Path,
     out: Path | None,
     in_place: bool,
-    ordered_from: Path | None,
+    ordered_from: str | None,
     force: bool,
     as_json: bool,
 ) -> None:

@@ -116,9 +116,7 @@ def write_mmproj(
         writer = GGUFWriter(path, "clip")
         try:
             for tensor in tensors:
-                writer.add_tensor_info(
-                    tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes, tensor.type  # type: ignore[arg-type, unused-ignore]
-                )  # fmt: skip
+                writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes, tensor.type)
             _metadata(writer, folder, config, quant)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()

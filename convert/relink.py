@@ -12,6 +12,7 @@ import numpy as np
 from gemma_mtp.convert import link
 from gemma_mtp.convert.errors import MtpError, PairError
 from gemma_mtp.convert.gguf_file import ARRAY, NUMBERS, STRING, UINT32, Header
+from gemma_mtp.convert.sources import resolve
 from gemma_mtp.convert.staging import staging
 from gemma_mtp.convert.verify import check_tensors, seal
 
@@ -24,7 +25,7 @@ def link_files(
     drafter: Path,
     out: Path | None = None,
     in_place: bool = False,
-    ordered_from: Path | None = None,
+    ordered_from: str | Path | None = None,
     force: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Path:
@@ -37,7 +38,7 @@ def link_files(
         drafter: GGUF file of the drafter.
         out: file to write; <drafter>-linked.gguf in the target's folder unless given.
         in_place: replace the drafter instead.
-        ordered_from: Hugging Face folder of the drafter, from which the ordered head is added.
+        ordered_from: Hugging Face folder or org/name[@revision] of the drafter, from which the ordered head is added.
         force: replace `out`, and a link to another target.
         progress: called with bytes written and bytes in all.
 
@@ -64,7 +65,7 @@ def link_files(
         link.KEY_HASHES: ["0" * 64] * len(theirs.tensors),
     }
     if ordered_from is not None:
-        values |= _ordered_head(theirs, ordered_from)
+        values |= _ordered_head(theirs, resolve(str(ordered_from)))
     wanted = drafter if in_place else out or target.parent / f"{drafter.stem}-linked.gguf"
     if in_place and drafter.is_symlink():
         raise MtpError(f"{drafter} is a link to {drafter.resolve()}; name that file, or write another one with -o.")

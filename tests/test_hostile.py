@@ -279,7 +279,7 @@ def test_killed_at_any_moment(pair: Folders, tmp_path: Path) -> None:
         server.stdin.write("go\n")
         server.stdin.flush()
         child = int(server.stdout.readline())
-        time.sleep(chance.uniform(0, 0.8))
+        time.sleep(chance.uniform(0, 0.5))
         os.kill(child, signal.SIGKILL)
         time.sleep(0.05)
         found = sorted(path.name for path in out.iterdir() if path.name != "notes.txt")

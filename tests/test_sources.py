@@ -101,8 +101,8 @@ def test_a_revision(run: Run) -> None:
 
 def test_a_gated_repository(run: Run, hub: Hub) -> None:
     hub.gated.add(TARGET)
-    error = said(run("convert", TARGET, DRAFTER, "-o", "out"))
-    assert error.startswith(f"error: {TARGET} is gated: accept its terms at https://huggingface.co/{TARGET}")
+    error = said(run("resolve", TARGET))
+    assert f"{TARGET} is gated: accept its terms at https://huggingface.co/{TARGET}" in error
     assert run("resolve", TARGET, HF_TOKEN="let-me-in").returncode == 0
 
 

@@ -92,7 +92,6 @@ def convert_pair(
         PairError: the two folders do not hold a target and its drafter.
         MtpError: an input is missing, damaged or not supported, an output is there already, or the disk is full.
     """
-    from gemma_mtp.convert.mmproj import write_mmproj
     from gemma_mtp.convert.modelfile import modelfile
     from gemma_mtp.convert.staging import staging
     from gemma_mtp.convert.write import write
@@ -123,6 +122,8 @@ def convert_pair(
                 write(_outputs(hidden, each, tied, matrix, split_max_size), checkpoint, count)
             link.check(link.read_header(hidden / first[0]), link.read_header(hidden / first[1]))
             if projector and mmproj:
+                from gemma_mtp.convert.mmproj import write_mmproj
+
                 write_mmproj(target.folder, hidden / projector, mmproj, count)
             text = modelfile(*first, target.generation, projector)
             (hidden / "Modelfile").write_text(text, encoding="utf-8")
@@ -178,7 +179,6 @@ def _plan(
     name: str | None, options: Options | None, imatrix: bool, split_max_size: int | None, mmproj: str | None,
 ) -> PairPlan:  # fmt: skip
     from gemma_mtp.convert import recipe
-    from gemma_mtp.convert.mmproj import plan_mmproj
     from gemma_mtp.convert.plan import check_pair, parts, plan
 
     check_pair(target.config, drafter.config)
@@ -200,6 +200,8 @@ def _plan(
     ]
     projector = None
     if mmproj:
+        from gemma_mtp.convert.mmproj import plan_mmproj
+
         n_bytes = sum(tensor.n_bytes for tensor in plan_mmproj(target.folder, mmproj)[1])
         projector = f"mmproj-{stems[0]}-{mmproj}.gguf", n_bytes
         files.append(projector[0])

@@ -148,11 +148,11 @@ def decode(model: object) -> None:
 def judge_safetensors(path: Path) -> str:
     """Check one safetensors file here and, if it is accepted, read every tensor with safetensors."""
     from gemma_mtp.convert.errors import MtpError
-    from gemma_mtp.convert.safetensors_file import check_file
+    from gemma_mtp.convert.safetensors_file import read_entries
     from safetensors import safe_open
 
     try:
-        check_file(path)
+        read_entries(path)
     except MtpError as problem:
         assert "\n" not in str(problem), problem
         return "refused"

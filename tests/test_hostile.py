@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from gemma_mtp.convert import link, plan
 from gemma_mtp.convert.checkpoint import open_checkpoint
 from gemma_mtp.convert.errors import MtpError
-from gemma_mtp.convert.safetensors_file import check_file
+from gemma_mtp.convert.safetensors_file import read_entries
 from gemma_mtp.convert.staging import PREFIX
 from gemma_mtp.runtime.cli import main
 from safetensors.torch import save_file
@@ -68,7 +68,7 @@ def entry(start: int, stop: int, shape: list[int] | None = None, dtype: str = "F
 def test_a_safetensors_header_that_lies(header: object, words: tuple[str, ...], tmp_path: Path) -> None:
     path = shard(tmp_path / "model.safetensors", header)
     with pytest.raises(MtpError) as caught:
-        check_file(path)
+        read_entries(path)
     said = str(caught.value)
     assert "\n" not in said
     for word in (str(path), *words):
@@ -84,9 +84,9 @@ def test_a_header_longer_than_the_file(length: int, pair: Folders, tmp_path: Pat
 def test_every_good_file_passes(tiny: dict[str, Path], tmp_path: Path) -> None:
     for folder in tiny.values():
         for path in folder.glob("*.safetensors"):
-            check_file(path)
+            read_entries(path)
     save_file({"empty": torch.zeros(0, 3), "scalar": torch.tensor(1.0)}, tmp_path / "x.safetensors")
-    check_file(tmp_path / "x.safetensors")
+    read_entries(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "sub/model.safetensors", "..", 7])
@@ -179,8 +179,10 @@ def test_values_of_another_kind_in_the_configuration(pair: Folders) -> None:
 
 
 def test_a_value_that_no_file_can_hold(pair: Folders, tmp_path: Path) -> None:
+    edit_config(pair[0], lambda c: c["text_config"].update(max_position_embeddings=1 << 32))
+    refused(*pair, tmp_path / "out", "config.json", "4294967296", "context_length")
     edit_config(pair[0], lambda c: c["text_config"].update(max_position_embeddings=-1))
-    refused(*pair, tmp_path / "out", "config.json", "-1", "context_length")
+    refused(*pair, tmp_path / "out", "config.json", "-1", "max_position_embeddings")
 
 
 def test_a_tokenizer_of_another_size(pair: Folders, tmp_path: Path) -> None:

@@ -17,10 +17,8 @@ from gemma_mtp.convert.relink import link_files
 from gemma_mtp.convert.staging import PREFIX
 from gemma_mtp.runtime.cli import main
 from gemma_mtp.runtime.pair import resolve
-from test_convert_upstream import Upstream, converted, data, plain
 from tiny import PAIR, make_drafter
-
-__all__ = ["converted"]  # a fixture
+from upstream import Upstream, data, plain
 
 TARGET, DRAFTER = PAIR / "gemma-4-demo", PAIR / "gemma-4-demo-assistant"
 
@@ -33,8 +31,8 @@ def run(*arguments: str | Path) -> Result:
 def theirs(converted: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with upstream's files of the demo pair: the target as BF16 and Q4_0, the drafter as Q8_0."""
     folder = tmp_path_factory.mktemp("theirs")
-    for path in (converted(TARGET, "BF16"), converted(TARGET, "Q4_0"), converted(DRAFTER, "Q8_0")):
-        shutil.copy(path, folder)
+    for source, quant in ((TARGET, "BF16"), (TARGET, "Q4_0"), (DRAFTER, "Q8_0")):
+        shutil.copy(converted(source, quant), folder / f"{source.name}-{quant}.gguf")
     return folder
 
 

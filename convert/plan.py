@@ -80,9 +80,10 @@ def parts(plan: Plan, path: Path, most: int | None) -> list[tuple[Path, Part]]:
         groups[-1].append(tensor)
         size += tensor.n_bytes
     count = len(groups)
-    names = [path.name] if count == 1 else [f"{path.stem}-{i + 1:05d}-of-{count:05d}.gguf" for i in range(count)]
-    made = (Part(index, count, tuple(group)) for index, group in enumerate(groups))
-    return [(path.with_name(name), part) for name, part in zip(names, made, strict=True)]
+    found = [Part(index, count, tuple(group)) for index, group in enumerate(groups)]
+    if count == 1:
+        return [(path, found[0])]
+    return [(path.with_name(f"{path.stem}-{part.index + 1:05d}-of-{count:05d}.gguf"), part) for part in found]
 
 
 def plan(config: Config, index: Mapping[str, Source], quant: str, options: recipe.Options = recipe.DEFAULT) -> Plan:

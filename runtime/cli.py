@@ -19,6 +19,8 @@ COMMANDS = {
     "modelfile": "gemma_mtp.convert.cli:modelfile_command",
     "ollama": "gemma_mtp.convert.cli:ollama",
     "run": "gemma_mtp.runtime.cli:run",
+    "chat": "gemma_mtp.runtime.chat:chat",
+    "serve": "gemma_mtp.runtime.serve:serve",
     "bench": "gemma_mtp.runtime.bench_cli:bench",
 }
 
@@ -82,12 +84,29 @@ def main(debug: bool) -> None:
     """
 
 
+class DraftLengthType(click.ParamType):
+    """A count of tokens, or "auto"."""
+
+    name = "N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value == "auto":
+            return "auto"
+        try:
+            length = int(value)
+        except ValueError:
+            length = -1
+        if length < 0:
+            self.fail(f"{value!r} is neither a number of tokens nor auto", param, ctx)
+        return length
+
+
 def loading_options(command: Any) -> Any:
     """Options that decide how a pair is loaded."""
     for option in (
         click.option("--drafter", metavar="FILE", help="Drafter to use instead of the linked one beside the target."),
-        click.option("--draft", "draft_length", type=click.IntRange(0), default=3, show_default=True, metavar="N",
-                     help="Tokens to draft in a round."),
+        click.option("--draft", "draft_length", type=DraftLengthType(), default="auto", show_default=True,
+                     help="Tokens to draft in a round; auto goes by cost and acceptance."),
         click.option("-c", "--ctx", "n_ctx", type=click.IntRange(1), default=4096, show_default=True,
                      help="Context length in tokens."),
         click.option("-t", "--threads", "n_threads", type=click.IntRange(1), help="CPU threads. [default: half]"),
@@ -111,6 +130,7 @@ def loading_options(command: Any) -> Any:
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Same seed, same text. [default: random]")
 @click.option("--no-mtp", is_flag=True, help="Generate without the drafter.")
 @click.option("--json", "as_json", is_flag=True, help="Print text and statistics as one JSON object instead.")
+@click.option("--stats", is_flag=True, help="Print what drafting brought, instead of one line.")
 @loading_options
 def run(
     target: str,
@@ -124,6 +144,7 @@ def run(
     seed: int | None,
     no_mtp: bool,
     as_json: bool,
+    stats: bool,
     drafter: str | None,
     **loading: Any,
 ) -> None:
@@ -166,4 +187,4 @@ def run(
             click.echo(json.dumps({"text": text, "stats": llm.stats.as_dict()}))
         else:
             click.echo()
-        click.echo(llm.stats.line(), err=True)
+        click.echo(llm.stats.report() if stats else llm.stats.line(), err=True)

@@ -14,7 +14,7 @@ import llama_cpp
 import numpy as np
 from gemma_mtp.runtime import native
 from gemma_mtp.runtime.native import Floats
-from gemma_mtp.runtime.sampling import MASK, ChainChoice, Choose, argmax
+from gemma_mtp.runtime.sampling import MASK, Choose, Sampler
 from llama_cpp import _internals as internals
 from llama_cpp import llama_cpp as lib
 from llama_cpp._utils import suppress_stdout_stderr
@@ -62,14 +62,14 @@ class DraftSettings:
 
 @functools.lru_cache(maxsize=4)
 def _choice(settings: DraftSettings, n_vocab: int) -> Choose:
-    if settings.temp == 0.0:
-        return argmax
     chain = internals.LlamaSampler()
     chain.add_top_k(settings.top_k)
     chain.add_top_p(settings.top_p, 1)
     chain.add_min_p(settings.min_p, 1)
     chain.add_temp(settings.temp)
-    return ChainChoice(chain, n_vocab, settings.seed)
+    if settings.temp == 0.0:
+        return Sampler(chain, n_vocab, seed=None, keep=1)
+    return Sampler(chain, n_vocab, settings.seed, keep=settings.top_k if 0 < settings.top_k < n_vocab else None)
 
 
 class Drafter:
@@ -145,8 +145,9 @@ def attached(target: llama_cpp.Llama, path: Path) -> Iterator[Drafter]:
         ctypes.memmove(ctypes.byref(params), ctypes.byref(target.context_params), ctypes.sizeof(params))
         params.ctx_type, params.ctx_other = lib.LLAMA_CONTEXT_TYPE_MTP, target.ctx
         params.n_ctx, params.embeddings = target.n_ctx(), False
-        # One token a step: the compute buffer would otherwise hold n_ubatch rows of vocabulary size.
-        params.n_batch = params.n_ubatch = 1
+        # One token a step: the compute buffer would otherwise hold n_ubatch rows of vocabulary size. llama.cpp asserts
+        # one for each sequence that the target's context allows.
+        params.n_batch = params.n_ubatch = max(1, params.n_seq_max)
         with suppress_stdout_stderr(disable=target.verbose):
             ctx = lib.llama_init_from_model(model.model, params)
         if not ctx:
@@ -162,7 +163,7 @@ def attached(target: llama_cpp.Llama, path: Path) -> Iterator[Drafter]:
 def load_model(target: llama_cpp.Llama, path: Path) -> Any:
     """The drafter's model, on the devices and with the memory mapping its target was given."""
     params = lib.llama_model_default_params()
-    for name in ("n_gpu_layers", "split_mode", "main_gpu", "load_mode"):
+    for name in ("n_gpu_layers", "split_mode", "main_gpu", "tensor_split", "load_mode"):
         setattr(params, name, getattr(target.model_params, name))
     try:
         return internals.LlamaModel(path_model=str(path), params=params, verbose=target.verbose)

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack
+from functools import cached_property
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
-import numpy as np
-import numpy.typing as npt
 from gemma_mtp.runtime import loop, native, sampling
-from gemma_mtp.runtime.drafter import Drafter, attached
+from gemma_mtp.runtime.api import Api, exclusive_stream
+from gemma_mtp.runtime.costs import Costs, costs_path
+from gemma_mtp.runtime.draft_length import Policy
+from gemma_mtp.runtime.drafter import DraftSettings, attached
+from gemma_mtp.runtime.drafts import MOST, DraftLength, Drafts
+from gemma_mtp.runtime.faults import check_grammar, check_options, explain_decode, explaining_load
+from gemma_mtp.runtime.grammar import Mask, Vocabulary
 from gemma_mtp.runtime.native import Floats
 from gemma_mtp.runtime.pair import Wanted, resolve
+from gemma_mtp.runtime.requests import Request
+from gemma_mtp.runtime.sampling import Sampler
 from gemma_mtp.runtime.stats import Stats
+from llama_cpp import llama_cpp as lib
 from llama_cpp._utils import suppress_stdout_stderr
 
+# Tokens that a draft may have where the KV cache forgets keys out of the window.
+LONGEST = 31
 
-class Llama(llama_cpp.Llama):
+
+class Llama(Api):
     """Drop-in `llama_cpp.Llama` that generates with the drafter linked to its target.
 
     Tokens for a seed do not depend on whether, how far or with what was drafted (but for near-ties that floating point
@@ -30,7 +42,8 @@ class Llama(llama_cpp.Llama):
         model_path: GGUF file of the target.
         drafter: "auto" (the default) takes the linked drafter in the same folder, if there is one; a path names it;
             None turns multi-token prediction off.
-        draft_length: tokens to draft in a round.
+        draft_length: tokens to draft in a round, or "auto" (the default) to go by what passes cost on this machine and
+            by what is accepted: then drafts also come from the text itself, and there are none where they do not pay.
         options: everything llama_cpp.Llama takes.
 
     Attributes:
@@ -39,58 +52,53 @@ class Llama(llama_cpp.Llama):
 
     Raises:
         gemma_mtp.convert.link.MtpError: a file is damaged, or the drafter is not the target's.
-        ValueError: as llama_cpp.Llama, for instance when model_path does not exist; or draft_length is negative.
+        ValueError: as llama_cpp.Llama, for instance when model_path does not exist; or draft_length is neither a count
+            nor "auto".
     """
-
-    # Set by llama_cpp.Llama: how many tokens the KV cache holds, and which they are, [n_ctx].
-    n_tokens: int
-    input_ids: npt.NDArray[np.intc]
 
     def __init__(
         self,
         model_path: str | PathLike[str],
         *,
         drafter: Wanted = "auto",
-        draft_length: int = 3,
+        draft_length: DraftLength = "auto",
         **options: Any,
     ) -> None:
-        self._stack = ExitStack()  # for close() and __del__, should what follows raise
-        if draft_length < 0:
-            raise ValueError(f"draft_length is {draft_length}; it counts tokens, 0 drafts none.")
+        self.prepare()
+        if draft_length != "auto" and (not isinstance(draft_length, int) or draft_length < 0):
+            raise ValueError(f'draft_length is {draft_length!r}; give a number of tokens, 0 for none, or "auto".')
         self.stats = Stats()
         self.total_stats = Stats()
         self.draft_length = draft_length
-        self.drafter: Drafter | None = None
         self._wanted = drafter
         self._told: set[str] = set()
+        check_options(options)
+        if options.get("swa_full") is False:
+            # A batch longer than n_ubatch may overwrite keys that its rollback needs.
+            options["n_ubatch"] = max(options.get("n_ubatch", 512), LONGEST + 1)
         path = resolve(model_path, drafter)
         # llama.cpp reports the sizes of its caches as warnings, which stock Llama shows even when told to be quiet.
-        with suppress_stdout_stderr(disable=options.get("verbose", True)):
+        with suppress_stdout_stderr(disable=options.get("verbose", True)), explaining_load(options):
             super().__init__(fspath(model_path), **options)
-        if len(self.input_ids) < self._n_ctx:
-            # llama.cpp rounds n_ctx up, to 256 at least; stock Llama has no room for the tokens beyond the n_ctx given.
-            self.input_ids = np.ndarray((self._n_ctx,), dtype=np.intc)
-            if self._logits_all:
-                self.scores = np.ndarray((self._n_ctx, self._n_vocab), dtype=np.single)
+            if self.lora_path and not self._lora_adapter:  # stock lets llama.cpp's null pointer pass
+                raise RuntimeError(f"Failed to initialize LoRA adapter from lora path: {self.lora_path}")
+        self.fit_arrays()
         if path is not None and (reason := self._cannot_draft()):
             self._tell(reason)
         elif path is not None:
             native.notice_unpatched()
-            self.drafter = self._stack.enter_context(attached(self, path))
-            self._stack.callback(self._forget_drafter)
+            # Weakly, so that dropping the object frees it at once, as it does stock's.
+            self.drafter = self._stack.enter_context(attached(weakref.proxy(self), path))
 
     def _cannot_draft(self) -> str | None:
         """Why a drafter cannot work with the arguments given, or None."""
         if self.draft_model is not None:
             return "draft_model was given: it drafts, and the MTP drafter is not loaded"
         if self.context_params.embeddings:
-            return "embedding=True: nothing is generated, so the MTP drafter is not loaded"
-        if not self.context_params.swa_full:
-            return "swa_full=False drops keys that a rejected draft needs again: the MTP drafter is not loaded"
+            return "embedding=True keeps embeddings instead of hidden rows: the MTP drafter is not loaded"
+        if self.model_params.vocab_only:
+            return "vocab_only=True: there are no weights, and the MTP drafter is not loaded"
         return None
-
-    def _forget_drafter(self) -> None:
-        self.drafter = None
 
     def _tell(self, reason: str) -> None:
         """Say once per object why a request runs without MTP."""
@@ -98,6 +106,7 @@ class Llama(llama_cpp.Llama):
             self._told.add(reason)
             print(f"gemma-mtp: {reason}.", file=sys.stderr)
 
+    @exclusive_stream
     def generate(
         self,
         tokens: Sequence[int],
@@ -118,8 +127,19 @@ class Llama(llama_cpp.Llama):
         logits_processor: Any = None,
         stopping_criteria: Any = None,
         grammar: Any = None,
+        *,
+        mtp: bool | None = None,
+        draft_length: int | None = None,
     ) -> Generator[int, Sequence[int] | None, None]:
-        """Generate tokens from a prompt; arguments and behaviour are llama_cpp.Llama.generate's."""
+        """Generate tokens from a prompt; arguments and behaviour are llama_cpp.Llama.generate's, with two more.
+
+        Args:
+            tokens: the prompt; all further ones up to `grammar` as there.
+            mtp: False generates without drafting.
+            draft_length: tokens to draft in a round.
+        """
+        request = self.request if mtp is None and draft_length is None else Request(mtp, draft_length)
+        tokens = list(tokens)
         settings: dict[str, Any] = {
             "top_k": top_k,
             "top_p": top_p,
@@ -135,49 +155,103 @@ class Llama(llama_cpp.Llama):
             "mirostat_eta": mirostat_eta,
             "penalize_nl": penalize_nl,
         }
-        constraints = {"logits_processor": logits_processor, "grammar": grammar}
+        kept = self.kept
+        if kept is not None:
+            kept.begin(self, tokens)
         if self.draft_model is not None or (mirostat_mode != 0 and temp > 0):
-            if mirostat_mode != 0:
+            if mirostat_mode != 0 and self.drafter is not None:
                 self._tell("mirostat draws its own random numbers: this request runs without MTP")
-            yield from super().generate(
-                tokens, reset=reset, stopping_criteria=stopping_criteria, **settings, **constraints
+            if reset and not self._can_cut(self._shared_with(tokens)):
+                self.reset()
+            source = super().generate(
+                tokens,
+                reset=reset,
+                stopping_criteria=stopping_criteria,
+                logits_processor=logits_processor,
+                grammar=grammar,
+                **settings,
             )
+            yield from self._counting(source if kept is None else kept.watching(self, source))
             return
 
         def stop(row: int) -> bool:
             return stopping_criteria is not None and bool(stopping_criteria(self._input_ids, self.logits(row)))
 
         self.stats = Stats()
+        sampler = self._choice(settings, logits_processor, grammar)
         try:
-            yield from loop.generate(
-                self,
-                self._reuse_prefix(list(tokens), reset),
-                self._choice(settings, constraints),
-                self._choice(settings | {"repeat_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}, {}),
-                self.draft_length,
-                stop,
-                self.stats,
-            )
+            left = self._reuse_prefix(tokens, reset)
+            native_round = DraftSettings.of(settings, self._seed)
+            drafts = Drafts(self, sampler, self._length(request), self._policy, self._costs, native_round)
+            choose = sampler if kept is None else kept.recording(sampler)
+            yield from loop.generate(self, left, choose, drafts, stop, self.stats)
+        finally:
+            if self._costs.seen(1):
+                plain_passes = max(self.stats.tokens - 1, 0)
+                self.stats.plain_pass_seconds = plain_passes * self._costs.pass_seconds(1)
+            self._costs.save(self._costs_path)
+            self.total_stats.add(self.stats)
+
+    def _counting(
+        self, source: Generator[int, Sequence[int] | None, None]
+    ) -> Generator[int, Sequence[int] | None, None]:
+        """Stock's generator of tokens, counted."""
+        self.stats = Stats()
+        sent: Sequence[int] | None = None
+        try:
+            while True:
+                try:
+                    token = source.send(sent)
+                except StopIteration:
+                    return
+                self.stats.tokens += 1
+                sent = yield token
         finally:
             self.total_stats.add(self.stats)
 
-    def _choice(self, settings: dict[str, Any], constraints: dict[str, Any]) -> sampling.Choose:
-        """The token at a position under these settings: llama.cpp's sampler chain, with our noise for its draw."""
+    def _choice(self, settings: dict[str, Any], logits_processor: Any, grammar: Any) -> Sampler:
+        """What chooses tokens under these settings: llama.cpp's sampler chain, with our noise for its draw."""
+        if grammar is not None:
+            check_grammar(self._model.vocab, grammar)
+        temp, top_k = settings["temp"], settings["top_k"]
         penalties = (settings["repeat_penalty"], settings["frequency_penalty"], settings["presence_penalty"])
-        free = penalties == (1.0, 0.0, 0.0) and not any(constraints.values())
-        if settings["temp"] == 0.0 and free:
-            return sampling.argmax
-        chain = sampling.without_draw(self._init_sampler(**settings, **constraints))
-        choice = sampling.ChainChoice(chain, self._n_vocab, None if settings["temp"] == 0.0 else self._seed)
-        if free:
-            return choice
+        keep = 1 if temp == 0.0 else top_k if temp > 0.0 and 0 < top_k < self._n_vocab else None
+        return Sampler(
+            sampling.without_draw(self._init_sampler(**settings)),
+            self._n_vocab,
+            seed=None if temp == 0.0 else self._seed,
+            keep=keep,
+            penalized=0 if penalties == (1.0, 0.0, 0.0) else max(self.last_n_tokens_size, 0),
+            mask=Mask.of(grammar, self._vocabulary) if grammar is not None else None,
+            processors=logits_processor or (),
+            input_ids=lambda: self._input_ids,
+        )
 
-        def accepting(logits: Floats, position: int) -> int:
-            token = choice(logits, position)
-            choice.accept(token)
-            return token
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        """Tokens by their first byte, for grammars."""
+        return Vocabulary(self._model.vocab, self._n_vocab)
 
-        return accepting
+    @cached_property
+    def _costs(self) -> Costs:
+        """What passes and draft steps take here; from the cache, if this model has run on this machine before."""
+        return Costs.load(self._costs_path, MOST + 1)
+
+    @cached_property
+    def _policy(self) -> Policy:
+        return Policy(self._costs, MOST)
+
+    @property
+    def _costs_path(self) -> Path:
+        settings = ("n_threads", "n_ubatch", "flash_attn_type", "type_k", "type_v", "offload_kqv")
+        return costs_path(
+            model=Path(self.model_path).name,
+            size=self._model.size(),
+            drafter=self.drafter is not None,
+            layers=self.model_params.n_gpu_layers,
+            libllama=(llama_cpp.__version__, native.patched()),
+            **{name: str(getattr(self.context_params, name, None)) for name in settings},
+        )
 
     def _reuse_prefix(self, tokens: list[int], reset: bool) -> list[int]:
         """Keep what the KV cache shares with a prompt; returns the tokens left to decode, at least one.
@@ -187,22 +261,40 @@ class Llama(llama_cpp.Llama):
         """
         keep = self.n_tokens
         if reset:
-            pairs = zip(self._input_ids.tolist(), tokens, strict=False)
-            keep = next((i for i, (old, new) in enumerate(pairs) if old != new), min(self.n_tokens, len(tokens)))
+            keep = self._shared_with(tokens)
         else:
             tokens = [*self._input_ids.tolist(), *tokens]
         if not tokens:
             raise ValueError("the prompt is empty; pass at least one token, for instance the BOS token.")
         if len(tokens) > self._n_ctx:
             raise ValueError(f"the prompt has {len(tokens)} tokens, the context {self._n_ctx}; raise n_ctx.")
+        if tokens[-1] < 0:
+            raise ValueError("the prompt ends with an image or a sound; put text after it.")
         # The last token is always decoded, for its logits and its hidden row.
         keep = min(keep, len(tokens) - 1)
-        if keep and not self._ctx.kv_cache_seq_rm(-1, keep, -1):
+        if keep and not (self._can_cut(keep) and self._ctx.kv_cache_seq_rm(-1, keep, -1)):
             keep = 0
         if keep == 0:
             self.reset()
         self.n_tokens = keep
         return tokens[keep:]
+
+    def _shared_with(self, tokens: list[int]) -> int:
+        """How many tokens of a prompt the KV cache begins with."""
+        pairs = zip(self._input_ids.tolist(), tokens, strict=False)
+        return next((i for i, (old, new) in enumerate(pairs) if old != new), min(self.n_tokens, len(tokens)))
+
+    def _can_cut(self, keep: int) -> bool:
+        """Whether the KV cache can go on after `keep` tokens: with swa_full=False it forgets keys out of the window."""
+        if self.context_params.swa_full or keep == 0:
+            return True
+        first = lib.llama_memory_seq_pos_min(self._ctx.memory, 0)
+        return bool(0 <= first <= max(0, keep - lib.llama_model_n_swa(self._model.model)))
+
+    def _length(self, request: Request) -> Any:
+        """The draft length of a request; with swa_full=False a rollback must stay within one n_ubatch."""
+        length = request.length(self.draft_length)
+        return min(length, LONGEST) if isinstance(length, int) and not self.context_params.swa_full else length
 
     def decode(self, tokens: Sequence[int], draft: Sequence[int]) -> int:
         """Decode tokens and a draft after them; afterwards `n_tokens` counts the tokens, not the draft.
@@ -224,7 +316,11 @@ class Llama(llama_cpp.Llama):
         batch = [*tokens, *draft]
         self._ctx.kv_cache_seq_rm(-1, past, -1)
         self._batch.set_batch(batch=batch, n_past=past, logits_all=True)
-        self._ctx.decode(self._batch)
+        try:
+            self._ctx.decode(self._batch)
+        except RuntimeError as problem:
+            self.roll_back()
+            raise explain_decode(problem) from problem
         self.input_ids[past : past + len(batch)] = batch
         if self._logits_all:
             self.scores[past : past + len(batch)] = [self.logits(row) for row in range(len(batch))]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from gemma_mtp.runtime.draft_length import fitting
+from gemma_mtp.runtime.drafts import Draft, Drafts
 from gemma_mtp.runtime.sampling import Choose
 from gemma_mtp.runtime.stats import Stats
 from gemma_mtp.runtime.verify import verify
@@ -19,12 +19,11 @@ def generate(
     llm: Llama,
     tokens: list[int],
     choose: Choose,
-    draft_choose: Choose,
-    draft_length: int,
+    drafts: Drafts,
     stop: Callable[[int], bool],
     stats: Stats,
 ) -> Generator[int, Sequence[int] | None, None]:
-    """Generate tokens, the target verifying what its drafter guessed.
+    """Generate tokens, the target verifying what was guessed.
 
     When a token is yielded, `llm.n_tokens` counts what stands before it, as in llama_cpp.Llama, whether it was drafted
     or not; the KV cache may be ahead, and is cut back on the next decode or when the generator is closed.
@@ -33,8 +32,7 @@ def generate(
         llm: the target, with or without a drafter.
         tokens: what to decode before the first token, at least one.
         choose: the target's choice for a row of its logits.
-        draft_choose: the drafter's.
-        draft_length: tokens to draft in a round; 0 for none.
+        drafts: makes the drafts.
         stop: asked with the batch row of the choice just made; True ends the generation before it is yielded.
         stats: counts what happens; `seconds` leaves out what the caller does between tokens.
 
@@ -42,18 +40,21 @@ def generate(
         Token ids. Tokens sent in are appended after the one yielded.
 
     Raises:
-        RuntimeError: llama.cpp could not decode; the state is as before the failed batch.
+        RuntimeError: llama.cpp could not decode, or no token is allowed; the state is as before the failed batch.
     """
-    draft: list[int] = []
+    draft = Draft()
     clock = perf_counter()
     try:
         while True:
-            row = llm.decode(tokens, draft)
+            begun, single = perf_counter(), len(tokens) == 1 and stats.tokens > 0
+            row = llm.decode(tokens, draft.tokens)
+            llm.logits(row)  # waits for a device that computes on its own
+            pass_seconds = perf_counter() - begun
             if stats.tokens == 0:
-                stats.prompt_tokens, stats.prompt_seconds = len(tokens), perf_counter() - clock
+                stats.prompt_tokens, stats.prompt_seconds = len(tokens), pass_seconds
                 clock = perf_counter()
             else:
-                stats.target_passes += 1
+                stats.passed(pass_seconds)
             past = llm.n_tokens
 
             def choice(i: int, row: int = row, past: int = past) -> int:
@@ -61,9 +62,11 @@ def generate(
                 return choose(llm.logits(row + i), past + i)
 
             tokens = []
-            for i, (token, accepted) in enumerate(verify(draft, choice)):
+            hits = 0
+            for i, (token, accepted) in enumerate(verify(draft.tokens, choice)):
                 if accepted:
-                    stats.accepted_at(i)
+                    hits += 1
+                    stats.accepted_at(i, draft.sources[i])
                 if stop(row + i):
                     return
                 stats.tokens += 1
@@ -75,12 +78,11 @@ def generate(
                     break
 
             llm.roll_back()
-            draft = []
-            if llm.drafter and len(tokens) == 1:
-                length = fitting(draft_length, llm.n_tokens, llm.n_ctx(), llm.n_batch)
-                if length:
-                    hidden = llm.hidden(row + llm.n_tokens - past)
-                    draft = llm.drafter.draft(tokens[0], hidden, llm.n_tokens, length, draft_choose)
-                    stats.drafted_round(length)
+            if single and len(tokens) == 1:
+                drafts.learn(draft, hits, i + 1, pass_seconds)
+            draft = Draft()
+            if len(tokens) == 1:
+                draft = drafts.make(tokens[0], row + llm.n_tokens - past)
+                stats.drafted_round(draft.sources, draft.seconds)
     finally:
         llm.roll_back()

@@ -1,4 +1,4 @@
-"""The token at a position: argmax, or Gumbel-max with noise fixed by (seed, position, token id).
+"""The token at a position: llama.cpp's sampler chain, and noise fixed by (seed, position, token id) for its draw.
 
 `argmax(log p + g)` with independent Gumbel noise `g` is a sample of p (Gumbel 1954; Maddison et al., arXiv 1411.0030).
 As the noise is a function of seed, position and token id alone, the target's choice is the same whether the position is
@@ -9,22 +9,35 @@ would (Daliri et al., arXiv 2408.07978).
 from __future__ import annotations
 
 import ctypes
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from gemma_mtp.runtime.grammar import CANDIDATE, Mask
 from gemma_mtp.runtime.native import Floats
 from llama_cpp import llama_cpp as lib
 
-CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+Ids = npt.NDArray[np.int32]
+Doubles = npt.NDArray[np.float64]
+
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
+# From how many candidates on the noise is computed only for those that can win.
+WIDE = 4096
+# What a drafter looks at when the chain has no top_k: rarer tokens are not worth a pass over the whole vocabulary.
+DRAFT_KEEP = 256
 
 
 class Choose(Protocol):
     """Gives the token for a row of logits [n_vocab] that stands at a position of the sequence."""
 
     def __call__(self, logits: Floats, position: int) -> int: ...
+
+
+class NoTokenLeft(RuntimeError):
+    """Grammar, processors and biases together leave no token to choose."""
 
 
 def mix(word: int) -> int:
@@ -34,57 +47,204 @@ def mix(word: int) -> int:
     return word ^ (word >> 31)
 
 
-def gumbel(seed: int, position: int, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
-    """Standard Gumbel noise for token ids at a position, shape of `ids`; a pure function of its arguments."""
+def noise_words(seed: int, position: int, ids: Ids) -> npt.NDArray[np.uint64]:
+    """64 random bits for token ids at a position, shape of `ids`; a pure function of its arguments."""
     key = mix((mix((seed + GOLDEN) & MASK) + position * GOLDEN) & MASK)
-    words = np.uint64(key) + (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(GOLDEN)
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    words = ids.astype(np.uint64)
+    words += np.uint64(1)
+    words *= np.uint64(GOLDEN)
+    words += np.uint64(key)
+    words ^= words >> np.uint64(30)
+    words *= np.uint64(0xBF58476D1CE4E5B9)
+    words ^= words >> np.uint64(27)
+    words *= np.uint64(0x94D049BB133111EB)
     words ^= words >> np.uint64(31)
+    return words
+
+
+def gumbel(seed: int, position: int, ids: Ids) -> Doubles:
+    """Standard Gumbel noise for token ids at a position, shape of `ids`; a pure function of its arguments."""
+    return gumbel_of(noise_words(seed, position, ids))
+
+
+def gumbel_of(words: npt.NDArray[np.uint64]) -> Doubles:
+    """Standard Gumbel noise from random words; grows with the word."""
     # 52 bits and a half: strictly between 0 and 1, so that both logarithms are finite.
     uniform = ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
-    noise: npt.NDArray[np.float64] = -np.log(-np.log(uniform))
+    noise: Doubles = -np.log(-np.log(uniform))
     return noise
 
 
-def argmax(logits: Floats, position: int) -> int:
-    """Greedy choice; the lowest id among equals, as llama.cpp's greedy sampler has it."""
-    del position
-    return int(logits.argmax())
+def largest(values: npt.NDArray[Any], count: int) -> npt.NDArray[np.intp]:
+    """Indices of at least the `count` largest values, ties with the last of them included, in ascending order.
+
+    The count-th largest of the maxima of blocks is a lower bound of the count-th largest value, and takes one pass over
+    the values where a partition takes many.
+    """
+    width = int(len(values) ** 0.5)
+    blocks = len(values) // width if width else 0
+    if count * 2 > blocks:
+        if count >= len(values):
+            return np.arange(len(values))
+        bound = np.partition(values, len(values) - count)[len(values) - count]
+    else:
+        tops = values[: blocks * width].reshape(blocks, width).max(axis=1)
+        bound = np.partition(tops, blocks - count)[blocks - count]
+    return np.flatnonzero(values >= bound)
 
 
-class ChainChoice:
-    """A choice after a llama.cpp sampler chain whose last stage, the one that draws, has been taken off.
+def lowest_best(ids: Ids, scores: Doubles) -> int:
+    """The id with the highest score; the lowest id among equals, as llama.cpp's greedy sampler has it."""
+    return int(ids[scores == scores.max()].min())
+
+
+def draw(ids: Ids, scores: Doubles, seed: int, position: int) -> int:
+    """argmax of scores plus noise over candidates, both of shape [n]; noise is only computed where it can matter."""
+    if len(ids) > WIDE:
+        likely = largest(scores, DRAFT_KEEP)
+        best = (scores[likely] + gumbel(seed, position, ids[likely])).max()
+        # Any other candidate scores at most `bound`, so it wins only if exp(-exp(-noise)) is at least this uniform.
+        bound = scores[likely].min()
+        uniform = float(np.exp(-np.exp(bound - best)))
+        words = noise_words(seed, position, ids)
+        able = words >= np.uint64(max(int(uniform * 2.0**52) - 4, 0) << 12)
+        able[likely] = True
+        ids, scores = ids[able], scores[able]
+    return lowest_best(ids, scores + gumbel(seed, position, ids))
+
+
+class Sampler:
+    """Chooses tokens: processors, grammar, llama.cpp's chain without the stage that draws, and the draw.
+
+    Only candidates that can survive top_k are handed to the chain, which changes nothing in the result.
 
     Args:
-        chain: llama_cpp's LlamaSampler; kept alive here, its state advances with `accept`.
+        chain: llama_cpp's LlamaSampler of penalties, top_k and what follows; the stage that draws is taken off.
         n_vocab: length of a logits row.
         seed: of the noise, or None to take the most likely candidate.
+        keep: how many candidates the chain keeps at most, or None when it has no top_k.
+        penalized: over how many of the latest tokens the chain's penalties go; 0 for none.
+        mask: the grammar, if there is one.
+        processors: llama-cpp-python's logits processors.
+        input_ids: gives the tokens so far, for the processors.
     """
 
-    def __init__(self, chain: Any, n_vocab: int, seed: int | None) -> None:
+    def __init__(
+        self,
+        chain: Any,
+        n_vocab: int,
+        seed: int | None,
+        keep: int | None = None,
+        penalized: int = 0,
+        mask: Mask | None = None,
+        processors: Sequence[Callable[[Any, Any], Any]] = (),
+        input_ids: Callable[[], Any] | None = None,
+    ) -> None:
+        self.n_vocab, self.seed, self.mask = n_vocab, seed, mask
         self._chain = chain
-        self._seed = seed
-        self._ids = np.arange(n_vocab, dtype=np.int32)
-        self._candidates = np.zeros(n_vocab, dtype=CANDIDATE)
+        self._keep = keep
+        self._recent: deque[int] = deque(maxlen=penalized)
+        self._processors, self._input_ids = processors, input_ids
+        self._bias: tuple[npt.NDArray[np.intp], Floats] | None = None
+        self._all = np.arange(n_vocab if keep is None else 0, dtype=np.int32)
+
+    @property
+    def plain(self) -> bool:
+        """Whether a choice is a function of logits and position alone."""
+        return self.mask is None and self._bias is None and not self._processors and not self._recent.maxlen
 
     def __call__(self, logits: Floats, position: int) -> int:
-        self._candidates["id"], self._candidates["logit"], self._candidates["p"] = self._ids, logits, 0.0
-        data = self._candidates.ctypes.data_as(lib.llama_token_data_p)
-        array = lib.llama_token_data_array(data=data, size=len(self._ids), selected=-1, sorted=False)
+        """The token for a row of logits at a position; told to penalties and grammar.
+
+        Raises:
+            NoTokenLeft: no token is allowed.
+        """
+        logits = self._processed(logits)
+        if self.plain and self.seed is None:
+            return int(logits.argmax())
+        ids = self._candidates(logits)
+        ids, scores = self._narrowed(ids, logits)
+        if not len(ids):
+            raise NoTokenLeft(
+                "grammar, logits_processor and logit_bias together leave no token to choose; relax one of them."
+            )
+        token = lowest_best(ids, scores) if self.seed is None else draw(ids, scores, self.seed, position)
+        self.accept(token)
+        return token
+
+    def accept(self, token: int) -> None:
+        """Tell penalties and grammar which token the sequence goes on with; the grammar must allow it."""
+        if self._recent.maxlen:
+            lib.llama_sampler_accept(self._chain.sampler, token)
+            self._recent.append(token)
+        if self.mask is not None:
+            self.mask.accept(token)
+
+    def fork(self) -> Sampler:
+        """A sampler for drafting from the present state: what it accepts leaves this one as it is.
+
+        Processors are not asked about drafts: they may keep a state of their own. What they changed in the target's
+        latest row is changed in the drafter's rows instead, which is the same for a bias.
+        """
+        if self.plain and self._keep is not None:
+            return self
+        chain = self._chain.clone() if self._recent.maxlen else self._chain
+        mask = self.mask.fork() if self.mask is not None else None
+        other = Sampler(chain, self.n_vocab, self.seed, self._keep or DRAFT_KEEP, self._recent.maxlen or 0, mask)
+        other._recent.extend(self._recent)
+        other._bias = self._bias
+        return other
+
+    def _processed(self, logits: Floats) -> Floats:
+        """A row after the processors, or with the change they last made."""
+        if not self._processors:
+            if self._bias is None:
+                return logits
+            changed, by = self._bias
+            made = logits.copy()
+            made[changed] += by
+            return made
+        made = logits.copy()
+        for processor in self._processors:
+            made[:] = processor(self._input_ids() if self._input_ids else None, made)
+        changed = np.flatnonzero(made != logits)
+        # A processor that changes nearly everything says nothing about another row.
+        self._bias = (changed, made[changed] - logits[changed]) if len(changed) <= self.n_vocab // 8 else None
+        return made
+
+    def _candidates(self, logits: Floats) -> Ids:
+        """Ids among which are all that penalties, grammar and top_k can leave."""
+        ids = self._all
+        if self._keep is not None:
+            ids = largest(logits, self._keep + len(self._recent)).astype(np.int32)
+            if self._recent:
+                ids = np.union1d(ids, np.array(self._recent, dtype=np.int32))
+        if self.mask is None:
+            return ids
+        if self._keep is not None:
+            ids = ids[self.mask.allows(ids)]
+            # Whatever was not looked at is no more likely than any of these.
+            if len(ids) - np.isin(ids, self._recent).sum() >= self._keep:
+                return ids
+        return self.mask.legal()
+
+    def _narrowed(self, ids: Ids, logits: Floats) -> tuple[Ids, Doubles]:
+        """Candidates and scores that the chain leaves."""
+        if len(ids) < self.n_vocab:
+            logits = logits[ids]
+        if logits.min() == -np.inf:
+            ids, logits = ids[logits > -np.inf], logits[logits > -np.inf]
+        if not len(ids):
+            return ids, logits.astype(np.float64)
+        candidates = np.zeros(len(ids), dtype=CANDIDATE)
+        candidates["id"], candidates["logit"] = ids, logits
+        data = candidates.ctypes.data_as(lib.llama_token_data_p)
+        array = lib.llama_token_data_array(data=data, size=len(ids), selected=-1, sorted=False)
         lib.llama_sampler_apply(self._chain.sampler, ctypes.byref(array))
         # A stage may leave the result in memory of its own, so the array is read where it points now.
         buffer = (ctypes.c_char * (array.size * CANDIDATE.itemsize)).from_address(ctypes.addressof(array.data.contents))
         left = np.frombuffer(buffer, dtype=CANDIDATE)
-        scores = left["logit"].astype(np.float64)
-        if self._seed is not None:
-            scores += gumbel(self._seed, position, left["id"])
-        best = np.flatnonzero(scores == scores.max())
-        return int(left["id"][best].min())
-
-    def accept(self, token: int) -> None:
-        """Tell penalties and grammar which token the sequence goes on with."""
-        lib.llama_sampler_accept(self._chain.sampler, token)
+        return left["id"].copy(), left["logit"].astype(np.float64)
 
 
 def without_draw(chain: Any) -> Any:

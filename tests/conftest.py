@@ -11,8 +11,18 @@ import pytest
 from demo import QUANT
 from gemma_mtp.convert import Pair, convert_pair
 from gemma_mtp.patches import build
+from gemma_mtp.runtime import costs
 from tiny import PAIR, SIZES, make_drafter, make_pair, make_target
 from upstream import Upstream
+
+
+@pytest.fixture(scope="session", autouse=True)
+def costs_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Costs measured while testing stay out of the user's cache."""
+    folder = tmp_path_factory.mktemp("costs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(costs, "costs_dir", lambda: folder)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,10 @@ def margin(llm: Llama, ids: list[int], one: int, other: int, seed: int | None) -
 def differences(target: Path, settings: dict[str, Any]) -> tuple[list[float], Stats]:
     """Margins at the first differing token of every prompt whose continuation differs with MTP, and the statistics."""
     found, total = [], Stats()
-    with closing(Llama(target, **OPTIONS)) as mtp, closing(Llama(target, drafter=None, **OPTIONS)) as plain:
+    with (
+        closing(Llama(target, draft_length=3, **OPTIONS)) as mtp,
+        closing(Llama(target, drafter=None, **OPTIONS)) as plain,
+    ):
         for seed, text in enumerate(held_out()):
             ours, wanted = (tokens_of(llm, text, settings, seed) for llm in (mtp, plain))
             total.add(mtp.stats)

@@ -29,7 +29,7 @@ GREEDY: dict[str, Any] = {"temperature": 0.0}
 
 @pytest.fixture(scope="module")
 def mtp(demo: Pair) -> Iterator[Llama]:
-    with closing(Llama(demo.target, **OPTIONS)) as llm:
+    with closing(Llama(demo.target, draft_length=3, **OPTIONS)) as llm:
         yield llm
 
 
@@ -62,7 +62,7 @@ def test_the_drafter_is_found_named_or_off(demo: Pair, mtp: Llama, plain: Llama,
         assert llm.drafter is None
         assert llm(PROMPT, max_tokens=4, **GREEDY)["choices"][0]["text"]
         assert llm.stats.drafted == 0
-    with closing(Llama(alone, drafter=demo.drafter, **OPTIONS)) as llm:
+    with closing(Llama(alone, drafter=demo.drafter, draft_length=3, **OPTIONS)) as llm:
         llm(PROMPT, max_tokens=8, **GREEDY)
         assert llm.stats.drafted > 0
 
@@ -110,7 +110,8 @@ def test_responses_have_the_shape_of_stocks(mtp: Llama, stock: llama_cpp.Llama) 
 
 def test_the_signature_of_generate_is_stocks() -> None:
     ours, theirs = (inspect.signature(kind.generate).parameters for kind in (Llama, llama_cpp.Llama))
-    assert {n: p.default for n, p in ours.items()} == {n: p.default for n, p in theirs.items()}
+    added = {"mtp": None, "draft_length": None}
+    assert {n: p.default for n, p in ours.items()} == {n: p.default for n, p in theirs.items()} | added
 
 
 def test_generate_yields_tokens_one_by_one(mtp: Llama, plain: Llama) -> None:
@@ -202,7 +203,7 @@ def test_a_follow_up_reuses_the_cache(mtp: Llama) -> None:
 def test_the_context_runs_out(n_ctx: int, demo: Pair) -> None:
     made = {}
     for name, drafter in (("mtp", "auto"), ("plain", None)):
-        with closing(Llama(demo.target, drafter=drafter, n_ctx=n_ctx, verbose=False)) as llm:
+        with closing(Llama(demo.target, drafter=drafter, draft_length=3, n_ctx=n_ctx, verbose=False)) as llm:
             made[name] = llm(PROMPT, max_tokens=None, **GREEDY)["choices"][0]
             assert llm.n_tokens <= llm.n_ctx()
             with pytest.raises(ValueError, match=r"context window of \d+|raise n_ctx"):
@@ -216,7 +217,7 @@ def test_a_prompt_longer_than_a_batch(demo: Pair) -> None:
     text = "import os\nimport sys\n" * 20
     made = []
     for drafter in ("auto", None):
-        with closing(Llama(demo.target, drafter=drafter, n_ctx=512, n_batch=32, verbose=False)) as llm:
+        with closing(Llama(demo.target, drafter=drafter, draft_length=3, n_ctx=512, n_batch=32, verbose=False)) as llm:
             made.append(llm(text, max_tokens=24, **GREEDY)["choices"][0]["text"])
     assert made[0] == made[1]
 
@@ -260,12 +261,13 @@ def test_a_wrong_drafter_is_refused(demo: Pair, tiny_f32: Pair) -> None:
         Llama(demo.target, drafter=demo.target, **OPTIONS)
     with pytest.raises(link.MtpError, match="No such file"):
         Llama(demo.target, drafter="nowhere.gguf", **OPTIONS)
-    with pytest.raises(ValueError, match="draft_length"):
-        Llama(demo.target, draft_length=-1, **OPTIONS)
+    for length in (-1, "long", 2.5):
+        with pytest.raises(ValueError, match="draft_length"):
+            Llama(demo.target, draft_length=length, **OPTIONS)
 
 
 def test_run_prints_text_and_one_line_of_statistics(demo: Pair) -> None:
-    command = ["run", str(demo.target), "-p", PROMPT, "-n", "24", "--temp", "0"]
+    command = ["run", str(demo.target), "-p", PROMPT, "-n", "24", "--temp", "0", "--draft", "3"]
     done, without = (CliRunner().invoke(main, [*command, *more]) for more in ([], ["--no-mtp"]))
     assert done.exit_code == without.exit_code == 0, done.output
     assert done.stdout == without.stdout
@@ -275,6 +277,27 @@ def test_run_prints_text_and_one_line_of_statistics(demo: Pair) -> None:
     found = json.loads(CliRunner().invoke(main, [*command, "--json", "--draft", "2"]).stdout)
     assert found["text"] == done.stdout.removesuffix("\n")
     assert len(found["stats"]["accepted_per_position"]) == 2
+
+
+def test_run_stats_are_for_people(demo: Pair) -> None:
+    command = ["run", str(demo.target), "-p", PROMPT, "-n", "24", "--temp", "0", "--stats"]
+    told = CliRunner().invoke(main, [*command, "--draft", "3"]).stderr
+    for heading in ("target passes", "accepted", "by position", "from mtp", "time", "speed"):
+        assert heading in told
+    assert "from mtp" not in CliRunner().invoke(main, [*command, "--no-mtp"]).stderr
+    wrong = CliRunner().invoke(main, [*command, "--draft", "few"])
+    assert wrong.exit_code == 2
+    assert "neither a number of tokens nor auto" in wrong.stderr
+
+
+def test_the_default_length_goes_by_cost(demo: Pair, plain: Llama) -> None:
+    with closing(Llama(demo.target, **OPTIONS)) as llm:
+        assert llm.draft_length == "auto"
+        made = llm(PROMPT, max_tokens=64, **GREEDY)["choices"][0]["text"]
+        assert made == plain(PROMPT, max_tokens=64, **GREEDY)["choices"][0]["text"]
+        assert llm.stats.speedup is not None
+        assert llm._costs.seen(1) >= 2
+        assert llm._costs_path.exists()
 
 
 def test_run_names_what_is_wrong_in_one_line(demo: Pair, tmp_path: Path) -> None:

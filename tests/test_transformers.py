@@ -17,7 +17,6 @@ import torch
 from gemma_mtp.convert import Pair, convert_pair
 from gemma_mtp.runtime import Llama, native
 from gemma_mtp.runtime.drafter import DraftSettings
-from gemma_mtp.runtime.sampling import argmax
 from llama_cpp import llama_cpp as lib
 from tiny import PAIR
 from transformers import Gemma4ForConditionalGeneration, GenerationConfig
@@ -139,7 +138,7 @@ def drafted(llm: Llama, ids: list[int], token: int) -> list[int]:
     llm.reset()
     row = llm.decode(ids, [])
     assert llm.drafter is not None
-    return list(llm.drafter.draft(token, llm.hidden(row), len(ids), DRAFTED, argmax))
+    return list(llm.drafter.draft(token, llm.hidden(row), len(ids), DRAFTED, DraftSettings()))
 
 
 def test_drafts_within_the_window(reference: Reference, llm: Llama, texts: list[list[int]]) -> None:

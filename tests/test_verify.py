@@ -6,7 +6,7 @@ from itertools import product
 
 import numpy as np
 from gemma_mtp.runtime.draft_length import fitting
-from gemma_mtp.runtime.sampling import argmax, gumbel
+from gemma_mtp.runtime.sampling import gumbel, lowest_best
 from gemma_mtp.runtime.stats import Stats
 from gemma_mtp.runtime.verify import verify
 
@@ -83,21 +83,25 @@ def test_neighbouring_positions_are_independent() -> None:
 
 
 def test_argmax_takes_the_lowest_of_equals() -> None:
-    assert argmax(np.array([0.0, 2.0, 2.0], dtype=np.float32), 0) == 1
+    assert lowest_best(np.array([9, 5, 3], dtype=np.int32), np.array([0.0, 2.0, 2.0])) == 3
 
 
 def test_stats_add_up() -> None:
     one, two = Stats(tokens=4, target_passes=2, seconds=0.5), Stats(tokens=9, target_passes=2, seconds=1.0)
-    one.drafted_round(3)
-    one.accepted_at(0)
-    two.drafted_round(1)
-    two.drafted_round(4)
-    two.accepted_at(0)
-    two.accepted_at(1)
+    one.drafted_round(["mtp"] * 3)
+    one.accepted_at(0, "mtp")
+    two.drafted_round(["lookup"])
+    two.drafted_round(["grammar", "mtp", "mtp", "mtp"])
+    two.drafted_round([])
+    two.accepted_at(0, "grammar")
+    two.accepted_at(1, "mtp")
     one.add(two)
     assert (one.drafts, one.drafted, one.accepted) == (3, 8, 3)
     assert one.drafted_per_position == [3, 2, 2, 1]
     assert one.accepted_per_position == [2, 1, 0, 0]
+    assert one.drafted_from == {"mtp": 6, "lookup": 1, "grammar": 1}
+    assert one.accepted_from == {"mtp": 2, "grammar": 1}
     assert one.acceptance == 3 / 8
+    assert one.mean_accepted == 1.0
     assert one.as_dict()["tokens_per_target_pass"] == 3.0
     assert Stats().line().endswith("without MTP")

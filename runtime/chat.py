@@ -1,0 +1,121 @@
+"""The command `gemma-mtp chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from typing import Any
+
+import click
+from gemma_mtp.runtime.cli import loading_options
+
+HELP = "/exit or Ctrl-D leaves, /new starts over, Ctrl-C stops an answer."
+
+
+@click.command()
+@click.argument("target", metavar="TARGET.gguf")
+@click.option("--system", metavar="TEXT", help="Instructions that stand before the conversation.")
+@click.option("--think", is_flag=True, help="Let the model think before it answers.")
+@click.option("-n", "max_tokens", type=click.IntRange(1), help="Tokens per answer. [default: what the context holds]")
+@click.option("--temp", type=click.FloatRange(0), default=1.0, show_default=True, help="Temperature, 0 for greedy.")
+@click.option("--top-k", type=int, default=64, show_default=True, help="Keep the k most likely tokens, 0 for all.")
+@click.option("--top-p", type=float, default=0.95, show_default=True, help="Keep this much probability.")
+@click.option("--min-p", type=float, default=0.0, show_default=True, help="Drop tokens below this share of the best.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Same seed, same conversation. [default: random]")
+@click.option("--no-mtp", is_flag=True, help="Generate without the drafter.")
+@loading_options
+def chat(
+    target: str,
+    system: str | None,
+    think: bool,
+    max_tokens: int | None,
+    temp: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int | None,
+    no_mtp: bool,
+    drafter: str | None,
+    **loading: Any,
+) -> None:
+    """Talk to a model in the terminal.
+
+    Answers go to stdout as they are made, a line of statistics after each to stderr. /exit or Ctrl-D leaves, /new
+    starts over, Ctrl-C stops an answer.
+
+    \b
+    Examples:
+      gemma-mtp chat out/gemma-4-E2B-it-Q4_K_M.gguf
+      gemma-mtp chat out/gemma-4-E2B-it-Q4_K_M.gguf --think --system "You are terse."
+    """
+    from gemma_mtp.runtime.llama import Llama
+
+    sampling = {"temperature": temp, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    with closing(Llama(target, drafter=None if no_mtp else drafter or "auto", **loading)) as llm:
+        if llm.drafter is None and not no_mtp:
+            click.echo(f"no linked drafter beside {target}: generating without MTP", err=True)
+        if sys.stdin.isatty():
+            with suppress(ImportError):  # line editing and history, where Python has it
+                import readline  # noqa: F401
+            click.echo(HELP, err=True)
+        arguments = {"max_tokens": max_tokens, "chat_template_kwargs": {"enable_thinking": think}, **sampling}
+        converse(llm, system, lines, **arguments)
+
+
+def lines() -> Iterator[str]:
+    """What the user types, until /exit or the end of the input."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            click.echo(err=True)  # as a shell does: a new line instead of what was typed
+            continue
+        if line == "/exit":
+            return
+        if line:
+            yield line
+
+
+def converse(llm: Any, system: str | None, typed: Callable[[], Iterator[str]], **arguments: Any) -> None:
+    """Answer line by line, each with the whole conversation before it.
+
+    Args:
+        llm: a `Llama`.
+        system: instructions that stand first.
+        typed: gives the user's lines.
+        arguments: of `create_chat_completion`.
+    """
+    first = [{"role": "system", "content": system}] if system else []
+    messages = list(first)
+    for line in typed():
+        if line == "/new":
+            messages = list(first)
+            continue
+        if line.startswith("/"):
+            click.echo(f"unknown command {line.split()[0]}: {HELP}", err=True)
+            continue
+        messages.append({"role": "user", "content": line})
+        try:
+            answer = say(llm, messages, **arguments)
+        except (ValueError, RuntimeError) as problem:  # the context is full: the conversation so far stays
+            messages.pop()
+            click.echo(f"error: {problem} /new starts over.", err=True)
+            continue
+        messages.append({"role": "assistant", "content": answer})
+        click.echo(llm.stats.line(), err=True)
+
+
+def say(llm: Any, messages: list[dict[str, str]], **arguments: Any) -> str:
+    """Print an answer as it is made and return it, as far as it came before Ctrl-C."""
+    answer = ""
+    with closing(llm.create_chat_completion(messages, stream=True, **arguments)) as chunks, suppress(KeyboardInterrupt):
+        for chunk in chunks:
+            piece = chunk["choices"][0]["delta"].get("content") or ""
+            answer += piece
+            click.echo(piece, nl=False)
+    click.echo()
+    return answer

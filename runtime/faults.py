@@ -1,0 +1,133 @@
+"""llama.cpp's refusals, in words and with the next step."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from llama_cpp import llama_cpp as lib
+
+CLOSED = "this Llama is closed; load the model again."
+# What llama_decode returns (include/llama.h), and what helps.
+DECODE = {
+    1: "the KV cache has no room for the batch; raise n_ctx, or shorten the prompt or max_tokens",
+    2: "it was aborted; the tokens before are kept, ask again",
+    -1: "it refused the batch; pass token ids between 0 and n_vocab() - 1",
+    -2: "memory ran out; lower n_ctx, n_batch or n_ubatch, or quantize the KV cache (type_k, type_v, flash_attn=True)",
+    -3: "a computation failed; verbose=True shows llama.cpp's reason",
+}
+# ggml types that hold keys and values, by their numbers in ggml.h: F32, F16, BF16, then the quantized ones. A type that
+# ggml cannot quantize to on the fly ends the process in an assertion.
+PLAIN_TYPES = {0, 1, 30}
+CACHE_TYPES = PLAIN_TYPES | {2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse arguments of llama_cpp.Llama that end the process inside llama.cpp.
+
+    Raises:
+        ValueError: naming the argument and what it may be.
+    """
+    for name, least in (("n_ctx", 0), ("n_batch", 1), ("n_ubatch", 0)):
+        if options.get(name, least) < least:
+            raise ValueError(f"{name} is {options[name]}; it counts tokens, {least} at least.")
+    for name in ("type_k", "type_v"):
+        if options.get(name) not in {None, *CACHE_TYPES}:
+            raise ValueError(
+                f"{name} is ggml type {options[name]}, which no KV cache can hold; use llama_cpp.GGML_TYPE_F16, "
+                "_BF16, _F32, _Q8_0, _Q5_1, _Q5_0, _Q4_1, _Q4_0 or _IQ4_NL."
+            )
+
+
+def check_grammar(vocab: Any, grammar: Any) -> None:
+    """Refuse a grammar that llama.cpp cannot read; a sampler chain would take the null pointer and crash.
+
+    Raises:
+        ValueError: it is not GBNF, or has no root rule.
+    """
+    sampler = lib.llama_sampler_init_grammar(vocab, grammar._grammar.encode(), grammar._root.encode())
+    if not sampler:
+        raise ValueError(
+            f"llama.cpp cannot read this grammar; check its syntax (GBNF), and that it has a rule {grammar._root!r}."
+        )
+    lib.llama_sampler_free(sampler)
+
+
+class Closed:
+    """Stands where a freed model was: llama.cpp would read freed memory."""
+
+    ctx = None
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(CLOSED)
+
+
+class Careful:
+    """Logits processors whose exception is kept: between C frames, where they are called, ctypes would drop it.
+
+    Args:
+        processors: llama_cpp's LogitsProcessorList, or any callables.
+    """
+
+    def __init__(self, processors: Iterable[Callable[[Any, Any], Any]]) -> None:
+        self._processors = list(processors)
+        self._raised: BaseException | None = None
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        if self._raised is None:
+            try:
+                for processor in self._processors:
+                    scores = processor(input_ids, scores)
+            except BaseException as problem:
+                self._raised = problem
+        return scores
+
+    def check(self) -> None:
+        """Raise what a processor raised."""
+        problem, self._raised = self._raised, None
+        if problem is not None:
+            raise problem
+
+
+def explain_decode(problem: RuntimeError) -> RuntimeError:
+    """An error of llama_decode with its meaning; any other error as it is."""
+    found = re.search(r"(llama_decode[^,;:]*) returned (-?\d+)", str(problem))
+    if found is None:
+        return problem
+    meaning = DECODE.get(int(found[2]), "verbose=True shows llama.cpp's reason")
+    if "drafter" in found[1]:
+        meaning += "; mtp=False goes on without the drafter"
+    return RuntimeError(f"{found[1]} returned {found[2]}: {meaning}.")
+
+
+@contextmanager
+def explaining_load(options: Mapping[str, Any]) -> Iterator[None]:
+    """Give stock's errors at load, which name no cause, the next step; their types stay.
+
+    Args:
+        options: the arguments of llama_cpp.Llama.
+
+    Raises:
+        ValueError, RuntimeError: as llama_cpp.Llama raises them.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError) as problem:
+        hint = _load_hint(str(problem), options)
+        if hint is None:
+            raise
+        raise type(problem)(f"{problem}; {hint}.") from problem
+
+
+def _load_hint(text: str, options: Mapping[str, Any]) -> str | None:
+    if "create llama_context" in text:
+        if options.get("type_v") not in {None, *PLAIN_TYPES} and not options.get("flash_attn"):
+            return "a quantized V cache (type_v) needs flash_attn=True"
+        return "if memory is short, lower n_ctx or n_batch; verbose=True shows llama.cpp's reason"
+    if "load model from file" in text:
+        return "the file is damaged, or of an architecture this llama.cpp does not know; verbose=True shows which"
+    if "LoRA adapter" in text:
+        return "pass a GGUF adapter made for this model (llama.cpp's convert_lora_to_gguf.py); verbose=True shows more"
+    return None

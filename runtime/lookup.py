@@ -1,0 +1,62 @@
+"""Drafts from the text itself: what followed the last time the latest tokens stood there (prompt lookup).
+
+The idea is Saxena's prompt-lookup-decoding, as in transformers' PromptLookupCandidateGenerator and llama.cpp's
+common/ngram-cache.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+GRAM = 3  # tokens that must agree
+TRIED = 8  # earlier places compared for the longest agreement
+LONGEST = 32  # agreement beyond this says nothing more
+
+
+class Lookup:
+    """The tokens of a text, and where each run of three stood before."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self._earlier: list[int] = []
+        self._latest: dict[tuple[int, ...], int] = {}
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        """Append tokens to the text."""
+        for token in tokens:
+            self.tokens.append(token)
+            key = tuple(self.tokens[-GRAM:])
+            self._earlier.append(self._latest.get(key, -1))
+            self._latest[key] = len(self.tokens) - 1
+
+    def find(self, length: int) -> tuple[list[int], int]:
+        """What may follow.
+
+        Args:
+            length: tokens wanted.
+
+        Returns:
+            `length` tokens and how many tokens before them agree with the end of the text; ([], 0) when fewer than
+            three do. Where the earlier place overlaps the end, the text is taken to repeat itself.
+        """
+        if len(self.tokens) < GRAM:
+            return [], 0
+        place, best, matched = self._earlier[-1], -1, 0
+        for _ in range(TRIED):
+            if place < GRAM - 1:
+                break
+            if (agreed := self._agreed(place)) > matched:
+                best, matched = place, agreed
+            place = self._earlier[place]
+        if best < 0:
+            return [], 0
+        period = len(self.tokens) - 1 - best
+        return [self.tokens[best + 1 + i % period] for i in range(length)], matched
+
+    def _agreed(self, place: int) -> int:
+        """How many tokens up to and including `place` equal the latest ones."""
+        last, tokens = len(self.tokens) - 1, self.tokens
+        for back in range(min(place + 1, LONGEST)):
+            if tokens[place - back] != tokens[last - back]:
+                return back
+        return min(place + 1, LONGEST)

@@ -1,0 +1,104 @@
+"""What a single request asks for beside llama_cpp.Llama's arguments, and how it gets past chat handlers."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Request:
+    """Wishes of one request; None leaves a thing as the object has it.
+
+    Attributes:
+        mtp: False generates without drafting.
+        draft_length: tokens to draft in a round, or what else the object's own draft_length may be.
+    """
+
+    mtp: bool | None = None
+    draft_length: Any = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.draft_length, int) and self.draft_length < 0:
+            raise ValueError(f"draft_length is {self.draft_length}; it counts tokens, 0 drafts none.")
+
+    def length(self, default: Any) -> Any:
+        """The draft length of this request, 0 when it wants no drafts."""
+        if self.mtp is False:
+            return 0
+        return default if self.draft_length is None else self.draft_length
+
+
+NOTHING = Request()
+# Chat handlers know nothing of a Request and call `create_completion` themselves, some of them only when their stream
+# is read. A context variable reaches that call whatever stands between, and belongs to one thread.
+ASKED: ContextVar[Request] = ContextVar("ASKED", default=NOTHING)
+
+
+@contextmanager
+def asking(request: Request) -> Iterator[None]:
+    """Make a request known to the calls within a block."""
+    token = ASKED.set(request)
+    try:
+        yield
+    finally:
+        ASKED.reset(token)
+
+
+def within(mtp: bool | None, draft_length: Any) -> Request:
+    """The request of a call: what it says itself, and what the call around it said."""
+    around = ASKED.get()
+    return Request(
+        mtp=around.mtp if mtp is None else mtp,
+        draft_length=around.draft_length if draft_length is None else draft_length,
+    )
+
+
+def _stepping(request: Request, chunks: Iterator[Any]) -> Generator[Any, None, None]:
+    """A stream, each step of which knows the request."""
+    try:
+        while True:
+            with asking(request):
+                try:
+                    chunk = next(chunks)
+                except StopIteration:
+                    return
+            yield chunk
+    finally:
+        if isinstance(chunks, Generator):
+            chunks.close()
+
+
+def ask(request: Request, call: Callable[[], Any]) -> Any:
+    """Make a call that knows the request, and if it answers with a stream, each of its steps."""
+    with asking(request):
+        answer = call()
+    return _stepping(request, answer) if isinstance(answer, Iterator) else answer
+
+
+def per_request(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a method of llama_cpp.Llama the keyword arguments of a Request; everything else stays as it is."""
+
+    @functools.wraps(stock)
+    def method(self: Any, *args: Any, mtp: bool | None = None, draft_length: Any = None, **kwargs: Any) -> Any:
+        return ask(within(mtp, draft_length), lambda: stock(self, *args, **kwargs))
+
+    return with_keywords(method, mtp="bool | None", draft_length="int | None")
+
+
+def with_keywords(method: Callable[..., Any], **kinds: str) -> Callable[..., Any]:
+    """Show keyword arguments, None by default, in the signature that a method has from stock's."""
+    signature = inspect.signature(method)
+    ours = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, kind in kinds.items()
+    ]
+    method.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*signature.parameters.values(), *ours]
+    )
+    return method

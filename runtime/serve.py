@@ -1,0 +1,90 @@
+"""The command `gemma-mtp serve`: llama-cpp-python's own OpenAI-compatible server, with our Llama in it."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import click
+from gemma_mtp.runtime.cli import loading_options
+from gemma_mtp.runtime.pair import Wanted
+
+
+def application(
+    target: str | PathLike[str],
+    drafter: Wanted,
+    draft_length: Any,
+    api_key: str | None = None,
+    think: bool = False,
+    **loading: Any,
+) -> Any:
+    """llama_cpp.server's FastAPI application, serving a target with its drafter.
+
+    Args:
+        target: GGUF file of the target; its name, without the suffix, is the name of the model.
+        drafter: as for `Llama`.
+        draft_length: as for `Llama`.
+        api_key: what clients must send as a bearer token; None lets everybody in.
+        think: let the model think before it answers a chat.
+        loading: further settings of llama_cpp.server's ModelSettings.
+
+    Raises:
+        ModuleNotFoundError: the server's packages are not installed.
+        gemma_mtp.convert.link.MtpError, ValueError: as `Llama`.
+    """
+    import llama_cpp
+    from gemma_mtp.runtime.llama import Llama
+    from llama_cpp.server import app
+    from llama_cpp.server.settings import ModelSettings, ServerSettings
+
+    class Served(Llama):
+        """The server takes its arguments from its own settings, and lets one request in at a time."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, drafter=drafter, draft_length=draft_length, **options)
+            self.guard.serialized = True
+
+    # The server's default is all logits, as stock needs them for log-probabilities: an array of n_ctx times n_vocab.
+    loading = {"logits_all": False, "model_alias": Path(target).stem} | loading
+    variables = {"enable_thinking": True} if think else None
+    settings = ModelSettings(model=str(target), chat_template_kwargs=variables, **loading)
+    llama_cpp.Llama = Served  # where the server looks for the class
+    return app.create_app(server_settings=ServerSettings(api_key=api_key), model_settings=[settings])
+
+
+@click.command()
+@click.argument("target", metavar="TARGET.gguf")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port to listen at.")
+@click.option("--api-key", envvar="GEMMA_MTP_API_KEY", help="Key that clients must send. [env: GEMMA_MTP_API_KEY]")
+@click.option("--think", is_flag=True, help="Let the model think before it answers.")
+@click.option("--no-mtp", is_flag=True, help="Generate without the drafter.")
+@loading_options
+def serve(
+    target: str,
+    host: str,
+    port: int,
+    api_key: str | None,
+    think: bool,
+    no_mtp: bool,
+    drafter: str | None,
+    draft_length: Any,
+    **loading: Any,
+) -> None:
+    """Serve a pair over HTTP, as OpenAI's API has it (/v1/chat/completions, /v1/completions).
+
+    It is the server of llama-cpp-python, one request at a time, with MTP.
+
+    \b
+    Examples:
+      gemma-mtp serve out/gemma-4-E2B-it-Q4_K_M.gguf
+      gemma-mtp serve out/gemma-4-E2B-it-Q4_K_M.gguf --host 0.0.0.0 --api-key secret -c 16384
+    """
+    try:
+        import uvicorn
+
+        app = application(target, None if no_mtp else drafter or "auto", draft_length, api_key, think, **loading)
+    except ModuleNotFoundError as problem:
+        raise click.ClickException(f"serve needs {problem.name}; run: pip install 'gemma-mtp[serve]'") from None
+    uvicorn.run(app, host=host, port=port)

@@ -1,0 +1,186 @@
+"""gemma-mtp chat, in a terminal and without one, and gemma-mtp serve."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pty
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import pytest
+import uvicorn
+from click.testing import CliRunner
+from gemma_mtp.convert import Pair
+from gemma_mtp.runtime import Llama
+from gemma_mtp.runtime.cli import main
+from gemma_mtp.runtime.serve import application
+
+CODE = "import multiprocessing; multiprocessing.cpu_count = lambda: 1; from gemma_mtp.runtime.cli import main; main()"
+CHAT = ["-t", "1", "--temp", "0", "--draft", "3"]
+
+
+@pytest.fixture(autouse=True)
+def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands take all cores for batches, which is slow where others use them too."""
+    monkeypatch.setattr(multiprocessing, "cpu_count", lambda: 1)
+
+
+def test_a_conversation_without_a_terminal(demo: Pair) -> None:
+    """Answers on stdout, a line of statistics for each on stderr; a second turn has the first before it."""
+    typed = "import os\n/help\n\ndef main(\n/new\nimport os\n"
+    done = CliRunner().invoke(main, ["chat", str(demo.target), "-n", "16", *CHAT], input=typed)
+    assert done.exit_code == 0, done.output
+    llm = Llama(demo.target, n_ctx=4096, n_threads=1, verbose=False, draft_length=3)
+    messages, answers = [{"role": "user", "content": "import os"}], []
+    for following in ("def main(", None):
+        answer = llm.create_chat_completion(messages, max_tokens=16, temperature=0.0, top_k=64, min_p=0.0)
+        answers.append(answer["choices"][0]["message"]["content"])
+        messages += [{"role": "assistant", "content": answers[-1]}, {"role": "user", "content": following}]
+    llm.close()
+    assert done.stdout == "".join(answer + "\n" for answer in [*answers, answers[0]])
+    told = done.stderr.splitlines()
+    assert sum("drafted" in line for line in told) == 3
+    assert sum("unknown command /help" in line for line in told) == 1
+
+
+def test_a_conversation_that_fills_the_context(demo: Pair) -> None:
+    typed = "import os\n" + "x = 1 " * 300 + "\nimport os\n/exit\nnever read\n"
+    done = CliRunner().invoke(main, ["chat", str(demo.target), "-n", "4", "-c", "256", *CHAT], input=typed)
+    assert done.exit_code == 0, done.output
+    assert len([line for line in done.stderr.splitlines() if "drafted" in line]) == 2
+    assert "context window" in done.stderr
+    assert "/new" in done.stderr
+
+
+class Terminal:
+    """Our end of a terminal."""
+
+    def __init__(self, end: int) -> None:
+        self.end, self.seen = end, ""
+
+    def until(self, wanted: str, seconds: float = 60) -> None:
+        """Read until something stands there; what comes after it is left for the next call."""
+        last = time.monotonic() + seconds
+        while wanted not in self.seen:
+            assert time.monotonic() < last, self.seen
+            if select.select([self.end], [], [], 0.1)[0]:
+                self.seen += os.read(self.end, 4096).decode(errors="replace")
+        self.seen = self.seen.split(wanted, 1)[1]
+
+    def type(self, text: str) -> None:
+        os.write(self.end, text.encode())
+
+
+def test_interrupt_stops_the_answer_and_not_the_program(demo: Pair) -> None:
+    """In a terminal: Ctrl-C in an answer, Ctrl-C at the prompt, and it still answers."""
+    ours, theirs = pty.openpty()
+    program = [sys.executable, "-c", CODE, "chat", str(demo.target), *CHAT]
+    terminal = Terminal(ours)
+    with subprocess.Popen(program, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as process:
+        try:
+            terminal.until("> ")
+            terminal.type("def first(\n")
+            terminal.until("first(")
+            terminal.until("self")  # of the answer
+            process.send_signal(signal.SIGINT)
+            terminal.until("tokens/s")
+            terminal.until("> ")
+            process.send_signal(signal.SIGINT)
+            terminal.until("> ")
+            terminal.type("/exit\n")
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+            os.close(theirs)
+            os.close(ours)
+
+
+@pytest.fixture(scope="module")
+def server(demo: Pair) -> Iterator[str]:
+    """The server in a thread; its models are where the application keeps them."""
+    from llama_cpp.server import app
+
+    stock = llama_cpp.Llama
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    try:
+        made = application(demo.target, "auto", 3, "secret", n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False)
+        running = uvicorn.Server(uvicorn.Config(made, host="127.0.0.1", port=port, log_level="error"))
+        thread = threading.Thread(target=running.run)
+        thread.start()
+        while not running.started:
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+        running.should_exit = True
+        thread.join(30)
+        app._llama_proxy.free()
+    finally:
+        llama_cpp.Llama = stock
+
+
+def post(url: str, key: str = "secret", **body: Any) -> Any:
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    return urllib.request.urlopen(request, timeout=60)
+
+
+def test_the_server_answers_with_mtp(server: str, demo: Pair) -> None:
+    from llama_cpp.server import app
+
+    messages = [{"role": "user", "content": "import os"}]
+    body = {"messages": messages, "max_tokens": 24, "temperature": 0, "logprobs": True, "top_logprobs": 1}
+    with post(f"{server}/v1/chat/completions", **body) as answer:
+        found = json.load(answer)
+    assert len(found["choices"][0]["logprobs"]["content"]) == 24
+    assert list(app._llama_proxy) == [Path(demo.target).stem]
+    served = app._llama_proxy()
+    assert served.stats.accepted > 0
+    assert not served._logits_all
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        post(f"{server}/v1/chat/completions", key="wrong", **body)
+
+
+def test_a_client_that_leaves_does_not_stop_the_next(server: str) -> None:
+    wanted = None
+    for _ in range(4):
+        stream = post(f"{server}/v1/completions", prompt="import os\n", max_tokens=400, temperature=0, stream=True)
+        assert b"data:" in stream.readline()
+        stream.close()
+        with post(f"{server}/v1/completions", prompt="import sys\n", max_tokens=8, temperature=0) as answer:
+            text = json.load(answer)["choices"][0]["text"]
+        assert text
+        assert wanted in (None, text)
+        wanted = text
+
+
+def test_several_clients_at_once(server: str) -> None:
+    """They wait for each other; nobody is refused or gets another's text."""
+    texts: dict[int, set[str]] = {}
+
+    def ask(number: int) -> None:
+        for _ in range(3):
+            body = {"prompt": "import os\n" * (1 + number), "max_tokens": 8, "temperature": 0}
+            with post(f"{server}/v1/completions", **body) as answer:
+                texts.setdefault(number, set()).add(json.load(answer)["choices"][0]["text"])
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(texts) == [0, 1, 2, 3]
+    assert all(len(found) == 1 for found in texts.values())

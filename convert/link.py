@@ -29,7 +29,8 @@ from gemma_mtp.convert.gguf_model import (
 __all__ = [
     "DRAFTER_ARCH", "KEY_CENTROIDS", "KEY_HASHES", "KEY_N_CENTROIDS", "KEY_ORDERING", "KEY_PEER", "KEY_ROLE",
     "KEY_SOURCE", "KEY_TARGET", "KEY_TOP_K", "KEY_VERSION", "TARGET_ARCH", "VERSION", "Header", "MtpError", "PairError",
-    "Strings", "Tensor", "check", "check_model", "find_drafter", "read_header", "weights_identity",
+    "Strings", "Tensor", "check", "check_model", "find_drafter", "read_header", "split_parts",
+    "weights_identity",
 ]  # fmt: skip
 
 VERSION = 1
@@ -70,7 +71,7 @@ def weights_identity(header: Header) -> str:
     tokens = header.vocabulary
     total.update(tokens.digest().encode() if isinstance(tokens, Strings) else b"")
     vectors = {}
-    for part in _parts(header):
+    for part in split_parts(header):
         with part.path.open("rb") as file:
             for name, tensor in part.tensors.items():
                 if tensor.type == 0 and len(tensor.shape) == 1 and name != "rope_freqs.weight":
@@ -81,8 +82,12 @@ def weights_identity(header: Header) -> str:
     return WEIGHTS + total.hexdigest()
 
 
-def _parts(header: Header) -> list[Header]:
-    """The header itself, or those of all files of a split (llama-gguf-split names them -00001-of-00003.gguf)."""
+def split_parts(header: Header) -> list[Header]:
+    """The header itself, or those of all files of a split (llama-gguf-split names them -00001-of-00003.gguf).
+
+    Raises:
+        MtpError: a file of the split is missing or damaged.
+    """
     count = header.metadata.get("split.count", 0)
     stem = re.fullmatch(r"(.+)-\d{5}-of-\d{5}", header.path.stem)
     if stem is None or not isinstance(count, int) or count < 2:

@@ -57,7 +57,7 @@ def first_bad_block(data: npt.NDArray[np.uint8], kind: int) -> int | None:
 
 
 def verify_files(out: Path, progress: Any = lambda done, total: None) -> dict[str, Any]:
-    """Read a folder's GGUF files, or one file and its drafter, from end to end.
+    """Read a folder's GGUF files, or one file and its drafter, from end to end, with all files of a split.
 
     Args:
         out: a folder, or one GGUF file.
@@ -83,6 +83,9 @@ def verify_files(out: Path, progress: Any = lambda done, total: None) -> dict[st
             headers.setdefault(drafter, link.read_header(drafter))
             link.check(header, headers[drafter])
             pairs[str(path)] = str(drafter)
+    for header in [each for each in headers.values() if _first_of_split(each)]:
+        for part in link.split_parts(header):
+            headers.setdefault(part.path, part)
     done, total = 0, sum(t.size for header in headers.values() for t in header.tensors.values())
     files = []
     for path, header in headers.items():

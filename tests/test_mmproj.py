@@ -125,6 +125,39 @@ def test_a_pair_with_its_projector(made: Callable[[str], Path], tiny: dict[str, 
     assert {Path(file["file"]).name for file in found["files"]} >= {projector.name, "E2B-Q8_0.gguf"}
 
 
+def test_formats_split_files_and_a_projector_in_one_run(
+    made: Callable[[str], Path], tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    """The plan names the files that are written; each part has its hashes, and none may be missing."""
+    out = tmp_path / "out"
+    command = ["convert", str(made("E2B")), str(tiny["ordered"]), "-o", str(out), "-q", "Q4_0", "-q", "Q8_0",
+               "--split-max-size", "1M", "--mmproj", "--mmproj-quant", "Q8_0", "--json"]  # fmt: skip
+    plan = json.loads(CliRunner().invoke(main, [*command, "--dry-run"]).stdout)
+    assert not out.exists()
+    assert plan["projector"]["mmproj-E2B-Q8_0.gguf"]["bytes"] > 0
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    wrote = json.loads(done.stdout)
+    assert [Path(path).name for path in wrote["files"]] == plan["files"]
+    assert Path(wrote["projector"]).name in plan["files"]
+    assert sorted(path.name for path in out.iterdir()) == sorted([*plan["files"], "Modelfile"])
+
+    first = Path(wrote["target"])
+    parts = sorted(out.glob("E2B-Q4_0-*-of-*.gguf"))
+    assert len(parts) > 1 and parts[0] == first
+    for place in (out, first):
+        found = json.loads(CliRunner().invoke(main, ["verify", str(place), "--json"]).stdout)
+        hashed = {Path(file["file"]): (file["hashed"], file["tensors"]) for file in found["files"]}
+        assert set(parts) <= set(hashed)
+        assert all(count == n for path, (count, n) in hashed.items() if not path.name.startswith("mmproj"))
+        assert found["pairs"][str(first)] == wrote["drafter"]
+    parts[-1].unlink()
+    for place in (out, first):
+        done = CliRunner().invoke(main, ["verify", str(place)])
+        assert done.exit_code == 1
+        assert parts[-1].name in done.stderr
+
+
 def test_mtmd_reads_an_image(made: Callable[[str], Path], tiny: dict[str, Path], tmp_path: Path) -> None:
     """llama.cpp's own multimodal library loads the projector for its target and encodes a picture to finite rows."""
     import llama_cpp

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import filecmp
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,26 +27,32 @@ Folder = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Pair:
-    """What `convert_pair` wrote: the first of the targets and of the drafters, the Modelfile of both, and all files."""
+    """What `convert_pair` wrote: the first of the targets and of the drafters, their Modelfile, and all GGUF files."""
 
     target: Path
     drafter: Path
     modelfile: Path
     files: tuple[Path, ...] = ()
+    projector: Path | None = None
 
 
 @dataclass(frozen=True)
 class PairPlan:
-    """What `convert_pair` would write: file name to plan, for each role; `files` with the parts of split ones."""
+    """What `convert_pair` would write: file name to plan, for each role, and the file name and bytes of the projector.
+
+    `files` has them all, split ones by their parts.
+    """
 
     targets: Mapping[str, Plan]
     drafters: Mapping[str, Plan]
     files: tuple[str, ...]
+    projector: tuple[str, int] | None = None
 
     @property
     def n_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(each.n_bytes for each in (*self.targets.values(), *self.drafters.values()))
+        pair = sum(each.n_bytes for each in (*self.targets.values(), *self.drafters.values()))
+        return pair + (self.projector[1] if self.projector else 0)
 
 
 def convert_pair(
@@ -64,14 +68,15 @@ def convert_pair(
     options: Options | None = None,
     imatrix: Folder | None = None,
     split_max_size: int | None = None,
+    mmproj: str | None = None,
 ) -> Pair:
     """Write OUT/<name>-<quant>.gguf, its drafter beside it, and a Modelfile for both.
 
     Everything is decided and checked before the first byte is written, and the files appear when all are complete.
 
     Args:
-        target_dir: Hugging Face folder of the target.
-        drafter_dir: Hugging Face folder of its drafter.
+        target_dir: Hugging Face folder of the target, or org/name[@revision] to download.
+        drafter_dir: the same of its drafter, or "auto" for the one published for an official target.
         out: folder to write into; made if it is not there.
         quant: format of the target, a key of `recipe.QUANTS`, or several; the source is read once for all.
         drafter_quant: format of the drafter, or several. The Modelfile names the first of each.
@@ -81,20 +86,22 @@ def convert_pair(
         options: types of the target's tensors, otherwise than the format has them.
         imatrix: file with the importance matrix of the target.
         split_max_size: bytes of tensors that a file holds at most; larger models are split as llama.cpp splits them.
+        mmproj: format of the projector, F16, BF16, F32 or Q8_0, if it is to be converted too.
 
     Raises:
         PairError: the two folders do not hold a target and its drafter.
         MtpError: an input is missing, damaged or not supported, an output is there already, or the disk is full.
     """
-    from gemma_mtp.convert.checkpoint import open_checkpoint
     from gemma_mtp.convert.modelfile import modelfile
+    from gemma_mtp.convert.staging import staging
     from gemma_mtp.convert.write import write
 
     folder = Path(out)
-    with open_checkpoint(Path(target_dir)) as target, open_checkpoint(Path(drafter_dir)) as drafter:
+    with _open_pair(target_dir, drafter_dir) as (target, drafter):
         weights = _imatrix(imatrix)
-        plans = _plan(target, drafter, quant, drafter_quant, name, options, weights is not None, split_max_size)
+        plans = _plan(target, drafter, quant, drafter_quant, name, options, weights is not None, split_max_size, mmproj)
         first = plan_file(plans.files, plans.targets), plan_file(plans.files, plans.drafters)
+        projector = plans.projector[0] if plans.projector else None
         source = target.fingerprint()
         common = {link.KEY_VERSION: link.VERSION}
         links: list[dict[str, Any]] = [
@@ -109,14 +116,20 @@ def convert_pair(
             done += more
             progress(done, plans.n_bytes)
 
-        with _all_or_nothing(folder, [*plans.files, "Modelfile"], plans.n_bytes, force) as hidden:
+        with staging(folder, [*plans.files, "Modelfile"], plans.n_bytes, force) as hidden:
             roles = (target, plans.targets, links[0], weights), (drafter, plans.drafters, links[1], None)
             for checkpoint, each, tied, matrix in roles:
                 write(_outputs(hidden, each, tied, matrix, split_max_size), checkpoint, count)
             link.check(link.read_header(hidden / first[0]), link.read_header(hidden / first[1]))
-            (hidden / "Modelfile").write_text(modelfile(*first, target.generation), encoding="utf-8")
+            if projector and mmproj:
+                from gemma_mtp.convert.mmproj import write_mmproj
+
+                write_mmproj(target.folder, hidden / projector, mmproj, count)
+            text = modelfile(*first, target.generation, projector)
+            (hidden / "Modelfile").write_text(text, encoding="utf-8")
     files = tuple(folder / file for file in plans.files)
-    return Pair(folder / first[0], folder / first[1], folder / "Modelfile", files)
+    found = folder / projector if projector else None
+    return Pair(folder / first[0], folder / first[1], folder / "Modelfile", files, found)
 
 
 def plan_pair(
@@ -129,19 +142,30 @@ def plan_pair(
     options: Options | None = None,
     imatrix: Folder | None = None,
     split_max_size: int | None = None,
+    mmproj: str | None = None,
 ) -> PairPlan:
     """What `convert_pair` with the same arguments would write, from headers alone; raises what it raises."""
-    from gemma_mtp.convert.checkpoint import open_checkpoint
-
-    with open_checkpoint(Path(target_dir)) as target, open_checkpoint(Path(drafter_dir)) as drafter:
+    with _open_pair(target_dir, drafter_dir) as (target, drafter):
         weights = _imatrix(imatrix)
-        return _plan(target, drafter, quant, drafter_quant, name, options, weights is not None, split_max_size)
+        return _plan(target, drafter, quant, drafter_quant, name, options, weights is not None, split_max_size, mmproj)
 
 
 def plan_file(files: Sequence[str], plans: Mapping[str, Plan]) -> str:
     """The file that a user names to load the first of some plans: its first part if it is split."""
     stem = next(iter(plans)).removesuffix(".gguf")
     return next(file for file in files if file == f"{stem}.gguf" or file.startswith(f"{stem}-00001-of-"))
+
+
+@contextmanager
+def _open_pair(target: Folder, drafter: Folder) -> Iterator[tuple[Checkpoint, Checkpoint]]:
+    """Both checkpoints, downloaded if they are not there."""
+    from gemma_mtp.convert.checkpoint import open_checkpoint
+    from gemma_mtp.convert.sources import AUTO, official_drafter, resolve
+
+    source, other = os.fspath(target), os.fspath(drafter)
+    folders = resolve(source), resolve(official_drafter(source) if other == AUTO else other)
+    with open_checkpoint(folders[0]) as first, open_checkpoint(folders[1]) as second:
+        yield first, second
 
 
 def _imatrix(path: Folder | None) -> Imatrix | None:
@@ -152,7 +176,7 @@ def _imatrix(path: Folder | None) -> Imatrix | None:
 
 def _plan(
     target: Checkpoint, drafter: Checkpoint, quant: str | Sequence[str], drafter_quant: str | Sequence[str],
-    name: str | None, options: Options | None, imatrix: bool, split_max_size: int | None,
+    name: str | None, options: Options | None, imatrix: bool, split_max_size: int | None, mmproj: str | None,
 ) -> PairPlan:  # fmt: skip
     from gemma_mtp.convert import recipe
     from gemma_mtp.convert.plan import check_pair, parts, plan
@@ -174,7 +198,14 @@ def _plan(
         for file, each in plans.items()
         for path, _ in parts(each, Path(file), split_max_size)
     ]
-    return PairPlan(found[0], found[1], tuple(files))
+    projector = None
+    if mmproj:
+        from gemma_mtp.convert.mmproj import plan_mmproj
+
+        n_bytes = sum(tensor.n_bytes for tensor in plan_mmproj(target.folder, mmproj)[1])
+        projector = f"mmproj-{stems[0]}-{mmproj}.gguf", n_bytes
+        files.append(projector[0])
+    return PairPlan(found[0], found[1], tuple(files), projector)
 
 
 def _outputs(
@@ -186,11 +217,13 @@ def _outputs(
 
 
 def _stems(target: Path, drafter: Path, name: str | None) -> tuple[str, str]:
+    from gemma_mtp.convert.sources import name_of
+
     if name is not None:
         if Path(name).name != name:
             raise MtpError(f"the name {name!r} is not a plain file name.")
         return name, f"{name}-assistant"
-    first, second = target.resolve().name, drafter.resolve().name
+    first, second = name_of(target), name_of(drafter)
     return first, f"{second}-assistant" if second == first else second
 
 
@@ -207,30 +240,3 @@ def _same_tokens(target: Path, drafter: Path) -> None:
                 f"the drafter is of another target: token {place} is {left!r} in {target}, {right!r} in {drafter}; "
                 "pass the drafter published for this target."
             )
-
-
-@contextmanager
-def _all_or_nothing(folder: Path, names: list[str], n_bytes: int, force: bool) -> Iterator[Path]:
-    """A hidden folder whose files move to `folder` at the end, or are gone again if anything goes wrong."""
-    there = [name for name in names if (folder / name).exists()]
-    if there and not force:
-        raise MtpError(f"{folder} already holds {', '.join(there)}; choose another folder, or pass --force to replace.")
-    made = not folder.exists()
-    hidden: Path | None = None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        if free < n_bytes:
-            raise MtpError(f"{folder}: {n_bytes / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free; make room.")
-        hidden = Path(tempfile.mkdtemp(prefix=".gemma-mtp-", dir=folder))
-        yield hidden
-        for name in names:
-            (hidden / name).replace(folder / name)
-        made = False
-    except OSError as problem:
-        raise MtpError(f"cannot write into {folder}: {problem.strerror}; make room or choose another folder.") from None
-    finally:
-        if hidden is not None:
-            shutil.rmtree(hidden, ignore_errors=True)
-        if made and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()

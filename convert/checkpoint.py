@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from gemma_mtp.convert.config import read_config, read_json
-from gemma_mtp.convert.link import MtpError
+from gemma_mtp.convert.errors import MtpError, damaged
+from gemma_mtp.convert.safetensors_file import Entry, read_entries
 from safetensors import SafetensorError, safe_open
 
 if TYPE_CHECKING:
@@ -51,16 +51,17 @@ class Checkpoint:
         if not folder.is_dir():
             raise MtpError(f"{folder} is not a folder; pass the folder of a Hugging Face checkpoint.")
         self.folder = folder
-        self.config = read_config(folder)
+        with damaged(folder / "config.json"):
+            self.config = read_config(folder)
         generation = folder / "generation_config.json"
         self.generation = read_json(generation) if generation.exists() else {}
         self._files: dict[Path, int] = {}
         self.index: dict[str, Source] = {}
         for path in _weight_files(folder):
-            for name, source in _tensors(path).items():
+            for name, entry in sorted(read_entries(path).items()):
                 if name in self.index:
                     raise MtpError(f"{path} holds {name!r}, and so does {self.index[name].file.name}; download again.")
-                self.index[name] = source
+                self.index[name] = _source(path, entry)
             self._files[path] = os.open(path, os.O_RDONLY)
             files.callback(os.close, self._files[path])
         _check_index(folder, self.index)
@@ -123,6 +124,16 @@ def open_checkpoint(folder: Path) -> Iterator[Checkpoint]:
         yield Checkpoint(folder, files)
 
 
+def open_weights(folder: Path, files: ExitStack) -> dict[str, Any]:
+    """The open safetensors file of every tensor of a folder, by the tensor's name.
+
+    Raises:
+        MtpError: a file is missing, cut off or not what it should be.
+    """
+    opened = [_open(path, files) for path in _weight_files(folder)]
+    return {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)
+
+
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder, all present."""
     index = folder / "model.safetensors.index.json"
@@ -132,6 +143,9 @@ def _weight_files(folder: Path) -> list[Path]:
             raise MtpError(f"{folder} has neither {single.name} nor {index.name}; download the weights.")
         return [single]
     names = sorted(set(_weight_map(index).values()))
+    outside = [name for name in names if Path(name).name != name or name == ".."]
+    if outside:
+        raise MtpError(f"{index} names {outside[0]!r}, which is not a file of its folder; download it again.")
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise MtpError(f"{folder}: {len(missing)} of {len(names)} shards missing: {', '.join(missing)}; download them.")
@@ -140,7 +154,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     mapped = read_json(index).get("weight_map")
-    if not isinstance(mapped, dict) or not mapped:
+    if not isinstance(mapped, dict) or not mapped or not all(isinstance(name, str) for name in mapped.values()):
         raise MtpError(f"{index} has no weight_map; download it again.")
     return mapped
 
@@ -153,23 +167,13 @@ def _check_index(folder: Path, found: Mapping[str, Source]) -> None:
             raise MtpError(f"{folder / file} does not hold {name!r}, which {index.name} promises; download it again.")
 
 
-def _tensors(path: Path) -> dict[str, Source]:
-    """The tensors of a safetensors file, which the safetensors library checks: offsets, sizes, shapes."""
-    with path.open("rb") as file:
-        start = file.read(24)
-        if start.startswith(b"version https://git-lfs"):
-            raise MtpError(f"{path} is a Git LFS pointer, not weights; run git lfs pull in {path.parent}.")
+def _source(path: Path, entry: Entry) -> Source:
+    return Source(path, entry.shape, entry.dtype, entry.start, entry.stop - entry.start)
+
+
+def _open(path: Path, files: ExitStack) -> Any:
+    read_entries(path)
     try:
-        with safe_open(path, framework="np"):
-            pass
+        return files.enter_context(safe_open(path, framework="pt"))
     except (SafetensorError, OSError) as problem:
         raise MtpError(f"{path} is damaged or only partly downloaded ({problem}); download it again.") from None
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    found = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            first, last = entry["data_offsets"]
-            found[name] = Source(path, tuple(entry["shape"]), entry["dtype"], 8 + length + first, last - first)
-    return dict(sorted(found.items()))

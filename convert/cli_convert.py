@@ -77,6 +77,8 @@ def describe_plan(plans: PairPlan) -> dict[str, Any]:
             }
             for file, plan in each.items()
         }
+    if plans.projector:
+        found["projector"] = {plans.projector[0]: {"bytes": plans.projector[1]}}
     return found
 
 
@@ -86,9 +88,12 @@ def show_plan(plans: PairPlan) -> None:
     for file, plan in {**plans.targets, **plans.drafters}.items():
         kinds = " ".join(f"{kind} x{count}" for kind, count in _types(plan))
         table.add_row(file, f"{plan.n_params:,}", f"{plan.n_bytes / 1e6:,.1f}", kinds)
+    if plans.projector:
+        table.add_row(plans.projector[0], "", f"{plans.projector[1] / 1e6:,.1f}", "projector")
     console = Console(highlight=False)
     console.print(table, markup=False)
-    split = [file for file in plans.files if file not in plans.targets and file not in plans.drafters]
+    whole = {*plans.targets, *plans.drafters, *(plans.projector or ())}
+    split = [file for file in plans.files if file not in whole]
     if split:
         console.print(f"split into {len(split)} files: {split[0]} to {split[-1]}", markup=False)
     for plan in (next(iter(plans.targets.values())), next(iter(plans.drafters.values()))):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_mtp.convert.link import MtpError
+from gemma_mtp.convert.errors import MtpError
 
 TARGET_CLASSES = (
     "Gemma4ForConditionalGeneration", "Gemma4ForCausalLM",
@@ -145,7 +145,7 @@ def read_json(path: Path) -> dict[str, Any]:
         parsed = json.loads(path.read_text(encoding="utf-8"))
     except OSError as problem:
         raise MtpError(f"{path}: {problem.strerror}; a Hugging Face model folder is wanted.") from None
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise MtpError(f"{path} is not JSON ({problem}); download it again.") from None
     if not isinstance(parsed, dict):
         raise MtpError(f"{path} does not hold a JSON object; download it again.")
@@ -293,7 +293,7 @@ def _text(text: _Keys) -> dict[str, Any]:
         "n_ff_expert": experts["moe_intermediate_size"],
         "context_length": text.size("max_position_embeddings"),
         "rms_eps": float(text["rms_norm_eps"]),
-        "softcap": text.get("final_logit_softcapping") or None,
+        "softcap": float(text.get("final_logit_softcapping", 0)) or None,
         "rope_theta": float(full["rope_theta"]),
         "rope_theta_sliding": float(sliding["rope_theta"]),
         "partial_rotary": float(full["partial_rotary_factor"]),

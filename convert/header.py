@@ -11,8 +11,9 @@ import numpy as np
 from gemma_mtp.convert import names, recipe
 from gemma_mtp.convert.checkpoint import Checkpoint
 from gemma_mtp.convert.config import DrafterConfig, TargetConfig
+from gemma_mtp.convert.errors import MtpError
 from gemma_mtp.convert.imatrix import Imatrix
-from gemma_mtp.convert.link import KEY_CENTROIDS, KEY_N_CENTROIDS, KEY_ORDERING, KEY_TOP_K, MtpError
+from gemma_mtp.convert.link import KEY_CENTROIDS, KEY_HASHES, KEY_N_CENTROIDS, KEY_ORDERING, KEY_TOP_K
 from gemma_mtp.convert.plan import SOURCE_TYPES, Part, Plan
 from gemma_mtp.convert.quantize import widen
 from gemma_mtp.convert.vocab import Vocabulary
@@ -74,6 +75,7 @@ def header(
         writer.add_uint16("split.no", part.index)
         writer.add_uint16("split.count", part.count)
         writer.add_int32("split.tensors.count", len(plan.tensors))
+    writer.add_array(KEY_HASHES, ["0" * 64] * len(part.tensors))  # filled in by verify.seal
     values = writer.kv_data[0]
     raw = bytearray(struct.pack("<IIQQ", gguf.GGUF_MAGIC, gguf.GGUF_VERSION, len(part.tensors), len(values)))
     for key, value in values.items():
@@ -117,24 +119,26 @@ def _metadata(
     for key, value in {**(imatrix.metadata() if imatrix else {}), **link}.items():
         writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
     if isinstance(checkpoint.config, DrafterConfig) and checkpoint.config.ordered:
-        _ordered(writer, checkpoint, checkpoint.config)
+        for key, value in ordered_head(checkpoint, checkpoint.config).items():
+            writer.add_uint32(key, value) if isinstance(value, int) else writer.add_array(key, value.tolist())
 
 
-def _ordered(writer: GGUFWriter, checkpoint: Checkpoint, config: DrafterConfig) -> None:
-    """The ordered head as metadata: centroids [n_centroids * n_embd] row by row, and token ids in cluster order."""
+def ordered_head(checkpoint: Checkpoint, config: DrafterConfig) -> dict[str, Any]:
+    """The ordered head as metadata: centroids [n_centroids * n_embd] row by row, and token ids in cluster order.
+
+    Raises:
+        MtpError: a centroid holds NaN or infinite values, or the ordering does not name every token once.
+    """
     source, order = (checkpoint.index[name] for name in (names.CENTROIDS, names.ORDERING))
-    if source.dtype not in SOURCE_TYPES or order.dtype not in ("I32", "I64"):
-        raise MtpError(
-            f"{checkpoint.folder}: {names.CENTROIDS!r} is {source.dtype} and {names.ORDERING!r} is {order.dtype}; "
-            "wanted BF16 and I64: download them again."
-        )
     centroids = widen(checkpoint.read(names.CENTROIDS, 0, source.size), SOURCE_TYPES[source.dtype])
     ordering = checkpoint.read(names.ORDERING, 0, order.size).view("<i8" if order.dtype == "I64" else "<i4")
     if not bool(np.isfinite(centroids).all()):
         raise MtpError(f"{checkpoint.folder}: {names.CENTROIDS!r} holds NaN or infinite values; download it again.")
     if not np.array_equal(np.sort(ordering), np.arange(config.vocab_size)):
         raise MtpError(f"{checkpoint.folder}: {names.ORDERING!r} does not name every token once; download it again.")
-    writer.add_uint32(KEY_N_CENTROIDS, config.n_centroids)
-    writer.add_uint32(KEY_TOP_K, config.top_k)
-    writer.add_array(KEY_CENTROIDS, centroids.tolist())
-    writer.add_array(KEY_ORDERING, ordering.tolist())
+    return {
+        KEY_N_CENTROIDS: config.n_centroids,
+        KEY_TOP_K: config.top_k,
+        KEY_CENTROIDS: centroids,
+        KEY_ORDERING: ordering.astype(np.int32),
+    }

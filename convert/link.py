@@ -1,26 +1,38 @@
 """The pairing contract: which drafter belongs to which target, read from the two GGUF headers.
 
 A target carries the fingerprint of the checkpoint it was converted from, a drafter the fingerprint of its target's
-checkpoint, so one drafter serves every quantization of its target. Headers are read with libggml's own gguf_* functions
-(ggml/include/gguf.h), which take milliseconds at 262144 tokens and check what llama.cpp will check.
+checkpoint, so one drafter serves every quantization of its target. Files of others carry none: there the drafter gets
+the fingerprint of its target's weights, and the target stays as it is.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import re
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
-from llama_cpp import llama_cpp as lib
+from gemma_mtp.convert.errors import MtpError, PairError
+from gemma_mtp.convert.gguf_file import Header, Strings, Tensor, read
+from gemma_mtp.convert.gguf_model import (
+    DRAFTER_ARCH,
+    KEY_CENTROIDS,
+    KEY_N_CENTROIDS,
+    KEY_ORDERING,
+    KEY_TOP_K,
+    TARGET_ARCH,
+    check_model,
+    ends_in_donors,
+)
 
-TARGET_ARCH = "gemma4"
-DRAFTER_ARCH = "gemma4-assistant"
+__all__ = [
+    "DRAFTER_ARCH", "KEY_CENTROIDS", "KEY_HASHES", "KEY_N_CENTROIDS", "KEY_ORDERING", "KEY_PEER", "KEY_ROLE",
+    "KEY_SOURCE", "KEY_TARGET", "KEY_TOP_K", "KEY_VERSION", "TARGET_ARCH", "VERSION", "Header", "MtpError", "PairError",
+    "Strings", "Tensor", "check", "check_model", "find_drafter", "read_header", "split_parts",
+    "weights_identity",
+]  # fmt: skip
+
 VERSION = 1
 
 KEY_VERSION = "mtp.version"
@@ -28,199 +40,67 @@ KEY_ROLE = "mtp.role"
 KEY_SOURCE = "mtp.source.fingerprint"
 KEY_TARGET = "mtp.target.fingerprint"
 KEY_PEER = "mtp.peer.file"
-KEY_CENTROIDS = "mtp.ordered.centroids"
-KEY_ORDERING = "mtp.ordered.token_ordering"
-KEY_N_CENTROIDS = "mtp.ordered.n_centroids"
-KEY_TOP_K = "mtp.ordered.top_k"
-
-
-class MtpError(ValueError):
-    """What a user can cause and mend; its text is one line with the next step."""
-
-
-class PairError(MtpError):
-    """The two files, or the two checkpoints, are not a target and its drafter."""
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor of a GGUF file: ggml type, shape in ggml's order (row length first), and bytes within the file."""
-
-    type: int
-    shape: tuple[int, ...]
-    offset: int
-    size: int
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a GGUF file says before its weights."""
-
-    path: Path
-    arch: str
-    metadata: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
-
-    def of_arch(self, key: str, default: Any = None) -> Any:
-        """Metadata under the architecture's own prefix: `of_arch("block_count")` is `gemma4.block_count`."""
-        return self.metadata.get(f"{self.arch}.{key}", default)
-
-    @property
-    def vocabulary(self) -> Sequence[str]:
-        tokens: Sequence[str] = self.metadata.get("tokenizer.ggml.tokens", ())
-        return tokens
-
-
-class _Params(ctypes.Structure):
-    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
-
-
-def _function(name: str, result: Any, *arguments: Any) -> Any:
-    function = getattr(lib._lib, name)
-    function.restype, function.argtypes = result, arguments
-    return function
-
-
-_P, _I, _S = ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p
-_open = _function("gguf_init_from_file", _P, _S, _Params)
-_free = _function("gguf_free", None, _P)
-_n_kv = _function("gguf_get_n_kv", _I, _P)
-_key = _function("gguf_get_key", _S, _P, _I)
-_kv_type = _function("gguf_get_kv_type", ctypes.c_int, _P, _I)
-_arr_type = _function("gguf_get_arr_type", ctypes.c_int, _P, _I)
-_arr_n = _function("gguf_get_arr_n", ctypes.c_size_t, _P, _I)
-_arr_data = _function("gguf_get_arr_data", _P, _P, _I)
-_arr_str = _function("gguf_get_arr_str", _S, _P, _I, ctypes.c_size_t)
-_val_str = _function("gguf_get_val_str", _S, _P, _I)
-_val_data = _function("gguf_get_val_data", _P, _P, _I)
-_data_offset = _function("gguf_get_data_offset", ctypes.c_size_t, _P)
-_n_tensors = _function("gguf_get_n_tensors", _I, _P)
-_tensor_name = _function("gguf_get_tensor_name", _S, _P, _I)
-_tensor_type = _function("gguf_get_tensor_type", ctypes.c_int, _P, _I)
-_tensor_offset = _function("gguf_get_tensor_offset", ctypes.c_size_t, _P, _I)
-_tensor_size = _function("gguf_get_tensor_size", ctypes.c_size_t, _P, _I)
-_tensor_ne = _function("gguf_get_tensor_ne", ctypes.POINTER(ctypes.c_int64 * 4), _P, _I)
-_log_get = _function("ggml_log_get", None, _P, _P)
-_log_set = _function("ggml_log_set", None, _P, _P)
-_LogCallback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-
-# gguf_type of ggml/include/gguf.h; 8 is a string, 9 an array.
-_STRING, _ARRAY = 8, 9
-_NUMBERS = {0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", 7: "?", 10: "u8", 11: "i8", 12: "f8"}
-
-
-@contextmanager
-def _libggml_says() -> Iterator[list[str]]:
-    """Collect libggml's log, which would otherwise go to stderr in the middle of our own words."""
-    said: list[str] = []
-    collect = _LogCallback(lambda _level, text, _data: said.append((text or b"").decode(errors="replace").strip()))
-    callback, data = ctypes.c_void_p(), ctypes.c_void_p()
-    _log_get(ctypes.byref(callback), ctypes.byref(data))
-    _log_set(ctypes.cast(collect, ctypes.c_void_p), None)
-    try:
-        yield said
-    finally:
-        _log_set(callback, data)
-
-
-class _Open:
-    """A gguf_context that is freed with the last object that reads from it."""
-
-    def __init__(self, address: int) -> None:
-        self.address = address
-        weakref.finalize(self, _free, address)
-
-
-class Strings(Sequence[str]):
-    """An array of strings in a header, decoded when read: a vocabulary and its merges are most of a million."""
-
-    def __init__(self, opened: _Open, index: int) -> None:
-        self._opened, self._index = opened, index
-        self._length = int(_arr_n(opened.address, index))
-
-    def __len__(self) -> int:
-        return self._length
-
-    @overload
-    def __getitem__(self, place: int) -> str: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[str]: ...
-    def __getitem__(self, place: int | slice) -> str | list[str]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(self._length))]
-        if not -self._length <= place < self._length:
-            raise IndexError(place)
-        return self._raw(place % self._length).decode(errors="replace")
-
-    def _raw(self, place: int) -> bytes:
-        raw: bytes = _arr_str(self._opened.address, self._index, place)
-        return raw
-
-    def digest(self) -> str:
-        """SHA-256 over the strings, each ended by a zero byte."""
-        total = hashlib.sha256()
-        for place in range(self._length):
-            total.update(self._raw(place) + b"\0")
-        return total.hexdigest()
-
-
-def _value(opened: _Open, index: int) -> Any:
-    """One metadata value: a Python scalar, a numpy array [n], or Strings."""
-    kind = _kv_type(opened.address, index)
-    if kind == _STRING:
-        return _val_str(opened.address, index).decode(errors="replace")
-    if kind != _ARRAY:
-        return np.frombuffer(_bytes(_val_data(opened.address, index), _NUMBERS[kind], 1), _NUMBERS[kind])[0].item()
-    kind = _arr_type(opened.address, index)
-    if kind == _STRING:
-        return Strings(opened, index)
-    count = _arr_n(opened.address, index)
-    return np.frombuffer(_bytes(_arr_data(opened.address, index), _NUMBERS[kind], count), _NUMBERS[kind])
-
-
-def _bytes(address: int | None, dtype: str, count: int) -> bytes:
-    return ctypes.string_at(address, np.dtype(dtype).itemsize * count) if address and count else b""
+# Start of a target's fingerprint that was taken from its GGUF file, where nothing tells of the checkpoint.
+WEIGHTS = "weights:"
+# SHA-256 of every tensor's bytes, in the order of the tensors.
+KEY_HASHES = "mtp.tensor.sha256"
 
 
 def read_header(path: Path) -> Header:
     """Read metadata and tensor table of a GGUF file; the weights stay where they are.
 
     Raises:
-        MtpError: there is no such file, it is not GGUF, or it ends before its last tensor does.
+        MtpError: there is no such file, it is not GGUF, its header is damaged, or, for a target or a drafter, its
+            metadata makes no sense.
     """
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-        size = path.stat().st_size
-    except OSError as problem:
-        raise MtpError(f"{path}: {problem.strerror}; name an existing GGUF file.") from None
-    if magic != b"GGUF":
-        raise MtpError(f"{path} is not a GGUF file (it starts with {magic!r}); convert the checkpoint first.")
-    with _libggml_says() as said:
-        address = _open(str(path).encode(), _Params(True, None))
-    if not address:
-        reason = said[-1].split(": ", 1)[-1] if said else "no reason given"
-        raise MtpError(f"{path} is damaged or cut off: libggml says {reason!r}; copy or convert it again.")
-    opened = _Open(address)
-    metadata = {_key(address, i).decode(): _value(opened, i) for i in range(_n_kv(address))}
-    start = _data_offset(address)
-    tensors = {}
-    for i in range(_n_tensors(address)):
-        shape = list(_tensor_ne(address, i).contents)
-        while len(shape) > 1 and shape[-1] == 1:
-            shape.pop()
-        tensors[_tensor_name(address, i).decode()] = Tensor(
-            _tensor_type(address, i), tuple(shape), start + _tensor_offset(address, i), _tensor_size(address, i)
-        )
-    end = max((tensor.offset + tensor.size for tensor in tensors.values()), default=0)
-    if end > size:
-        raise MtpError(f"{path} is cut off: {size} bytes, its tensors need {end}; copy or convert it again.")
-    return Header(path, str(metadata.get("general.architecture", "")), metadata, tensors)
+    header = read(path)
+    check_model(header)
+    return header
+
+
+def weights_identity(header: Header) -> str:
+    """What all quantizations of one target share: its vocabulary and its float vectors, norms and scales.
+
+    Quantizers leave vectors in float32, so files of any converter and format agree, and files of other weights differ.
+    (A fine-tune that left every norm alone agrees with the model it came from; the drafter serves it too.)
+
+    Raises:
+        MtpError: a file of a split target is missing or damaged.
+    """
+    total = hashlib.sha256()
+    tokens = header.vocabulary
+    total.update(tokens.digest().encode() if isinstance(tokens, Strings) else b"")
+    vectors = {}
+    for part in split_parts(header):
+        with part.path.open("rb") as file:
+            for name, tensor in part.tensors.items():
+                if tensor.type == 0 and len(tensor.shape) == 1 and name != "rope_freqs.weight":
+                    file.seek(tensor.offset)
+                    vectors[name] = file.read(tensor.size)
+    for name in sorted(vectors):
+        total.update(name.encode() + b"\0" + vectors[name])
+    return WEIGHTS + total.hexdigest()
+
+
+def split_parts(header: Header) -> list[Header]:
+    """The header itself, or those of all files of a split (llama-gguf-split names them -00001-of-00003.gguf).
+
+    Raises:
+        MtpError: a file of the split is missing or damaged.
+    """
+    count = header.metadata.get("split.count", 0)
+    stem = re.fullmatch(r"(.+)-\d{5}-of-\d{5}", header.path.stem)
+    if stem is None or not isinstance(count, int) or count < 2:
+        return [header]
+    return [read(header.path.with_name(f"{stem[1]}-{part:05}-of-{count:05}.gguf")) for part in range(1, count + 1)]
 
 
 def _belongs(target: Header, drafter: Header) -> bool:
-    wanted = target.metadata.get(KEY_SOURCE)
-    return drafter.arch == DRAFTER_ARCH and wanted is not None and drafter.metadata.get(KEY_TARGET) == wanted
+    """Whether a drafter carries this target's fingerprint, of its checkpoint or of its weights."""
+    wanted = drafter.metadata.get(KEY_TARGET)
+    if drafter.arch != DRAFTER_ARCH or not isinstance(wanted, str):
+        return False
+    return wanted == (weights_identity(target) if wanted.startswith(WEIGHTS) else target.metadata.get(KEY_SOURCE))
 
 
 def find_drafter(target: Path, header: Header | None = None) -> Path | None:
@@ -233,18 +113,24 @@ def find_drafter(target: Path, header: Header | None = None) -> Path | None:
         MtpError: the target, or the drafter that it names, cannot be read.
     """
     header = header or read_header(target)
-    if KEY_SOURCE not in header.metadata:
-        return None
     named = target.parent / Path(str(header.metadata.get(KEY_PEER, ""))).name
     if named.is_file() and _belongs(header, read_header(named)):
         return named
     for path in sorted(target.parent.glob("*.gguf")):
         try:
-            if path != target and _belongs(header, read_header(path)):
+            if path != target and _says_drafter(path) and _belongs(header, read_header(path)):
                 return path
-        except MtpError:
+        except (MtpError, OSError):
             continue  # a broken file that nobody named is none of this pair's business
     return None
+
+
+def _says_drafter(path: Path) -> bool:
+    """Whether the architecture, which every writer puts first, is a drafter's: a glance instead of a whole header."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return DRAFTER_ARCH.encode() in file.read(4096)
 
 
 def _by_type(header: Header, key: str) -> dict[str, Any]:
@@ -252,6 +138,10 @@ def _by_type(header: Header, key: str) -> dict[str, Any]:
     pattern = np.atleast_1d(header.of_arch("attention.sliding_window_pattern", []))
     values = np.broadcast_to(np.asarray(header.of_arch(key, -1)), pattern.shape)
     return {("sliding" if sliding else "full"): int(value) for sliding, value in zip(pattern, values, strict=True)}
+
+
+def _short(fingerprint: str) -> str:
+    return str(fingerprint).removeprefix(WEIGHTS)[:12]
 
 
 def check(target: Header, drafter: Header) -> None:
@@ -269,10 +159,12 @@ def check(target: Header, drafter: Header) -> None:
         )
     advice = "use the drafter converted together with this target."
     wants, has = drafter.metadata.get(KEY_TARGET), target.metadata.get(KEY_SOURCE)
+    if isinstance(wants, str) and wants.startswith(WEIGHTS):
+        has = weights_identity(target)
     if wants and has and wants != has:
         raise PairError(
-            f"{drafter.path.name} was converted for the target with fingerprint {wants[:12]}, but {target.path.name} "
-            f"has {has[:12]}; {advice}"
+            f"{drafter.path.name} was made for the target with fingerprint {_short(wants)}, but {target.path.name} has "
+            f"{_short(has)}; {advice}"
         )
     compared = {
         "hidden size": (target.of_arch("embedding_length"), drafter.of_arch("embedding_length_out")),
@@ -282,6 +174,11 @@ def check(target: Header, drafter: Header) -> None:
     for name, key in (("head size", "key_length"), ("sliding head size", "key_length_swa")):
         compared[name] = tuple(h.of_arch(f"attention.{key}") for h in (target, drafter))
     donors, readers = (_by_type(h, "attention.head_count_kv") for h in (target, drafter))
+    pattern = target.of_arch("attention.sliding_window_pattern", [])
+    own = pattern[: len(pattern) - int(target.of_arch("attention.shared_kv_layers", 0))]
+    if not ends_in_donors(own):
+        raise PairError(f"{target.path.name}: its last layers with KV of their own are not a sliding and a full one, "
+                        "which a drafter reads; run it without MTP.")  # fmt: skip
     for kind in readers:
         compared[f"KV heads of {kind} layers"] = (donors.get(kind, 0), readers[kind])
     for name, (ours, theirs) in compared.items():

@@ -11,7 +11,7 @@ SAMPLING = {"temperature": 1.0, "top_k": 64, "top_p": 0.95}
 DRAFT_NUM_PREDICT = 4
 
 
-def modelfile(target: str, drafter: str, generation: Mapping[str, Any]) -> str:
+def modelfile(target: str, drafter: str, generation: Mapping[str, Any], projector: str | None = None) -> str:
     """Text of the Modelfile.
 
     Neither template nor stop words are set: Ollama takes its Gemma 4 renderer and parser by architecture, and the ends
@@ -21,8 +21,9 @@ def modelfile(target: str, drafter: str, generation: Mapping[str, Any]) -> str:
         target: file name of the target, beside the Modelfile.
         drafter: file name of its drafter.
         generation: the target's generation_config.json, or {}.
+        projector: file name of its mmproj file, if there is one; Ollama takes that by a second FROM.
     """
-    lines = [f"FROM ./{target}", f"DRAFT ./{drafter}"]
+    lines = [f"FROM ./{target}", *([f"FROM ./{projector}"] if projector else []), f"DRAFT ./{drafter}"]
     lines += [f"PARAMETER {key} {generation.get(key, value):g}" for key, value in SAMPLING.items()]
     lines.append(f"PARAMETER draft_num_predict {DRAFT_NUM_PREDICT}")
     return "\n".join(lines) + "\n"

@@ -238,6 +238,9 @@ def _check_ordered(config: DrafterConfig, index: Mapping[str, Source]) -> None:
             )
         if index[name].shape != shape:
             raise MtpError(f"{index[name].file}: {name!r} has shape {list(index[name].shape)}, wanted {list(shape)}.")
+        kinds = ("I64", "I32") if name == names.ORDERING else tuple(SOURCE_TYPES)
+        if index[name].dtype not in kinds:
+            raise MtpError(f"{index[name].file}: {name!r} is {index[name].dtype}, wanted {' or '.join(kinds)}.")
     if config.n_centroids < 1 or config.vocab_size % config.n_centroids or not 0 < config.top_k <= config.n_centroids:
         raise MtpError(
             f"config.json: {config.vocab_size} tokens in {config.n_centroids} clusters, {config.top_k} of them read, "
@@ -283,6 +286,9 @@ def parameters(config: Config) -> dict[str, tuple[GGUFValueType, Any]]:
     if isinstance(config, DrafterConfig):
         found["embedding_length_out"] = (u32, config.backbone)
         found["nextn_predict_layers"] = (u32, config.n_layer)
+    for key, (kind, value) in found.items():
+        if kind is u32 and not 0 <= value < 1 << 32:
+            raise MtpError(f"config.json gives {value} for {key}, wanted 0 to {(1 << 32) - 1}; download it again.")
     return found
 
 

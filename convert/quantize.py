@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from gemma_mtp.convert.blocks import Type, n_bytes
-from gemma_mtp.convert.link import MtpError
+from gemma_mtp.convert.errors import MtpError
 from llama_cpp import llama_cpp as lib
 
 Bytes = npt.NDArray[np.uint8]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -22,17 +21,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from gemma_mtp.convert import link, names
 from gemma_mtp.convert.blocks import BLOCKS, Type
 from gemma_mtp.convert.checkpoint import Checkpoint, Source
 from gemma_mtp.convert.config import DrafterConfig, TargetConfig, read_config
-from gemma_mtp.convert.link import MtpError
-from gemma_mtp.convert.plan import Plan, Planned, plan, rope_freqs, shapes
+from gemma_mtp.convert.errors import MtpError
+from gemma_mtp.convert.header import header, padded
+from gemma_mtp.convert.plan import Part, Plan, Planned, plan, rope_freqs, shapes
 from gemma_mtp.convert.quantize import quantize
 from gemma_mtp.convert.recipe import Options, find_quant, parse_type
-from gemma_mtp.convert.write import _metadata, _pad
-from gguf import GGUFWriter
+from gemma_mtp.convert.verify import seal
 
 Bytes = npt.NDArray[np.uint8]
 Progress = Callable[[int, int], None]
@@ -253,7 +251,7 @@ def tokenizer(vocab_size: int) -> tuple[str, str]:
 
 
 class Synthetic(Checkpoint):
-    """A checkpoint of which only configuration and tokenizer exist as files; `rows` serves the ordered head alone."""
+    """A checkpoint of which only configuration and tokenizer exist as files; `read` serves the ordered head alone."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], seed: int) -> None:
         folder.mkdir()
@@ -267,15 +265,17 @@ class Synthetic(Checkpoint):
             name: Source(folder, shape, "BF16") for name, shape in _hugging_face(shapes(self.config), self.config)
         }
         if isinstance(self.config, DrafterConfig) and self.config.ordered:
-            self.index[names.CENTROIDS] = Source(folder, (self.config.n_centroids, self.config.n_embd), "BF16")
-            self.index[names.ORDERING] = Source(folder, (self.config.vocab_size,), "I64")
+            shape = self.config.n_centroids, self.config.n_embd
+            self.index[names.CENTROIDS] = Source(folder, shape, "F32", size=4 * shape[0] * shape[1])
+            size = 8 * self.config.vocab_size
+            self.index[names.ORDERING] = Source(folder, (self.config.vocab_size,), "I64", size=size)
 
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def read(self, name: str, start: int, size: int) -> Bytes:
         rng = np.random.default_rng([self.seed, name == names.ORDERING])
         shape = self.index[name].shape
-        if name == names.ORDERING:
-            return torch.from_numpy(rng.permutation(*shape)[start:stop])
-        return torch.from_numpy(rng.standard_normal(shape, np.float32)[start:stop] * SCALE)
+        values = rng.permutation(*shape) if name == names.ORDERING else rng.standard_normal(shape, np.float32) * SCALE
+        wanted = np.int64 if name == names.ORDERING else np.float32
+        return values.astype(wanted).reshape(-1).view(np.uint8)[start : start + size]
 
 
 def _hugging_face(wanted: Mapping[str, tuple[int, ...]], config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -309,32 +309,22 @@ def write(
     planned: Plan, checkpoint: Synthetic, path: Path, tied: Mapping[str, Any], count: Callable[[int], None]
 ) -> None:
     """Write one GGUF file with the metadata that convert would write and random blocks."""
-    writer = GGUFWriter(path, planned.arch)
-    try:
-        for tensor in planned.tensors:
-            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes, tensor.type)
-        _metadata(writer, planned, checkpoint, tied)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-    finally:
-        writer.close()
     pools: dict[Type, Bytes] = {}
     rng = np.random.default_rng(checkpoint.seed)
-    with path.open("r+b") as file:
-        file.seek(0, os.SEEK_END)
-        _pad(file)
+    with path.open("xb") as file:
+        file.write(header(planned, Part(0, 1, planned.tensors), checkpoint, tied))
         for tensor in planned.tensors:
             for piece in _pieces(tensor, checkpoint.config, pools, rng):
                 file.write(piece.data)
                 count(piece.nbytes)
-            _pad(file)
+            file.write(b"\0" * (padded(tensor.n_bytes) - tensor.n_bytes))
+    seal(path)
 
 
 def _pieces(tensor: Planned, config: Config, pools: dict[Type, Bytes], rng: np.random.Generator) -> Iterator[Bytes]:
     """The blocks of one tensor, in pieces of at most CHUNK bytes."""
     if len(tensor.shape) == 1:
-        yield quantize(torch.from_numpy(_vector(tensor, config, rng)), tensor.type)
+        yield quantize(_vector(tensor, config, rng), tensor.type)
         return
     if tensor.type not in pools:
         pools[tensor.type] = _pool(tensor.type, rng)
@@ -362,4 +352,4 @@ def _pool(kind: Type, rng: np.random.Generator) -> Bytes:
     """Quantized random blocks, [count, bytes]."""
     length, size = BLOCKS[kind]
     values = rng.standard_normal((POOL // 256, 256), np.float32) * np.float32(SCALE)
-    return quantize(torch.from_numpy(values), kind).reshape(-1, size * max(1, UNIT // length))
+    return quantize(values, kind).reshape(-1, size * max(1, UNIT // length))

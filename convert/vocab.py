@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-from gemma_mtp.convert.link import MtpError
+from gemma_mtp.convert.errors import MtpError, damaged
 from gguf import GGUFWriter, TokenType
 
 # Special tokens that llama.cpp must print, so that its chat parser sees them.
@@ -34,7 +34,7 @@ def _read(path: Path) -> dict[str, Any]:
         parsed: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except OSError as problem:
         raise MtpError(f"{path}: {problem.strerror}; download the tokenizer's files.") from None
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise MtpError(f"{path} is not JSON ({problem}); download it again.") from None
     return parsed
 
@@ -62,11 +62,12 @@ class Vocabulary:
         self.folder = folder
         path = folder / "tokenizer.json"
         parsed = _read(path)
-        model = parsed.get("model", {})
-        if model.get("type") != "BPE" or not model.get("byte_fallback"):
+        model = parsed.get("model")
+        if not isinstance(model, dict) or model.get("type") != "BPE" or not model.get("byte_fallback"):
             raise MtpError(f"{path} is not Gemma's tokenizer, BPE with byte fallback; download it again.")
-        base: dict[str, int] = model["vocab"]
-        ids = {**base, **{added["content"]: added["id"] for added in parsed.get("added_tokens", [])}}
+        with damaged(path):
+            base: dict[str, int] = dict(model["vocab"])
+            ids = {**base, **{added["content"]: int(added["id"]) for added in parsed.get("added_tokens", [])}}
         self.tokens = sorted(ids, key=ids.__getitem__)
         if [ids[token] for token in self.tokens] != list(range(len(ids))):
             raise MtpError(f"{path}: token ids are not 0 to {len(ids) - 1} without gaps; download it again.")
@@ -89,9 +90,9 @@ class Vocabulary:
         named = generation.get("eos_token_id", [])
         ends = [named] if isinstance(named, int) else list(named)
         for end in ends:
-            if not 0 <= end < len(self.tokens):
+            if not isinstance(end, int) or not 0 <= end < len(self.tokens):
                 raise MtpError(
-                    f"{self.folder / 'generation_config.json'}: eos_token_id {end} is not in the vocabulary."
+                    f"{self.folder / 'generation_config.json'}: eos_token_id {end!r} is not in the vocabulary."
                 )
         return [end for end in ends if self.tokens[end] not in KNOWN_ENDS]
 

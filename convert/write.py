@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from gemma_mtp.convert import blocks
 from gemma_mtp.convert.checkpoint import Checkpoint
+from gemma_mtp.convert.errors import MtpError
 from gemma_mtp.convert.header import header, padded
 from gemma_mtp.convert.imatrix import Imatrix
-from gemma_mtp.convert.link import MtpError
 from gemma_mtp.convert.plan import SOURCE_TYPES, Plan, Planned, parts, rope_freqs
 from gemma_mtp.convert.quantize import Bytes, blocks_of, largest, widen
 from gemma_mtp.convert.recipe import EMBEDDINGS
+from gemma_mtp.convert.verify import seal
 
 # Values of one piece of work: 8 MiB as float32.
 PIECE = 1 << 21
@@ -91,6 +92,9 @@ def write(outputs: Sequence[Output], checkpoint: Checkpoint, progress: Progress)
                 each.result()
         finally:
             pool.shutdown(cancel_futures=True)
+    for output in outputs:
+        for path, _ in parts(output.plan, output.path, output.part_bytes):
+            seal(path)
 
 
 def _create(output: Output, checkpoint: Checkpoint, files: ExitStack) -> Iterator[tuple[str, _Place]]:

@@ -13,9 +13,10 @@ import click
 # Where each command lives. They are imported when called for: converting needs torch, generating does not.
 COMMANDS = {
     "convert": "gemma_mtp.convert.cli:convert",
-    "inspect": "gemma_mtp.convert.cli:inspect",
-    "verify": "gemma_mtp.convert.cli:verify",
-    "modelfile": "gemma_mtp.convert.cli:modelfile",
+    "link": "gemma_mtp.convert.cli_files:link_command",
+    "inspect": "gemma_mtp.convert.cli_files:inspect",
+    "verify": "gemma_mtp.convert.cli_files:verify",
+    "modelfile": "gemma_mtp.convert.cli:modelfile_command",
     "ollama": "gemma_mtp.convert.cli:ollama",
     "run": "gemma_mtp.runtime.cli:run",
     "chat": "gemma_mtp.runtime.chat:chat",
@@ -51,12 +52,18 @@ class LazyGroup(click.Group):
         """Run a command; an error that a user can cause becomes one line on stderr and an exit status."""
         try:
             return super().invoke(ctx)
-        except (click.exceptions.Exit, click.Abort, BrokenPipeError):
+        except (click.exceptions.Exit, click.Abort, click.ClickException, BrokenPipeError):
             raise  # click's own way out
         except (ValueError, RuntimeError, OSError) as problem:
             if ctx.params["debug"]:
                 raise
             click.echo(f"error: {problem}", err=True)
+            sys.exit(1)
+        except Exception as problem:
+            if ctx.params["debug"]:
+                raise
+            what = f"{type(problem).__name__}: {problem}".replace("\n", " ")
+            click.echo(f"error: unexpected {what}; run again with --debug and report it.", err=True)
             sys.exit(1)
         except KeyboardInterrupt:
             click.echo("\ninterrupted", err=True)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from gemma_mtp.convert import Pair, link, shapes
-from gemma_mtp.convert.cli import verify_files
+from gemma_mtp.convert.verify import verify_files
 from gemma_mtp.patches import build
 from gemma_mtp.runtime import bench, machine
 from gemma_mtp.runtime.bench_settings import Settings

@@ -212,7 +212,7 @@ def test_output_that_exists_is_kept(pair: Folders, tmp_path: Path) -> None:
 
 def test_too_little_room(pair: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))  # type: ignore[attr-defined]
-    refused(*pair, tmp_path / "out", "GB free", "make room")
+    refused(*pair, tmp_path / "out", "1,000 free", "make room")
 
 
 def convert_slowly(pair: Folders, out: Path, setup: str = "") -> list[str]:
@@ -235,7 +235,8 @@ def test_a_full_disk(pair: Folders, tmp_path: Path) -> None:
     command = convert_slowly(pair, out)
     done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"error: cannot write into {out}: File too large; make room")
+    assert done.stderr.startswith(f"error: cannot write into {out}: File too large; ")
+    assert "bytes are needed" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not out.exists()
 

@@ -1,0 +1,160 @@
+"""Link a drafter to a target that somebody else converted: the drafter's header is written anew, its weights copied."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gemma_mtp.convert import link
+from gemma_mtp.convert.errors import MtpError, PairError
+from gemma_mtp.convert.gguf_file import ARRAY, NUMBERS, STRING, UINT32, Header
+from gemma_mtp.convert.sources import resolve
+from gemma_mtp.convert.staging import staging
+from gemma_mtp.convert.verify import check_tensors, seal
+
+PIECE = 1 << 24
+Progress = Callable[[int, int], None]
+
+
+def link_files(
+    target: Path,
+    drafter: Path,
+    out: Path | None = None,
+    in_place: bool = False,
+    ordered_from: str | Path | None = None,
+    force: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> Path:
+    """Write a drafter that carries the fingerprint of its target; the target is only read.
+
+    Whatever happens, the file that is there stays whole: the new one is written beside it, checked, and renamed.
+
+    Args:
+        target: GGUF file of the target, from any converter; of a split, its first file.
+        drafter: GGUF file of the drafter.
+        out: file to write; <drafter>-linked.gguf in the target's folder unless given.
+        in_place: replace the drafter instead.
+        ordered_from: Hugging Face folder or org/name[@revision] of the drafter, from which the ordered head is added.
+        force: replace `out`, and a link to another target.
+        progress: called with bytes written and bytes in all.
+
+    Returns:
+        The file written.
+
+    Raises:
+        PairError: the drafter does not fit the target, or is another target's.
+        MtpError: a file is damaged, there already, or cannot be replaced safely.
+    """
+    ours, theirs = link.read_header(target), link.read_header(drafter)
+    if theirs.metadata.get("split.count", 0) > 1:
+        raise MtpError(f"{drafter} is one of several files; join them with llama-gguf-split --merge first.")
+    if force:
+        kept = {key: value for key, value in theirs.metadata.items() if key != link.KEY_TARGET}
+        link.check(ours, Header(theirs.path, theirs.arch, kept, theirs.tensors))
+    else:
+        link.check(ours, theirs)
+    values: dict[str, Any] = {
+        link.KEY_VERSION: link.VERSION,
+        link.KEY_ROLE: "drafter",
+        link.KEY_TARGET: link.weights_identity(ours),
+        link.KEY_PEER: target.name,
+        link.KEY_HASHES: ["0" * 64] * len(theirs.tensors),
+    }
+    if ordered_from is not None:
+        values |= _ordered_head(theirs, resolve(str(ordered_from)))
+    wanted = drafter if in_place else out or target.parent / f"{drafter.stem}-linked.gguf"
+    if in_place and drafter.is_symlink():
+        raise MtpError(f"{drafter} is a link to {drafter.resolve()}; name that file, or write another one with -o.")
+    if not in_place and wanted.resolve() in (drafter.resolve(), target.resolve()):
+        raise MtpError(f"{wanted} is one of the two files; pass --in-place to replace the drafter, or another -o.")
+    for _ in check_tensors(theirs):
+        pass  # nothing damaged gets hashes that call it sound
+    size = drafter.stat().st_size + sum(len(_entry(key, value)) for key, value in values.items())
+    with staging(wanted.parent, [wanted.name], size, force or in_place) as hidden:
+        rewrite(theirs, values, hidden / wanted.name, progress)
+        seal(hidden / wanted.name)
+        link.check(ours, link.read_header(hidden / wanted.name))
+        shutil.copymode(drafter, hidden / wanted.name)
+    return wanted
+
+
+def rewrite(header: Header, values: Mapping[str, Any], path: Path, progress: Progress) -> None:
+    """Copy a GGUF file with more, or other, metadata; all the rest stays as it is, byte for byte.
+
+    Args:
+        header: of the file to copy.
+        values: metadata to add or to replace: str, int (as 32 bits), list of str, or numpy array.
+        path: file to write.
+        progress: called with bytes written and bytes in all.
+    """
+    kept = [span for key, span in header.spans.items() if key not in values]
+    size, done = header.path.stat().st_size - header.data_start, 0
+    with header.path.open("rb") as source, path.open("xb") as file:
+
+        def copy(start: int, stop: int) -> None:
+            source.seek(start)
+            file.write(source.read(stop - start))
+
+        copy(0, 8)  # magic and version
+        file.write(struct.pack("<QQ", len(header.tensors), len(kept) + len(values)))
+        for start, stop in kept:
+            copy(start, stop)
+        for key, value in values.items():
+            file.write(_entry(key, value))
+        copy(*header.tensor_table)
+        file.write(b"\0" * (-file.tell() % header.alignment))
+        source.seek(header.data_start)
+        while piece := source.read(PIECE):
+            file.write(piece)
+            done += len(piece)
+            progress(done, size)
+
+
+def _entry(key: str, value: Any) -> bytes:
+    """One metadata entry as GGUF stores it."""
+    if isinstance(value, str):
+        return _text(key) + struct.pack("<I", STRING) + _text(value)
+    if isinstance(value, int):
+        return _text(key) + struct.pack("<II", UINT32, value)
+    if isinstance(value, list):
+        head, body = STRING, b"".join(map(_text, value))
+    else:
+        head = next(kind for kind, dtype in NUMBERS.items() if np.dtype(dtype) == value.dtype)
+        body = value.tobytes()
+    return _text(key) + struct.pack("<IIQ", ARRAY, head, len(value)) + body
+
+
+def _text(value: str) -> bytes:
+    raw = value.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _ordered_head(drafter: Header, folder: Path) -> dict[str, Any]:
+    """The ordered head of a Hugging Face folder as metadata, if that folder holds the weights of this drafter."""
+    from gemma_mtp.convert import names
+    from gemma_mtp.convert.checkpoint import open_checkpoint
+    from gemma_mtp.convert.config import DrafterConfig
+    from gemma_mtp.convert.header import ordered_head
+    from gemma_mtp.convert.plan import plan
+
+    with open_checkpoint(folder) as checkpoint:
+        if not isinstance(checkpoint.config, DrafterConfig) or not checkpoint.config.ordered:
+            raise PairError(f"{folder} is not a drafter with ordered embeddings; leave --ordered-from out.")
+        plan(checkpoint.config, checkpoint.index, "F32")  # checks every tensor
+        with drafter.path.open("rb") as file:
+            for name, source in checkpoint.index.items():
+                place = names.place(name)
+                if place is None or len(source.shape) != 1:
+                    continue
+                tensor = drafter.tensors.get(place.gguf)
+                rows = checkpoint.rows(name, 0, source.shape[0]).float().numpy()
+                file.seek(tensor.offset if tensor else 0)
+                if tensor is None or file.read(tensor.size) != rows.tobytes():
+                    raise PairError(f"{folder} holds another drafter than {drafter.path}: {place.gguf} differs.")
+        if len(drafter.vocabulary) != checkpoint.config.vocab_size:
+            raise PairError(f"{folder} holds another drafter than {drafter.path}: the vocabulary differs in size.")
+        return ordered_head(checkpoint, checkpoint.config)

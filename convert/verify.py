@@ -1,0 +1,168 @@
+"""Whether GGUF files hold what they promise: every tensor's hash and blocks, and the link of a pair."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gemma_mtp.convert import link
+from gemma_mtp.convert.errors import MtpError
+from gemma_mtp.convert.gguf_file import TYPES, Header, Strings, Tensor
+
+# Bytes looked at in one go, a little less so that whole blocks fit.
+PIECE = 1 << 24
+EXPONENT = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}
+# Where a block's scales lie, float16 each (ggml/src/ggml-common.h).
+SCALES = {
+    "Q1_0": [0], "Q2_0": [0], "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0],
+    "Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "TQ1_0": [52], "TQ2_0": [64],
+    "IQ1_S": [0], "IQ2_XXS": [0], "IQ2_XS": [0], "IQ2_S": [0], "IQ3_XXS": [0], "IQ3_S": [0], "IQ4_NL": [0],
+    "IQ4_XS": [0],
+}  # fmt: skip
+
+
+def first_bad_block(data: npt.NDArray[np.uint8], kind: int) -> int | None:
+    """The first block, or value, that is NaN or infinite or has such a scale; None if all are sound.
+
+    The rules are those of ggml_validate_row_data (ggml/src/ggml-quants.c).
+
+    Args:
+        data: whole blocks as a file holds them, [bytes].
+        kind: their ggml type.
+    """
+    name, _, size = TYPES[kind]
+    blocks = data.reshape(-1, size)
+    if name in EXPONENT:
+        dtype, mask = EXPONENT[name]
+        bad = (data.view(dtype) & mask) == mask
+    elif name in SCALES:
+        bad = np.zeros(len(blocks), bool)
+        for at in SCALES[name]:
+            bad |= (blocks[:, at + 1] & 0x7C) == 0x7C
+    elif name == "IQ1_M":  # the scale is spread over the high bits of four
+        bad = ((blocks[:, 55] >> 4) & 7) == 7
+        bad &= (blocks[:, 53] >> 4) & 0xC == 0xC
+    elif name == "MXFP4":
+        bad = blocks[:, 0] == 0xFF
+    else:  # integers, and scales of which every value is a number
+        return None
+    return int(np.argmax(bad)) if bool(bad.any()) else None
+
+
+def verify_files(out: Path, progress: Any = lambda done, total: None) -> dict[str, Any]:
+    """Read a folder's GGUF files, or one file and its drafter, from end to end, with all files of a split.
+
+    Args:
+        out: a folder, or one GGUF file.
+        progress: called with bytes read and bytes in all.
+
+    Returns:
+        "files": for each its path, number of tensors, bytes, and how many tensors had a hash to compare with;
+        "pairs": target to drafter.
+
+    Raises:
+        MtpError: naming the first file that is damaged, unlinked or not its target's.
+    """
+    paths = sorted(out.glob("*.gguf")) if out.is_dir() else [out]
+    if not paths:
+        raise MtpError(f"{out} holds no GGUF file; name the folder that gemma-mtp convert wrote.")
+    headers = {path: link.read_header(path) for path in paths}
+    pairs = {}
+    for path, header in list(headers.items()):
+        if header.arch == link.TARGET_ARCH and _first_of_split(header):
+            drafter = link.find_drafter(path, header)
+            if drafter is None:
+                raise link.PairError(f"{path} has no linked drafter beside it; link one, or convert the pair again.")
+            headers.setdefault(drafter, link.read_header(drafter))
+            link.check(header, headers[drafter])
+            pairs[str(path)] = str(drafter)
+    for header in [each for each in headers.values() if _first_of_split(each)]:
+        for part in link.split_parts(header):
+            headers.setdefault(part.path, part)
+    done, total = 0, sum(t.size for header in headers.values() for t in header.tensors.values())
+    files = []
+    for path, header in headers.items():
+        hashed = 0
+        for size, known in check_tensors(header):
+            done, hashed = done + size, hashed + known
+            progress(done, total)
+        files.append(
+            {"file": str(path), "tensors": len(header.tensors), "bytes": path.stat().st_size, "hashed": hashed}
+        )
+    return {"files": files, "pairs": pairs}
+
+
+def _first_of_split(header: Header) -> bool:
+    return int(header.metadata.get("split.no", 0)) == 0
+
+
+def check_tensors(header: Header) -> Iterator[tuple[int, bool]]:
+    """Read every tensor: its bytes, and whether there was a hash to compare it with.
+
+    Raises:
+        MtpError: naming file and tensor of the first with NaN or infinite values or with other bytes than were written.
+    """
+    wanted = header.metadata.get(link.KEY_HASHES)
+    if wanted is not None and not (isinstance(wanted, Strings) and len(wanted) == len(header.tensors)):
+        raise MtpError(f"{header.path}: {link.KEY_HASHES} is not a hash for each tensor; convert it again.")
+    names = list(header.tensors)
+    for place, got in enumerate(_looked_at(header, hashing=wanted is not None)):
+        if wanted is not None and got != wanted[place]:
+            raise MtpError(
+                f"{header.path}: tensor {names[place]!r} has the SHA-256 {got[:16]}, wanted {wanted[place][:16]}; "
+                "the file is damaged: copy or convert it again."
+            )
+        yield header.tensors[names[place]].size, wanted is not None
+
+
+def _looked_at(header: Header, hashing: bool) -> Iterator[str]:
+    """The hash of each tensor in the order of the file ("" unless `hashing`), its blocks checked, on all cores."""
+    with header.path.open("rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # closed with the last array that looks into it
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        yield from pool.map(lambda entry: _look(header.path, data, *entry, hashing=hashing), header.tensors.items())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _look(path: Path, data: mmap.mmap, name: str, tensor: Tensor, *, hashing: bool) -> str:
+    total = hashlib.sha256()
+    size = TYPES[tensor.type][2]
+    step = PIECE // size * size
+    for start in range(0, tensor.size, step):
+        piece = np.frombuffer(data, np.uint8, min(step, tensor.size - start), tensor.offset + start)
+        if hashing:
+            total.update(piece.data)
+        bad = first_bad_block(piece, tensor.type)
+        if bad is not None:
+            unit = "value" if TYPES[tensor.type][1] == 1 else "block"
+            raise MtpError(
+                f"{path}: tensor {name!r} is damaged, {unit} {start // size + bad} is no number; convert it again."
+            )
+    return total.hexdigest() if hashing else ""
+
+
+def seal(path: Path) -> None:
+    """Put the hash of every tensor into the place that `write` left for it under mtp.tensor.sha256.
+
+    Raises:
+        MtpError: a tensor holds NaN or infinite values.
+    """
+    header = link.read_header(path)
+    if link.KEY_HASHES not in header.spans:
+        return
+    hashes = list(_looked_at(header, hashing=True))
+    with path.open("r+b") as file:
+        file.seek(header.spans[link.KEY_HASHES][1] - len(hashes) * (8 + 64))
+        for each in hashes:
+            file.write((64).to_bytes(8, "little") + each.encode())
+        file.flush()
+        os.fsync(file.fileno())

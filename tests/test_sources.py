@@ -1,0 +1,151 @@
+"""Checkpoints from folders, from the Hugging Face cache, and from a hub on localhost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from gemma_mtp.convert import link
+from gemma_mtp.convert.errors import MtpError
+from gemma_mtp.convert.sources import name_of, official_drafter, repository, resolve
+from hub import Hub, serving
+
+TARGET, DRAFTER = "google/gemma-4-E2B-it", "google/gemma-4-E2B-it-assistant"
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def hub(tiny: dict[str, Path], tmp_path: Path) -> Iterator[Hub]:
+    """The tiny pair under the names of an official one, with files beside it that nobody needs."""
+    shutil.copytree(tiny["target"], tmp_path / "served" / "target")
+    shutil.copytree(tiny["ordered"], tmp_path / "served" / "drafter")
+    extra = tmp_path / "served" / "target"
+    (extra / "original").mkdir()
+    for name in ("pytorch_model.bin", "original/model.safetensors", "model.gguf"):
+        (extra / name).write_bytes(b"not wanted")
+    with serving({TARGET: extra, DRAFTER: tmp_path / "served" / "drafter"}) as server:
+        yield server
+
+
+@pytest.fixture
+def run(hub: Hub, tmp_path: Path) -> Run:
+    """Runs a command, or the line of Python after -c, against the hub with a cache of its own."""
+
+    def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1",
+                    "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}  # fmt: skip
+        code = "from gemma_mtp.runtime.cli import main; main()"
+        if command[0] == "resolve":
+            code = "import sys; from gemma_mtp.convert.sources import resolve; print(resolve(sys.argv[2]))"
+        return subprocess.run(
+            [sys.executable, "-c", code, *map(str, command)],
+            capture_output=True, text=True, check=False, env={**clean, **settings, **environment}, cwd=tmp_path,
+        )  # fmt: skip
+
+    return run
+
+
+def said(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 1, done.stdout
+    return done.stderr.strip().splitlines()[-1]
+
+
+def test_an_official_target_brings_its_drafter(run: Run, hub: Hub, tmp_path: Path) -> None:
+    done = run("convert", TARGET, "--drafter", "auto", "-o", "out", "-q", "Q8_0")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "Modelfile", "gemma-4-E2B-it-Q8_0.gguf", "gemma-4-E2B-it-assistant-Q8_0.gguf",
+    ]  # fmt: skip
+    target = tmp_path / "out" / "gemma-4-E2B-it-Q8_0.gguf"
+    assert link.find_drafter(target) == tmp_path / "out" / "gemma-4-E2B-it-assistant-Q8_0.gguf"
+    asked = {path for method, path, _ in hub.requests if method == "GET"}
+    assert not [path for path in asked if "original" in path or path.endswith((".bin", ".gguf"))]
+
+    hub.requests.clear()  # a second time nothing is transferred, and offline works
+    done = run("convert", TARGET, "-o", "again", "-q", "Q8_0", HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    assert not hub.requests
+    assert (tmp_path / "again" / target.name).read_bytes() == target.read_bytes()
+
+    snapshot = next((tmp_path / "hf" / "hub" / "models--google--gemma-4-E2B-it" / "snapshots").iterdir())
+    assert repository(snapshot) == TARGET
+    assert name_of(snapshot) == "gemma-4-E2B-it"
+    assert official_drafter(str(snapshot)) == DRAFTER
+    assert resolve(str(snapshot)) == snapshot
+
+
+def test_a_download_goes_on_where_it_stopped(run: Run, hub: Hub) -> None:
+    """The connection drops in the middle of a file; what came before is not transferred again."""
+    served = hub.repositories[TARGET] / "model.safetensors"
+    served.write_bytes(os.urandom(24 << 20))
+    hub.cut[served.name] = 12 << 20
+    done = run("resolve", TARGET)
+    assert done.returncode == 0, done.stderr
+    ranges = [span for method, path, span in hub.requests if path.endswith(served.name) and method == "GET"]
+    assert ranges == [None, f"bytes={10 << 20}-"]  # huggingface_hub writes 10 MiB at a time
+    assert (Path(done.stdout.strip()) / served.name).read_bytes() == served.read_bytes()
+
+
+def test_a_revision(run: Run) -> None:
+    assert run("resolve", f"{TARGET}@v1").returncode == 0
+    error = said(run("resolve", f"{TARGET}@v2"))
+    assert "no revision 'v2'" in error
+
+
+def test_a_gated_repository(run: Run, hub: Hub) -> None:
+    hub.gated.add(TARGET)
+    error = said(run("resolve", TARGET))
+    assert f"{TARGET} is gated: accept its terms at https://huggingface.co/{TARGET}" in error
+    assert run("resolve", TARGET, HF_TOKEN="let-me-in").returncode == 0
+
+
+def test_a_repository_that_is_not_there(run: Run, tmp_path: Path) -> None:
+    done = run("convert", "google/gemma-5", DRAFTER, "-o", "out")
+    assert "no folder and no repository 'google/gemma-5'" in said(done)
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_network(run: Run) -> None:
+    assert "HF_HUB_OFFLINE is set" in said(run("resolve", TARGET, HF_HUB_OFFLINE="1"))
+    assert "cannot be reached" in said(run("resolve", TARGET, HF_ENDPOINT="http://127.0.0.1:9"))
+
+
+def test_a_hub_that_is_out_of_order(run: Run, hub: Hub) -> None:
+    hub.broken = 418
+    assert "answered 418" in said(run("resolve", TARGET))
+
+
+def test_a_repository_without_safetensors(run: Run, hub: Hub) -> None:
+    (hub.repositories[TARGET] / "model.safetensors").unlink()
+    assert "no safetensors weights" in said(run("resolve", TARGET))
+
+
+@pytest.mark.parametrize("source", ["nowhere", "./a/b/c", "a/../b", "/not/there", "-x/y z", "a/b/c", "google/..", ""])
+def test_what_is_neither_folder_nor_repository(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MtpError, match="not a folder"):
+        resolve(source or "x")
+
+
+def test_drafters_of_official_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for size in ("E2B", "E4B", "12B", "26B-A4B", "31B"):
+        for kind in ("it", "it-qat-q4_0-unquantized"):
+            assert official_drafter(f"google/gemma-4-{size}-{kind}") == f"google/gemma-4-{size}-{kind}-assistant"
+    assert official_drafter("google/gemma-4-31B-it@main") == "google/gemma-4-31B-it-assistant"
+    (tmp_path / "gemma-4-12B-it").mkdir()
+    assert official_drafter("gemma-4-12B-it") == "google/gemma-4-12B-it-assistant"
+    (tmp_path / "mine").mkdir()
+    for unknown in ("mine", "google/gemma-4-E2B", "someone/gemma-4-E2B-it", DRAFTER):
+        with pytest.raises(MtpError, match="no drafter is known"):
+            official_drafter(unknown)
+    (tmp_path / "mine-assistant").mkdir()
+    assert official_drafter("mine") == str(tmp_path / "mine-assistant")

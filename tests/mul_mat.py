@@ -1,8 +1,8 @@
 """Products of a quantized matrix with rows of activations, by a given libggml: what tests/test_kernels.py compares.
 
-    python tests/mul_mat.py LIBRARIES TYPE LENGTH ROWS SEED alone|batch
+    python tests/mul_mat.py LIBRARIES TYPE LENGTH ROWS SEED MOST alone|batch
 
-For every number of activation rows from 1 to 16 the products are made, one row at a time (alone) or all at once
+For every number of activation rows from 1 to MOST the products are made, one row at a time (alone) or all at once
 (batch); prints the SHA-256 of all results. GGML_SMALL_BATCH_ROWS=0 in the environment leaves our kernels out.
 """
 
@@ -59,8 +59,8 @@ def copy(ggml: Ggml, name: str, tensor: P, array: np.ndarray[Any, Any]) -> None:
     ggml(name, None, tensor, P(array.ctypes.data), ctypes.c_size_t(0), ctypes.c_size_t(array.nbytes))
 
 
-def products(folder: Path, kind: str, length: int, rows: int, seed: int, alone: bool) -> str:
-    """Digest of the products of a random matrix [rows, length] with 1 to 16 random rows."""
+def products(folder: Path, kind: str, length: int, rows: int, seed: int, most: int, alone: bool) -> str:
+    """Digest of the products of a random matrix [rows, length] with 1 to `most` random rows."""
     ggml, rng = Ggml(folder), np.random.default_rng(seed)
     backend = ggml("ggml_backend_cpu_init", P)
     ggml("ggml_backend_cpu_set_n_threads", None, P(backend), ctypes.c_int(2))
@@ -101,7 +101,7 @@ def products(folder: Path, kind: str, length: int, rows: int, seed: int, alone: 
         assert np.isfinite(out).all()
         return out.tobytes()
 
-    x = rng.standard_normal((16, length), np.float32)
+    x = rng.standard_normal((most, length), np.float32)
     total = hashlib.sha256()
     for n in range(1, len(x) + 1):
         for piece in [x[i : i + 1] for i in range(n)] if alone else [x[:n]]:

@@ -15,7 +15,7 @@ import llama_cpp
 import numpy as np
 import pytest
 from gemma_mtp.convert import Pair
-from gemma_mtp.runtime import Llama
+from gemma_mtp.runtime import Llama, native
 from gemma_mtp.runtime.guard import Guard
 from llama_cpp import llama_cpp as lib
 
@@ -217,10 +217,17 @@ def test_a_failed_decode_rolls_back(code: int, place: int, usable: Llama, monkey
 
 
 def test_a_drafter_that_fails_says_how_to_go_on(usable: Llama, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = lib.llama_decode
+    """By rounds in one native call, and by one decode for each token."""
+    real, exported = lib.llama_decode, native._exported
+
+    def failing(name: str) -> Any:
+        return (lambda *_: -2) if name == "llama_mtp_draft" and exported(name) is not None else exported(name)
+
     monkeypatch.setattr(lib, "llama_decode", lambda ctx, batch: real(ctx, batch) if ctx == usable.ctx else -2)
-    with pytest.raises(RuntimeError, match=r"memory ran out.*mtp=False"):
-        usable(PROMPT, **GREEDY)
+    monkeypatch.setattr(native, "_exported", failing)
+    for settings in (GREEDY, GREEDY | {"repeat_penalty": 1.2}):
+        with pytest.raises(RuntimeError, match=r"memory ran out.*mtp=False"):
+            usable(PROMPT, **settings)
     assert usable(PROMPT, **GREEDY, mtp=False)["choices"][0]["text"] == wanted
 
 
@@ -318,7 +325,7 @@ def test_nothing_reaches_an_assertion_inside_llama_cpp(case: str, demo: Pair) ->
     arguments, hint = LOADS[case]
     code = f"""
 import resource, sys
-from gemma_mtp.runtime import Llama
+from gemma_mtp.runtime import Llama, native
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 try:
     Llama(sys.argv[1], **dict(n_ctx=512, verbose=False, n_threads=1, flash_attn=True) | dict({arguments}))("x")

@@ -98,6 +98,7 @@ def test_interrupt_stops_the_answer_and_not_the_program(demo: Pair) -> None:
             process.send_signal(signal.SIGINT)
             terminal.until("tokens/s")
             terminal.until("> ")
+            time.sleep(1)  # the prompt stands there before the terminal is read
             process.send_signal(signal.SIGINT)
             terminal.until("> ")
             terminal.type("/exit\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ OPTIONS: dict[str, Any] = {"n_ctx": 1024, "verbose": False, "flash_attn": True}
 GREEDY: dict[str, Any] = {"temperature": 0.0}
 SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_k": 64, "top_p": 0.95, "min_p": 0.0}
 PROMPTS, TOKENS = 20, 128
-# Choices missed by less than this may fall otherwise when a token is decoded in a batch of another size. The README
-# states it; measured are 0.36 at most.
+# Where a token has the same logits alone and in a batch.
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+# Elsewhere choices missed by less than this may fall otherwise when a token is decoded in a batch of another size;
+# measured with stock's kernels are 0.36 at most.
 NEAR_TIE = 0.5
 
 
@@ -82,18 +85,17 @@ def test_same_seed_same_tokens(settings: dict[str, Any], demo: Pair) -> None:
     found, stats = differences(demo.target, settings)
     print(json.dumps({"differ": len(found), "acceptance": round(stats.acceptance, 4), "drafts": stats.drafts}))
     assert stats.drafts > 100
-    assert all(difference < NEAR_TIE for difference in found)
-    assert len(found) <= 1
+    assert not found if X86 else all(difference < NEAR_TIE for difference in found)
 
 
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_where_batches_round_otherwise_only_near_ties_differ(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Q4_K on x86: ggml's kernel for four rows adds up in another order than its kernel for one."""
+def test_only_near_ties_differ_where_batches_round_otherwise(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Q4_K: ggml's kernel for four rows adds up in another order than its kernel for one; ours, on x86, does not."""
     folders = PAIR / "gemma-4-demo", PAIR / "gemma-4-demo-assistant"
     pair = convert_pair(*folders, tmp_path, "Q4_K_M")
     found, stats = differences(pair.target, settings)
     print(json.dumps({"differ": len(found), "margins": [round(m, 3) for m in found], "drafted": stats.drafted}))
-    assert all(difference < NEAR_TIE for difference in found)
+    assert not found if X86 else all(difference < NEAR_TIE for difference in found)
 
 
 def test_acceptance(demo: Pair) -> None:

@@ -121,6 +121,8 @@ class Measure:
 
     def draft_round(self, length: int, times: int, warm: int = 1) -> list[float]:
         """Rounds of `length` drafted tokens behind the prompt."""
+        from gemma_mtp.runtime.drafter import DraftSettings
+
         drafter = self.llm.drafter
         assert drafter is not None
         self.target_pass(1, 1, 0)
@@ -128,7 +130,7 @@ class Measure:
         taken = []
         for _ in range(warm + times):
             clock = perf_counter()
-            drafter.draft(token, hidden, self.llm.n_tokens, length, lambda logits, position: int(logits.argmax()))
+            drafter.draft(token, hidden, self.llm.n_tokens, length, DraftSettings())
             taken.append((perf_counter() - clock) * 1e3)
         return taken[warm:]
 

@@ -8,7 +8,7 @@ from contextlib import closing, suppress
 from typing import Any
 
 import click
-from gemma_mtp.runtime.cli import loading_options
+from gemma_mtp.runtime.cli import loading_options, sampling_options
 
 HELP = "/exit or Ctrl-D leaves, /new starts over, Ctrl-C stops an answer."
 
@@ -18,12 +18,7 @@ HELP = "/exit or Ctrl-D leaves, /new starts over, Ctrl-C stops an answer."
 @click.option("--system", metavar="TEXT", help="Instructions that stand before the conversation.")
 @click.option("--think", is_flag=True, help="Let the model think before it answers.")
 @click.option("-n", "max_tokens", type=click.IntRange(1), help="Tokens per answer. [default: what the context holds]")
-@click.option("--temp", type=click.FloatRange(0), default=1.0, show_default=True, help="Temperature, 0 for greedy.")
-@click.option("--top-k", type=int, default=64, show_default=True, help="Keep the k most likely tokens, 0 for all.")
-@click.option("--top-p", type=float, default=0.95, show_default=True, help="Keep this much probability.")
-@click.option("--min-p", type=float, default=0.0, show_default=True, help="Drop tokens below this share of the best.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Same seed, same conversation. [default: random]")
-@click.option("--no-mtp", is_flag=True, help="Generate without the drafter.")
+@sampling_options
 @loading_options
 def chat(
     target: str,

@@ -118,17 +118,29 @@ def loading_options(command: Any) -> Any:
     return command
 
 
+def sampling_options(command: Any) -> Any:
+    """Options that decide how tokens are chosen."""
+    for option in (
+        click.option("--no-mtp", is_flag=True, help="Generate without the drafter."),
+        click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Same seed, same text. [default: random]"),
+        click.option("--min-p", type=float, default=0.0, show_default=True,
+                     help="Drop tokens below this share of the best."),
+        click.option("--top-p", type=float, default=0.95, show_default=True, help="Keep this much probability."),
+        click.option("--top-k", type=int, default=64, show_default=True,
+                     help="Keep the k most likely tokens, 0 for all."),
+        click.option("--temp", type=click.FloatRange(0), default=1.0, show_default=True,
+                     help="Temperature, 0 for greedy."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 @click.command()
 @click.argument("target", metavar="TARGET.gguf")
 @click.option("-p", "--prompt", required=True, help="Text to continue; with --chat, the user's message.")
 @click.option("--chat", is_flag=True, help="Ask through the chat template of the model.")
 @click.option("-n", "max_tokens", type=click.IntRange(1), default=256, show_default=True, help="Tokens to generate.")
-@click.option("--temp", type=click.FloatRange(0), default=1.0, show_default=True, help="Temperature, 0 for greedy.")
-@click.option("--top-k", type=int, default=64, show_default=True, help="Keep the k most likely tokens, 0 for all.")
-@click.option("--top-p", type=float, default=0.95, show_default=True, help="Keep this much probability.")
-@click.option("--min-p", type=float, default=0.0, show_default=True, help="Drop tokens below this share of the best.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Same seed, same text. [default: random]")
-@click.option("--no-mtp", is_flag=True, help="Generate without the drafter.")
+@sampling_options
 @click.option("--json", "as_json", is_flag=True, help="Print text and statistics as one JSON object instead.")
 @click.option("--stats", is_flag=True, help="Print what drafting brought, instead of one line.")
 @loading_options

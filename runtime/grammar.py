@@ -76,7 +76,10 @@ class Mask:
         rules = grammar._grammar
         sampler = lib.llama_sampler_init_grammar(vocabulary.vocab, rules.encode(), grammar._root.encode())
         if not sampler:
-            raise ValueError("llama.cpp cannot parse the grammar; verbose=True shows where it stopped.")
+            raise ValueError(
+                "llama.cpp cannot read this grammar; check its syntax (GBNF), and that it has a rule "
+                f"{grammar._root!r}."
+            )
         return cls(sampler, vocabulary, by_byte="<" not in rules)  # <...> outside of quotes names a token
 
     def allows(self, ids: Ids) -> npt.NDArray[np.bool_]:

@@ -17,7 +17,7 @@ from gemma_mtp.runtime.costs import Costs, costs_path
 from gemma_mtp.runtime.draft_length import Policy
 from gemma_mtp.runtime.drafter import DraftSettings, attached
 from gemma_mtp.runtime.drafts import MOST, DraftLength, Drafts
-from gemma_mtp.runtime.faults import check_grammar, check_options, explain_decode, explaining_load
+from gemma_mtp.runtime.faults import check_options, explain_decode, explaining_load
 from gemma_mtp.runtime.grammar import Mask, Vocabulary
 from gemma_mtp.runtime.native import Floats
 from gemma_mtp.runtime.pair import Wanted, resolve
@@ -211,8 +211,6 @@ class Llama(Api):
 
     def _choice(self, settings: dict[str, Any], logits_processor: Any, grammar: Any) -> Sampler:
         """What chooses tokens under these settings: llama.cpp's sampler chain, with our noise for its draw."""
-        if grammar is not None:
-            check_grammar(self._model.vocab, grammar)
         temp, top_k = settings["temp"], settings["top_k"]
         penalties = (settings["repeat_penalty"], settings["frequency_penalty"], settings["presence_penalty"])
         keep = 1 if temp == 0.0 else top_k if temp > 0.0 and 0 < top_k < self._n_vocab else None

@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .PHONY: help setup native demo test check fix bench bench-convert check-patches check-kernels check-formats check-stock \
-        check-distribution fuzz clean
+        check-distribution check-invariance fuzz clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ bench-convert: setup ## time, memory and bytes of a conversion beside upstream's
 
 check-distribution: setup ## draw 600,000 times with MTP and compare with the target's distribution
 	@$(BIN)/python -m pytest -s -m distribution
+
+check-invariance: setup ## 200 tokens alone and in batches of 2 to 9: the same logits, at the shape of E2B too
+	@$(BIN)/python -m pytest -m invariance tests/test_kernels.py
 
 fuzz: setup ## mutated GGUF and safetensors files against the readers, FUZZ_SECONDS long (60)
 	@nice -n 19 $(BIN)/python tests/fuzz_headers.py --seconds $(or $(FUZZ_SECONDS),60) --seed $(or $(FUZZ_SEED),0)

@@ -10,11 +10,14 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
+import gguf
 import llama_cpp
 import numpy as np
 import pytest
 from gemma_mtp.convert import Pair, convert_pair
+from gemma_mtp.convert.shapes import generate
 from gemma_mtp.patches import build
 from gemma_mtp.runtime import Llama
 from tiny import PAIR
@@ -50,26 +53,152 @@ def test_products_are_those_of_one_row_kernels(variant: str, kind: str) -> None:
         assert products(folder, kind, shape, seed + 1, "batch") != stock
 
 
+def script(name: str, folder: Path, *arguments: Path | str, **env: str) -> None:
+    command = [sys.executable, Path(__file__).with_name(name), folder, *arguments]
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# queries, heads, KV heads, keys, width, sliding window
+ATTENTION = [
+    (9, 8, 1, 1100, 512, None),
+    (5, 8, 1, 700, 256, 300),
+    (16, 32, 16, 600, 80, None),
+    (3, 4, 4, 77, 64, None),
+]
+KV_TYPES = {"F32": 0, "F16": 1, "BF16": 30, "Q8_0": 8, "Q4_0": 2}
+
+
+def attention(shape: tuple[int, int, int, int, int, int | None], kind: str, seed: int) -> dict[str, Any]:
+    """Random queries over keys of which the last twenty are of no one's past, as in a KV cache with room left."""
+    queries, heads, kv_heads, keys, width, window = shape
+    rng, key = np.random.default_rng(seed), np.arange(keys)
+    now = (keys - 20 - queries + np.arange(queries))[:, None]
+    seen = (key <= now) & (key > now - (window or keys))
+    return {
+        "q": rng.standard_normal((queries, heads, width), np.float32),
+        "k": rng.standard_normal((keys, kv_heads, width), np.float32),
+        "v": rng.standard_normal((keys, kv_heads, width), np.float32),
+        "mask": np.where(seen, 0, -np.inf).astype(np.float32),
+        "type": KV_TYPES[kind],
+        "scale": width**-0.5,
+        # threads, and queries at once
+        "runs": [(2, queries), (1, 1), (2, 1), (16, 1), (3, 2), (16, queries)],
+    }
+
+
+@pytest.mark.skipif(not X86, reason="the kernels are for x86; other machines keep llama.cpp's")
+@pytest.mark.parametrize("kind", KV_TYPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_of_a_few_queries(variant: str, kind: str, tmp_path: Path) -> None:
+    """Nearer to the exact sums than llama.cpp's own, and the same for any number of queries and threads."""
+    folder = VARIANTS[variant]
+    if not folder.exists():
+        pytest.skip(f"no {variant} build here; make check-kernels builds it")
+    path, found = tmp_path / "case.npz", tmp_path / "found.npy"
+
+    def attend(case: dict[str, Any], **env: str) -> Any:
+        np.savez(path, **case)
+        script("attention.py", folder, path, found, **env)
+        return np.load(found)
+
+    for seed, shape in enumerate(ATTENTION):
+        if kind in ("Q8_0", "Q4_0") and shape[4] % 32:
+            continue
+        case = attention(shape, kind, seed)
+        batch, *others = attend(case)
+        stock = attend({**case, "runs": case["runs"][:1]}, GGML_SMALL_BATCH_ROWS="0")[0]
+        k, v = (unpacked(case[name], kind).repeat(shape[1] // shape[2], 1) for name in "kv")
+        scores = (
+            np.einsum("qhd,khd->hqk", case["q"].astype(np.float64), k, optimize=True) * case["scale"] + case["mask"]
+        )
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        exact = np.einsum("hqk,khd->qhd", weights / weights.sum(-1, keepdims=True), v, optimize=True)
+        error = np.abs(batch - exact).max()
+        assert error < 2e-6
+        assert kind == "F32" or error < np.abs(stock - exact).max()
+        assert all(np.array_equal(other, batch) for other in others), shape
+
+
+def unpacked(values: Any, kind: str) -> Any:
+    """Keys or values as the cache of a type holds them."""
+    blocks = gguf.quantize(np.ascontiguousarray(values), gguf.GGMLQuantizationType[kind])
+    return gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind]).reshape(values.shape).astype(np.float64)
+
+
+@pytest.mark.skipif(not X86, reason="the kernels are for x86; other machines keep llama.cpp's")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tanh_and_gelu(variant: str, tmp_path: Path) -> None:
+    """Against float64; a value has the same result wherever it stands in a row."""
+    folder = VARIANTS[variant]
+    if not folder.exists():
+        pytest.skip(f"no {variant} build here; make check-kernels builds it")
+    rng = np.random.default_rng(0)
+    special = [0.0, -0.0, 1e-40, 11.0, -11.0, 1e30, -1e30, np.inf, -np.inf, np.nan]
+    row = np.concatenate([rng.standard_normal(2000) * size for size in (1e-6, 1e-2, 1, 4, 20)] + [special])
+    x = np.stack([np.roll(row, shift) for shift in range(3)]).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    wide = np.maximum(x.astype(np.float64), -20)
+    exact = {
+        "tanh": np.tanh(wide),
+        "gelu": wide / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * wide * (1 + 0.044715 * wide**2))),
+    }
+    exact["geglu"] = exact["gelu"] * np.arange(1, 4)[:, None]
+    for name, wanted in exact.items():
+        script("activations.py", folder, name, tmp_path / "x.npy", tmp_path / "y.npy")
+        y = np.load(tmp_path / "y.npy")
+        # far out on the left GELU loses digits as 1 + tanh does
+        np.testing.assert_allclose(y, wanted, rtol=5e-7 if name == "tanh" else 3e-6, atol=1e-7 if name != "tanh" else 0)
+        if name != "geglu":
+            rolled = [np.roll(row, -shift) for shift, row in enumerate(y)]
+            assert all(np.array_equal(row, rolled[0], equal_nan=True) for row in rolled)
+
+
+def check_rows(llm: Llama, ids: list[int], start: int, count: int) -> None:
+    """Every logit of tokens start to start + count, in batches of 2 to 9, is the one of the token decoded alone."""
+    llm.reset()
+    llm.eval(ids[:start])
+    alone = [llm.logits(llm.decode([token], [])).copy() for token in ids[start : start + count]]
+    for n in range(2, 10) if X86 else []:
+        llm.n_tokens = start
+        for at in range(0, count - n + 1, n):
+            row = llm.decode([ids[start + at]], ids[start + at + 1 : start + at + n])
+            for i in range(n):
+                assert np.array_equal(llm.logits(row + i), alone[at + i]), (start, n, at + i)
+            llm.n_tokens += n - 1
+
+
+def demo_pair(folder: Path, quant: str) -> tuple[Pair, bytes]:
+    """The bundled pair in a format, and a text of its held-out prompts."""
+    pair: Pair = convert_pair(PAIR / "gemma-4-demo", PAIR / "gemma-4-demo-assistant", folder, quant)
+    prompts = json.loads((PAIR / "prompts.json").read_text())["prompts"]
+    return pair, "\n".join(prompt["text"] for prompt in prompts).encode()
+
+
 @pytest.mark.parametrize("flash", [True, False], ids=["flash", "no flash"])
 @pytest.mark.parametrize("quant", ["Q4_0", "Q4_K_M", "Q8_0", "BF16"])
 def test_a_token_has_the_same_logits_alone_and_in_a_batch(quant: str, flash: bool, tmp_path: Path) -> None:
-    """Every logit of 2 to 9 tokens decoded together, on a short and a long context."""
-    folders = PAIR / "gemma-4-demo", PAIR / "gemma-4-demo-assistant"
-    pair: Pair = convert_pair(*folders, tmp_path, quant)
-    prompts = json.loads((PAIR / "prompts.json").read_text())["prompts"]
-    text = "\n".join(prompt["text"] for prompt in prompts)
+    pair, text = demo_pair(tmp_path, quant)
     with closing(Llama(pair.target, drafter=None, n_ctx=1024, flash_attn=flash, n_threads=2, verbose=False)) as llm:
-        ids = llm.tokenize(text.encode())
         for start in (64, 600):
-            llm.reset()
-            llm.eval(ids[:start])
-            alone = []
-            for token in ids[start : start + 18]:
-                alone.append(llm.logits(llm.decode([token], [])).copy())
-            for n in range(2, 10) if X86 else []:
-                llm.n_tokens = start
-                for at in range(0, len(alone) - n + 1, n):
-                    row = llm.decode([ids[start + at]], ids[start + at + 1 : start + at + n])
-                    for i in range(n):
-                        assert np.array_equal(llm.logits(row + i), alone[at + i]), (start, n, at + i)
-                    llm.n_tokens += n - 1
+            check_rows(llm, llm.tokenize(text), start, 18)
+
+
+@pytest.mark.invariance
+@pytest.mark.parametrize("quant", ["Q4_0", "Q4_K_M", "Q8_0"])
+@pytest.mark.parametrize("weights", ["demo", "E2B"])
+def test_two_hundred_tokens_alone_and_in_batches(weights: str, quant: str, tmp_path: Path) -> None:
+    """On the bundled pair and on random weights at the shape of E2B, on contexts up to 3000."""
+    if weights == "demo":
+        pair, text = demo_pair(tmp_path, quant)
+        target = pair.target
+    else:
+        target, _ = generate(
+            "E2B", build.cache_dir() / "shapes", quant=quant, drafter_quant="Q4_0", drafter_head="Q4_0"
+        )
+        text = b""
+    with closing(Llama(target, drafter=None, n_ctx=4096, n_threads=2, verbose=False)) as llm:
+        ids = llm.tokenize(text) or random.Random(0).choices(range(1000, llm.n_vocab()), k=3200)
+        ids = (ids * (3200 // len(ids) + 1))[:3200]
+        for start in (64, 600, 3000):
+            check_rows(llm, ids, start, 200)

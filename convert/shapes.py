@@ -311,14 +311,18 @@ def write(
     """Write one GGUF file with the metadata that convert would write and random blocks."""
     pools: dict[Type, Bytes] = {}
     rng = np.random.default_rng(checkpoint.seed)
+    hashes: list[str] = []
     with path.open("xb") as file:
         file.write(header(planned, Part(0, 1, planned.tensors), checkpoint, tied))
         for tensor in planned.tensors:
+            digest = hashlib.sha256()
             for piece in _pieces(tensor, checkpoint.config, pools, rng):
                 file.write(piece.data)
+                digest.update(piece.data)
                 count(piece.nbytes)
             file.write(b"\0" * (padded(tensor.n_bytes) - tensor.n_bytes))
-    seal(path)
+            hashes.append(digest.hexdigest())
+    seal(path, hashes)
 
 
 def _pieces(tensor: Planned, config: Config, pools: dict[Type, Bytes], rng: np.random.Generator) -> Iterator[Bytes]:

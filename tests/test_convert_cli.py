@@ -8,11 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from gemma_mtp.convert import Pair, convert_pair, link
+from gemma_mtp.convert import Pair, convert_pair, link, verify, write
 from gemma_mtp.convert.modelfile import modelfile
 from gemma_mtp.runtime.cli import COMMANDS, main
 from tiny import PAIR
@@ -44,6 +46,38 @@ def test_the_same_input_gives_the_same_bytes(tiny: dict[str, Path], tmp_path: Pa
     for role in ("target", "drafter", "modelfile"):
         first, second = (getattr(pair, role).read_bytes() for pair in pairs)
         assert first == second
+
+
+def test_hashes_are_made_while_writing(tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No output is read again, and hashes are right when pieces of a tensor are done in another order than they lie."""
+    formats = ("BF16", "Q4_0"), "Q8_0"
+    wanted = convert_pair(tiny["target"], tiny["ordered"], tmp_path / "a", *formats, split_max_size=1_000_000)
+    made, piece = threading.Semaphore(0), write._piece
+
+    def late(rows: Any, *arguments: Any) -> Any:
+        """The first piece of the embeddings is made after the others that may be begun."""
+        if rows.name == "token_embd.weight" and rows.start == 0:
+            made.acquire(timeout=60)
+        done = piece(rows, *arguments)
+        if rows.name == "token_embd.weight" and rows.start > 0:
+            made.release()
+        return done
+
+    def read_again(*_: Any, **__: Any) -> Any:
+        raise AssertionError("an output was read again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "PIECE", 1 << 14)
+        patch.setattr(write, "AHEAD", 1 << 17)
+        patch.setattr(os, "cpu_count", lambda: 4)
+        patch.setattr(write, "_piece", late)
+        patch.setattr(verify, "_looked_at", read_again)
+        found = convert_pair(tiny["target"], tiny["ordered"], tmp_path / "b", *formats, split_max_size=1_000_000)
+    assert len(found.files) > 4
+    for first, second in zip(wanted.files, found.files, strict=True):
+        assert first.read_bytes() == second.read_bytes()
+    checked = verify.verify_files(tmp_path / "b")["files"]
+    assert all(each["hashed"] == each["tensors"] > 0 for each in checked)
 
 
 def test_inspect(demo: Pair) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import filecmp
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,8 +144,11 @@ def plan_pair(
     split_max_size: int | None = None,
     mmproj: str | None = None,
 ) -> PairPlan:
-    """What `convert_pair` with the same arguments would write, from headers alone; raises what it raises."""
-    with _open_pair(target_dir, drafter_dir) as (target, drafter):
+    """What `convert_pair` with the same arguments would write; raises what it raises.
+
+    Of weights only the headers are read, and of repositories that are not in the cache only those are downloaded.
+    """
+    with _open_pair(target_dir, drafter_dir, headers=True) as (target, drafter):
         weights = _imatrix(imatrix)
         return _plan(target, drafter, quant, drafter_quant, name, options, weights is not None, split_max_size, mmproj)
 
@@ -157,15 +160,16 @@ def plan_file(files: Sequence[str], plans: Mapping[str, Plan]) -> str:
 
 
 @contextmanager
-def _open_pair(target: Folder, drafter: Folder) -> Iterator[tuple[Checkpoint, Checkpoint]]:
-    """Both checkpoints, downloaded if they are not there."""
+def _open_pair(target: Folder, drafter: Folder, headers: bool = False) -> Iterator[tuple[Checkpoint, Checkpoint]]:
+    """Both checkpoints, downloaded if they are not there; on request no more of their weights than the headers."""
     from gemma_mtp.convert.checkpoint import open_checkpoint
-    from gemma_mtp.convert.sources import AUTO, official_drafter, resolve
+    from gemma_mtp.convert.sources import AUTO, official_drafter, resolve, resolve_headers
 
     source, other = os.fspath(target), os.fspath(drafter)
-    folders = resolve(source), resolve(official_drafter(source) if other == AUTO else other)
-    with open_checkpoint(folders[0]) as first, open_checkpoint(folders[1]) as second:
-        yield first, second
+    sources = source, official_drafter(source) if other == AUTO else other
+    with ExitStack() as files:
+        first, second = [resolve_headers(each, files) if headers else resolve(each) for each in sources]
+        yield files.enter_context(open_checkpoint(first)), files.enter_context(open_checkpoint(second))
 
 
 def _imatrix(path: Folder | None) -> Imatrix | None:

@@ -14,7 +14,7 @@ from gemma_mtp.convert.cli_convert import FORMATS, describe_plan, read_options, 
 from gemma_mtp.convert.cli_files import progress_bar, type_counts
 from gemma_mtp.convert.modelfile import modelfile
 from gemma_mtp.convert.recipe import RECIPES, recipe_of
-from gemma_mtp.convert.sources import AUTO, name_of, resolve
+from gemma_mtp.convert.sources import AUTO, name_of
 from rich.console import Console
 from rich.table import Table
 
@@ -38,7 +38,8 @@ PROJECTOR_FORMATS = ["F16", "BF16", "F32", "Q8_0"]
               show_default=True, help="Format of the projector.")  # fmt: skip
 @click.option("--name", help="Start of the file names. [default: the names of the two folders]")
 @click.option("--force", is_flag=True, help="Replace files of the same names.")
-@click.option("--dry-run", is_flag=True, help="Print the plan with sizes and what is left out; write nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the plan with sizes and what is left out; write nothing, "
+              "and download no more of weights than their headers.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
 def convert(
     target: str, drafter: str | None, named: str | None, out: Path, quant: tuple[str, ...],
@@ -63,9 +64,8 @@ def convert(
     """
     if drafter and named:
         raise click.UsageError("pass the drafter once, as second argument or with --drafter.")
-    folder = resolve(target)
-    formats = RECIPES[recipe or recipe_of(name_of(folder))]
-    sources = folder, drafter or named or AUTO
+    formats = RECIPES[recipe or recipe_of(name_of(target))]
+    sources = target, drafter or named or AUTO
     chosen = quant or formats[:1], drafter_quant or formats[1:]
     options: dict[str, Any] = {
         "options": read_options(tensor_type, token_embedding_type, output_tensor_type, pure),

@@ -83,7 +83,7 @@ def convert_pair(
         name: start of the file names; the names of the two folders unless given.
         force: replace files of the same names.
         progress: called with bytes written and bytes in all.
-        options: types of the target's tensors, otherwise than the format has them.
+        options: types of the target's tensors, otherwise than the format has them; whether the pair is one of QAT.
         imatrix: file with the importance matrix of the target.
         split_max_size: bytes of tensors that a file holds at most; larger models are split as llama.cpp splits them.
         mmproj: format of the projector, F16, BF16, F32 or Q8_0, if it is to be converted too.
@@ -119,7 +119,8 @@ def convert_pair(
         with staging(folder, [*plans.files, "Modelfile"], plans.n_bytes, force) as hidden:
             roles = (target, plans.targets, links[0], weights), (drafter, plans.drafters, links[1], None)
             for checkpoint, each, tied, matrix in roles:
-                write(_outputs(hidden, each, tied, matrix, split_max_size), checkpoint, count)
+                written = _outputs(hidden, each, tied, matrix, split_max_size, options is not None and options.qat)
+                write(written, checkpoint, count)
             link.check(link.read_header(hidden / first[0]), link.read_header(hidden / first[1]))
             if projector and mmproj:
                 from gemma_mtp.convert.mmproj import write_mmproj
@@ -213,11 +214,12 @@ def _plan(
 
 
 def _outputs(
-    folder: Path, plans: Mapping[str, Plan], tied: Mapping[str, Any], imatrix: Imatrix | None, most: int | None
-) -> list[Any]:
+    folder: Path, plans: Mapping[str, Plan], tied: Mapping[str, Any], imatrix: Imatrix | None, most: int | None,
+    qat: bool,
+) -> list[Any]:  # fmt: skip
     from gemma_mtp.convert.write import Output
 
-    return [Output(each, folder / file, tied, imatrix, most) for file, each in plans.items()]
+    return [Output(each, folder / file, tied, imatrix, most, qat) for file, each in plans.items()]
 
 
 def _stems(target: Path, drafter: Path, name: str | None) -> tuple[str, str]:

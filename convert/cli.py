@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ PROJECTOR_FORMATS = ["F16", "BF16", "F32", "Q8_0"]
 @click.option("-q", "--quant", type=FORMATS, multiple=True, help="Format of the target; repeatable.")
 @click.option("--drafter-quant", type=FORMATS, multiple=True, help="Format of the drafter; repeatable.")
 @click.option("--recipe", type=click.Choice(list(RECIPES)), help="Formats of both, where -q and --drafter-quant name "
-              "none: cpu (Q4_0, Q4_0), gpu (Q4_K_M, Q8_0), qat (Q4_0, Q4_0). [default: qat for "
-              "*-qat-q4_0-unquantized, else gpu]")  # fmt: skip
+              "none: cpu (Q4_0, Q4_0), gpu (Q4_K_M, Q8_0), qat (Q4_0, Q4_0, with the scales of the training). "
+              "[default: qat for *-qat-q4_0-unquantized, else gpu]")  # fmt: skip
 @type_options
 @click.option("--mmproj", is_flag=True, help="Convert the projector too: vision, and audio where there is one.")
 @click.option("--mmproj-quant", type=click.Choice(PROJECTOR_FORMATS, case_sensitive=False), default="F16",
@@ -64,11 +65,14 @@ def convert(
     """
     if drafter and named:
         raise click.UsageError("pass the drafter once, as second argument or with --drafter.")
-    formats = RECIPES[recipe or recipe_of(name_of(target))]
+    recipe = recipe or recipe_of(name_of(target))
+    formats = RECIPES[recipe]
     sources = target, drafter or named or AUTO
     chosen = quant or formats[:1], drafter_quant or formats[1:]
     options: dict[str, Any] = {
-        "options": read_options(tensor_type, token_embedding_type, output_tensor_type, pure),
+        "options": replace(
+            read_options(tensor_type, token_embedding_type, output_tensor_type, pure), qat=recipe == "qat"
+        ),
         "imatrix": imatrix,
         "split_max_size": read_size(split_max_size),
         "mmproj": mmproj_quant if mmproj else None,

@@ -24,6 +24,7 @@ from gemma_mtp.convert.errors import MtpError
 from gemma_mtp.convert.header import header, padded
 from gemma_mtp.convert.imatrix import Imatrix
 from gemma_mtp.convert.plan import SOURCE_TYPES, Plan, Planned, parts, rope_freqs
+from gemma_mtp.convert.qat import regrid
 from gemma_mtp.convert.quantize import Bytes, blocks_of, largest, valid, widen
 from gemma_mtp.convert.recipe import EMBEDDINGS
 from gemma_mtp.convert.verify import seal
@@ -37,13 +38,17 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Output:
-    """One model file to write: its plan, where, metadata of the pair (`mtp.*`), and the largest size of a part."""
+    """One model file to write: its plan, where, metadata of the pair (`mtp.*`), and the largest size of a part.
+
+    With `qat`, Q4_0 blocks are those of the grid that weights lie on, where there is one.
+    """
 
     plan: Plan
     path: Path
     link: Mapping[str, Any]
     imatrix: Imatrix | None = None
     part_bytes: int | None = None
+    qat: bool = False
 
 
 class _Place(NamedTuple):
@@ -53,6 +58,7 @@ class _Place(NamedTuple):
     offset: int
     tensor: Planned
     imatrix: Imatrix | None
+    qat: bool
     hash: hashlib._Hash
 
 
@@ -121,7 +127,7 @@ def _create(output: Output, checkpoint: Checkpoint, files: ExitStack) -> Iterato
         _write_all(file, memoryview(start), 0)
         offset = len(start)
         for tensor in tensors:
-            yield tensor.name, _Place(file, offset, tensor, output.imatrix, hashlib.sha256())
+            yield tensor.name, _Place(file, offset, tensor, output.imatrix, output.qat, hashlib.sha256())
             offset += padded(tensor.n_bytes)
         os.ftruncate(file, offset)
 
@@ -152,14 +158,16 @@ def _piece(piece: _Rows, places: Sequence[_Place], checkpoint: Checkpoint) -> li
         if np.isinf(magnitude):
             raise MtpError("it holds NaN or infinite values")
         values = None
-        made: dict[Any, Bytes] = {(source, None): raw}
+        made: dict[Any, Bytes] = {(source, None, qat): raw for qat in (False, True)}
         written = []
-        for file, offset, each, imatrix, _ in places:
+        for file, offset, each, imatrix, qat, _ in places:
             weights = _weights(imatrix, each, piece)
-            key = (each.type, None if weights is None else id(imatrix))
+            key = (each.type, None if weights is None else id(imatrix), qat)
             if key not in made:
                 values = widen(raw, source).reshape(-1, length) if values is None else values
                 made[key] = blocks_of(values, each.type, magnitude, weights)
+                if qat and each.type is blocks.Type.Q4_0:
+                    regrid(values, made[key])
                 if weights is not None and not valid(made[key], each.type):
                     raise MtpError(f"its importances are too large for {each.type.name}; compute the matrix again")
             _write_all(file, made[key].data, offset + piece.start * blocks.n_bytes(each.type, (length,)))

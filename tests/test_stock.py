@@ -75,7 +75,7 @@ def test_every_size_drafts(
     folders = sizes[size] if size in sizes else (tiny["target"], tiny["dense"])
     pair = convert_pair(*folders, tmp_path, quant, quant)
     body = {"prompt": "import os\nimport sys\n\ndef main(", "n_predict": 24, "temperature": 0, "ignore_eos": True}
-    with serving(pair, tmp_path / "log", "-c", "512") as url:
+    with serving(pair, tmp_path / "log", "-c", "512", "-t", "1") as url:
         answer = post(f"{url}/completion", body)
     assert answer["tokens_predicted"] == 24
     assert answer["timings"]["draft_n"] > 0

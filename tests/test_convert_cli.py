@@ -91,6 +91,20 @@ def test_inspect(demo: Pair) -> None:
     assert "gemma4-assistant" in shown
 
 
+def test_inspect_of_a_checkpoint(tiny: dict[str, Path]) -> None:
+    """What a conversion leaves out on purpose, with the reason, and nothing else is missing."""
+    found = json.loads(run("inspect", tiny["ordered"], "--json").stdout)
+    assert found["architecture"] == "gemma4-assistant"
+    assert set(found["dropped"]) == {"masked_embedding.centroids.weight", "masked_embedding.token_ordering"}
+    assert all("mtp.ordered" in reason for reason in found["dropped"].values())
+    assert set(found["dropped"]) < {tensor["name"] for tensor in found["tensors"]}
+    shown = run("inspect", tiny["ordered"], "--tensors").stdout
+    assert "left out: masked_embedding.centroids.weight and 1 more: " in shown
+    assert "model.layers.0.self_attn.q_proj.weight" in shown
+    assert json.loads(run("inspect", tiny["target"], "--json").stdout)["dropped"] == {}
+    assert run("inspect", tiny["target"].parent).exit_code == 1
+
+
 def test_verify_accepts_what_convert_wrote(demo: Pair) -> None:
     found = json.loads(run("verify", demo.target.parent, "--json").stdout)
     assert found["pairs"] == {str(demo.target): str(demo.drafter)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import filecmp
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +83,7 @@ def convert_pair(
         name: start of the file names; the names of the two folders unless given.
         force: replace files of the same names.
         progress: called with bytes written and bytes in all.
-        options: types of the target's tensors, otherwise than the format has them.
+        options: types of the target's tensors, otherwise than the format has them; whether the pair is one of QAT.
         imatrix: file with the importance matrix of the target.
         split_max_size: bytes of tensors that a file holds at most; larger models are split as llama.cpp splits them.
         mmproj: format of the projector, F16, BF16, F32 or Q8_0, if it is to be converted too.
@@ -119,7 +119,8 @@ def convert_pair(
         with staging(folder, [*plans.files, "Modelfile"], plans.n_bytes, force) as hidden:
             roles = (target, plans.targets, links[0], weights), (drafter, plans.drafters, links[1], None)
             for checkpoint, each, tied, matrix in roles:
-                write(_outputs(hidden, each, tied, matrix, split_max_size), checkpoint, count)
+                written = _outputs(hidden, each, tied, matrix, split_max_size, options is not None and options.qat)
+                write(written, checkpoint, count)
             link.check(link.read_header(hidden / first[0]), link.read_header(hidden / first[1]))
             if projector and mmproj:
                 from gemma_mtp.convert.mmproj import write_mmproj
@@ -144,8 +145,11 @@ def plan_pair(
     split_max_size: int | None = None,
     mmproj: str | None = None,
 ) -> PairPlan:
-    """What `convert_pair` with the same arguments would write, from headers alone; raises what it raises."""
-    with _open_pair(target_dir, drafter_dir) as (target, drafter):
+    """What `convert_pair` with the same arguments would write; raises what it raises.
+
+    Of weights only the headers are read, and of repositories that are not in the cache only those are downloaded.
+    """
+    with _open_pair(target_dir, drafter_dir, headers=True) as (target, drafter):
         weights = _imatrix(imatrix)
         return _plan(target, drafter, quant, drafter_quant, name, options, weights is not None, split_max_size, mmproj)
 
@@ -157,15 +161,16 @@ def plan_file(files: Sequence[str], plans: Mapping[str, Plan]) -> str:
 
 
 @contextmanager
-def _open_pair(target: Folder, drafter: Folder) -> Iterator[tuple[Checkpoint, Checkpoint]]:
-    """Both checkpoints, downloaded if they are not there."""
+def _open_pair(target: Folder, drafter: Folder, headers: bool = False) -> Iterator[tuple[Checkpoint, Checkpoint]]:
+    """Both checkpoints, downloaded if they are not there; on request no more of their weights than the headers."""
     from gemma_mtp.convert.checkpoint import open_checkpoint
-    from gemma_mtp.convert.sources import AUTO, official_drafter, resolve
+    from gemma_mtp.convert.sources import AUTO, official_drafter, resolve, resolve_headers
 
     source, other = os.fspath(target), os.fspath(drafter)
-    folders = resolve(source), resolve(official_drafter(source) if other == AUTO else other)
-    with open_checkpoint(folders[0]) as first, open_checkpoint(folders[1]) as second:
-        yield first, second
+    sources = source, official_drafter(source) if other == AUTO else other
+    with ExitStack() as files:
+        first, second = [resolve_headers(each, files) if headers else resolve(each) for each in sources]
+        yield files.enter_context(open_checkpoint(first)), files.enter_context(open_checkpoint(second))
 
 
 def _imatrix(path: Folder | None) -> Imatrix | None:
@@ -209,11 +214,12 @@ def _plan(
 
 
 def _outputs(
-    folder: Path, plans: Mapping[str, Plan], tied: Mapping[str, Any], imatrix: Imatrix | None, most: int | None
-) -> list[Any]:
+    folder: Path, plans: Mapping[str, Plan], tied: Mapping[str, Any], imatrix: Imatrix | None, most: int | None,
+    qat: bool,
+) -> list[Any]:  # fmt: skip
     from gemma_mtp.convert.write import Output
 
-    return [Output(each, folder / file, tied, imatrix, most) for file, each in plans.items()]
+    return [Output(each, folder / file, tied, imatrix, most, qat) for file, each in plans.items()]
 
 
 def _stems(target: Path, drafter: Path, name: str | None) -> tuple[str, str]:

@@ -134,19 +134,28 @@ def open_weights(folder: Path, files: ExitStack) -> dict[str, Any]:
     return {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, all present."""
+def weight_names(folder: Path) -> list[str]:
+    """Names of the safetensors files that a folder should hold.
+
+    Raises:
+        MtpError: the index is damaged, or names what is not a file of its folder.
+    """
     index = folder / "model.safetensors.index.json"
     if not index.exists():
-        single = folder / "model.safetensors"
-        if not single.exists():
-            raise MtpError(f"{folder} has neither {single.name} nor {index.name}; download the weights.")
-        return [single]
+        return ["model.safetensors"]
     names = sorted(set(_weight_map(index).values()))
     outside = [name for name in names if Path(name).name != name or name == ".."]
     if outside:
         raise MtpError(f"{index} names {outside[0]!r}, which is not a file of its folder; download it again.")
+    return names
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, all present."""
+    names = weight_names(folder)
     missing = [name for name in names if not (folder / name).exists()]
+    if missing == ["model.safetensors"]:
+        raise MtpError(f"{folder} has neither {missing[0]} nor {missing[0]}.index.json; download the weights.")
     if missing:
         raise MtpError(f"{folder}: {len(missing)} of {len(names)} shards missing: {', '.join(missing)}; download them.")
     return [folder / name for name in names]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from gemma_mtp.convert.cli_convert import FORMATS, describe_plan, read_options, 
 from gemma_mtp.convert.cli_files import progress_bar, type_counts
 from gemma_mtp.convert.modelfile import modelfile
 from gemma_mtp.convert.recipe import RECIPES, recipe_of
-from gemma_mtp.convert.sources import AUTO, name_of, resolve
+from gemma_mtp.convert.sources import AUTO, name_of
 from rich.console import Console
 from rich.table import Table
 
@@ -30,15 +31,16 @@ PROJECTOR_FORMATS = ["F16", "BF16", "F32", "Q8_0"]
 @click.option("-q", "--quant", type=FORMATS, multiple=True, help="Format of the target; repeatable.")
 @click.option("--drafter-quant", type=FORMATS, multiple=True, help="Format of the drafter; repeatable.")
 @click.option("--recipe", type=click.Choice(list(RECIPES)), help="Formats of both, where -q and --drafter-quant name "
-              "none: cpu (Q4_0, Q4_0), gpu (Q4_K_M, Q8_0), qat (Q4_0, Q4_0). [default: qat for "
-              "*-qat-q4_0-unquantized, else gpu]")  # fmt: skip
+              "none: cpu (Q4_0, Q4_0), gpu (Q4_K_M, Q8_0), qat (Q4_0, Q4_0, with the scales of the training). "
+              "[default: qat for *-qat-q4_0-unquantized, else gpu]")  # fmt: skip
 @type_options
 @click.option("--mmproj", is_flag=True, help="Convert the projector too: vision, and audio where there is one.")
 @click.option("--mmproj-quant", type=click.Choice(PROJECTOR_FORMATS, case_sensitive=False), default="F16",
               show_default=True, help="Format of the projector.")  # fmt: skip
 @click.option("--name", help="Start of the file names. [default: the names of the two folders]")
 @click.option("--force", is_flag=True, help="Replace files of the same names.")
-@click.option("--dry-run", is_flag=True, help="Print the plan with sizes and what is left out; write nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the plan with sizes and what is left out; write nothing, "
+              "and download no more of weights than their headers.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
 def convert(
     target: str, drafter: str | None, named: str | None, out: Path, quant: tuple[str, ...],
@@ -63,12 +65,14 @@ def convert(
     """
     if drafter and named:
         raise click.UsageError("pass the drafter once, as second argument or with --drafter.")
-    folder = resolve(target)
-    formats = RECIPES[recipe or recipe_of(name_of(folder))]
-    sources = folder, drafter or named or AUTO
+    recipe = recipe or recipe_of(name_of(target))
+    formats = RECIPES[recipe]
+    sources = target, drafter or named or AUTO
     chosen = quant or formats[:1], drafter_quant or formats[1:]
     options: dict[str, Any] = {
-        "options": read_options(tensor_type, token_embedding_type, output_tensor_type, pure),
+        "options": replace(
+            read_options(tensor_type, token_embedding_type, output_tensor_type, pure), qat=recipe == "qat"
+        ),
         "imatrix": imatrix,
         "split_max_size": read_size(split_max_size),
         "mmproj": mmproj_quant if mmproj else None,

@@ -97,11 +97,19 @@ def show_plan(plans: PairPlan) -> None:
     if split:
         console.print(f"split into {len(split)} files: {split[0]} to {split[-1]}", markup=False)
     for plan in (next(iter(plans.targets.values())), next(iter(plans.drafters.values()))):
-        for reason, count in Counter(plan.dropped.values()).items():
-            first = next(name for name, why in plan.dropped.items() if why == reason)
-            more = f" and {count - 1} more" if count > 1 else ""
-            console.print(f"left out: {first}{more}: {reason}", markup=False)
+        for line in left_out(plan):
+            console.print(line, markup=False)
     console.print(f"{plans.n_bytes:,} bytes of tensors in all", markup=False)
+
+
+def left_out(plan: Plan) -> list[str]:
+    """What a plan leaves out on purpose, one line for each reason."""
+    found = []
+    for reason, count in Counter(plan.dropped.values()).items():
+        first = next(name for name, why in plan.dropped.items() if why == reason)
+        more = f" and {count - 1} more" if count > 1 else ""
+        found.append(f"left out: {first}{more}: {reason}")
+    return found
 
 
 def _types(plan: Plan) -> list[tuple[str, int]]:

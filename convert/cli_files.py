@@ -87,14 +87,19 @@ def link_command(
 def inspect(file: Path, tensors: bool, as_json: bool) -> None:
     """Show metadata, types and link of a GGUF file, one value a line.
 
-    A file whose metadata makes no sense is shown too, with what is wrong with it.
+    A file whose metadata makes no sense is shown too, with what is wrong with it. Of a Hugging Face folder it shows
+    what would become metadata, the tensors, and which of them a conversion leaves out, with the reason.
 
     \b
     Examples:
       gemma-mtp inspect out/gemma-4-E2B-it-Q4_K_M.gguf
       gemma-mtp inspect out/gemma-4-E2B-it-Q4_K_M.gguf --tensors
       gemma-mtp inspect out/gemma-4-E2B-it-Q4_K_M.gguf --json | jq .link
+      gemma-mtp inspect gemma-4-E2B-it --json | jq .dropped
     """
+    if file.is_dir():
+        _inspect_checkpoint(file, tensors, as_json)
+        return
     header = gguf_file.read(file)
     found = describe(header)
     if as_json:
@@ -111,6 +116,36 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> None:
     if tensors:
         click.echo()
         _tensor_table(found["tensors"])
+
+
+def _inspect_checkpoint(folder: Path, tensors: bool, as_json: bool) -> None:
+    from gemma_mtp.convert.checkpoint import open_checkpoint
+    from gemma_mtp.convert.cli_convert import left_out
+    from gemma_mtp.convert.plan import plan
+
+    with open_checkpoint(folder) as checkpoint:
+        planned = plan(checkpoint.config, checkpoint.index, "BF16")
+        sources = checkpoint.index
+    metadata = {f"{planned.arch}.{key}": value for key, (_, value) in planned.parameters.items()}
+    found = [
+        {"name": name, "type": source.dtype, "shape": list(source.shape), "bytes": source.size}
+        for name, source in sources.items()
+    ]
+    if as_json:
+        described = {"architecture": planned.arch, "parameters": planned.n_params, "metadata": metadata}
+        click.echo(json.dumps({"folder": str(folder), **described, "tensors": found, "dropped": dict(planned.dropped)}))
+        return
+    rows = {key: _short(value) for key, value in metadata.items()}
+    kinds = Counter(source.dtype for source in sources.values()).most_common()
+    counts = " ".join(f"{kind} x{count}" for kind, count in kinds)
+    rows["tensors"] = f"{len(found)}, {planned.n_params:,} parameters converted: {counts}"
+    click.echo(f"{folder}  {planned.arch}")
+    _table(rows)
+    for line in left_out(planned):
+        click.echo(_short(line))
+    if tensors:
+        click.echo()
+        _tensor_table(found)
 
 
 def _table(rows: dict[str, str]) -> None:

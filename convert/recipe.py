@@ -51,7 +51,8 @@ ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 # cpu: a Q4_0 drafter drafts in 2.3 ms where a Q8_0 one takes 5.5 (E2B's shape, 2 threads, AVX512-VNNI), and what is
 #      repacked for the matrix kernels of the verify pass is Q4_0 as well.
 # gpu: the drafter's time matters less, so it stays near the original; its effect on a GPU was not measured.
-# qat: the "q4_0-unquantized" checkpoints were trained to be rounded to Q4_0; any other type gives up that training.
+# qat: the "q4_0-unquantized" checkpoints were trained to be rounded to Q4_0; any other type gives up that training, and
+#      so does another scale than theirs (see qat.py).
 RECIPES: Mapping[str, tuple[str, str]] = {"cpu": ("Q4_0", "Q4_0"), "gpu": ("Q4_K_M", "Q8_0"), "qat": ("Q4_0", "Q4_0")}
 QAT_NAME = "qat-q4_0"
 
@@ -95,13 +96,17 @@ class Model(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """llama-quantize's options of the same names; `tensor_types` holds (regular expression, type), the first wins."""
+    """llama-quantize's options of the same names; `tensor_types` holds (regular expression, type), the first wins.
+
+    With `qat`, Q4_0 blocks keep the grid that the weights were trained for, the drafter's too.
+    """
 
     tensor_types: tuple[tuple[str, Type], ...] = ()
     token_embedding: Type | None = None
     output_tensor: Type | None = None
     pure: bool = False
     imatrix: bool = False
+    qat: bool = False
 
     def named(self, name: str) -> Type | None:
         return next((kind for pattern, kind in self.tensor_types if re.search(pattern, name)), None)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from gemma_mtp.convert.header import header, padded
 from gemma_mtp.convert.plan import Part, Plan, Planned, plan, rope_freqs, shapes
 from gemma_mtp.convert.quantize import quantize
 from gemma_mtp.convert.recipe import Options, find_quant, parse_type
+from gemma_mtp.convert.staging import clean_up, staging
 from gemma_mtp.convert.verify import seal
 
 Bytes = npt.NDArray[np.uint8]
@@ -121,6 +121,8 @@ def generate(
 ) -> tuple[Path, Path]:
     """Write a linked pair of a shape with random weights; files that are there already are taken as they are.
 
+    What a killed process left in the folder is removed.
+
     Args:
         shape: a key of `SHAPES`.
         root: folder in which each shape, number of layers and seed has a folder of its own for its GGUF files.
@@ -157,25 +159,22 @@ def generate(
          link.KEY_TARGET: source},
     ]  # fmt: skip
     formats = (quant, Options()), (drafter_quant, head)
+    clean_up(folder)
     wanted = [job for job in zip(files, (target_config, drafter_config), formats, links, strict=True)
               if not job[0].exists()]  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as hidden:
-        checkpoints = [Synthetic(Path(hidden) / path.stem, config, seed) for path, config, _, _ in wanted]
+    with tempfile.TemporaryDirectory(prefix="gemma-mtp-") as made:
+        checkpoints = [Synthetic(Path(made) / job[0].stem, job[1], seed) for job in wanted]
         plans = [plan(each.config, each.index, *job[2]) for each, job in zip(checkpoints, wanted, strict=True)]
         total, done = sum(each.n_bytes for each in plans), 0
-        if total > (free := shutil.disk_usage(folder).free):
-            raise MtpError(f"{folder}: {total / 1e9:.1f} GB to write, {free / 1e9:.1f} GB free; make room.")
 
         def count(more: int) -> None:
             nonlocal done
             done += more
             progress(done, total)
 
-        for checkpoint, planned, (path, _, _, tied) in zip(checkpoints, plans, wanted, strict=True):
-            part = Path(hidden) / path.name
-            write(planned, checkpoint, part, tied, count)
-            part.replace(path)
+        with staging(folder, [job[0].name for job in wanted], total, force=False) as hidden:
+            for checkpoint, planned, (path, _, _, tied) in zip(checkpoints, plans, wanted, strict=True):
+                write(planned, checkpoint, hidden / path.name, tied, count)
     return files
 
 
@@ -311,14 +310,18 @@ def write(
     """Write one GGUF file with the metadata that convert would write and random blocks."""
     pools: dict[Type, Bytes] = {}
     rng = np.random.default_rng(checkpoint.seed)
+    hashes: list[str] = []
     with path.open("xb") as file:
         file.write(header(planned, Part(0, 1, planned.tensors), checkpoint, tied))
         for tensor in planned.tensors:
+            digest = hashlib.sha256()
             for piece in _pieces(tensor, checkpoint.config, pools, rng):
                 file.write(piece.data)
+                digest.update(piece.data)
                 count(piece.nbytes)
             file.write(b"\0" * (padded(tensor.n_bytes) - tensor.n_bytes))
-    seal(path)
+            hashes.append(digest.hexdigest())
+    seal(path, hashes)
 
 
 def _pieces(tensor: Planned, config: Config, pools: dict[Type, Bytes], rng: np.random.Generator) -> Iterator[Bytes]:

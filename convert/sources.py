@@ -5,16 +5,23 @@ from __future__ import annotations
 import os
 import re
 import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from gemma_mtp.convert.errors import MtpError
+from gemma_mtp.convert.safetensors_file import MAX_HEADER
 
 # What a conversion reads of a repository.
-FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json",
+WEIGHTS = "*.safetensors"
+FILES = (WEIGHTS, "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json",
          "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "*.jinja",
          "preprocessor_config.json", "processor_config.json", "README.md")  # fmt: skip
 # Copies of the same weights in other forms.
 NOT = ("original/*", "*/*", "consolidated*.safetensors")
+# Bytes of a safetensors file that are asked for first; few headers are longer.
+FIRST = 100_000
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Every official target has a drafter of its name with "-assistant" at the end (Hugging Face, organisation google).
 OFFICIAL = re.compile(r"gemma-4-(E2B|E4B|12B|26B-A4B|31B)-it(-qat-q4_0-unquantized)?")
@@ -34,15 +41,88 @@ def resolve(source: str) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
+    found = _download(*_parse(source), FILES)
+    if not (found / "config.json").is_file() or not any(found.glob(WEIGHTS)):
+        raise MtpError(f"{source} is in the cache only in part, or has no safetensors weights; run it again online.")
+    return found
+
+
+def resolve_headers(source: str, files: ExitStack) -> Path:
+    """As `resolve`, but of weights that are not in the cache only the headers are downloaded.
+
+    The folder then holds sparse files of the weights' full size, with nothing after the header.
+
+    Args:
+        source: as for `resolve`.
+        files: keeps such a folder until it is closed.
+
+    Raises:
+        MtpError: as `resolve`; or the server sends whole files only.
+    """
+    from gemma_mtp.convert.checkpoint import weight_names
+
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    name, revision = _parse(source)
+    cached = _download(name, revision, [each for each in FILES if each != WEIGHTS])
+    missing = [each for each in weight_names(cached) if not (cached / each).exists()]
+    if not missing:
+        return cached
+    # Named like a snapshot in the cache, so that it is known which repository this is.
+    root = Path(files.enter_context(tempfile.TemporaryDirectory(prefix="gemma-mtp-")))
+    folder = root.joinpath(*cached.parts[-3:])
+    folder.mkdir(parents=True)
+    for path in cached.iterdir():
+        (folder / path.name).symlink_to(path)
+    for each in missing:
+        with _explained(name, revision):
+            header, size = _header(name, each, cached.name)
+        (folder / each).write_bytes(header)
+        os.truncate(folder / each, size)
+    return folder
+
+
+def _header(name: str, file: str, commit: str) -> tuple[bytes, int]:
+    """The beginning of a safetensors file on the hub, its header at least, and the size of the file."""
+    start, size = _beginning(name, file, commit, FIRST)
+    length = 8 + int.from_bytes(start[:8], "little")
+    if FIRST < length <= min(size, MAX_HEADER):  # a longer one is refused by who reads it
+        start, size = _beginning(name, file, commit, length)
+    return start, size
+
+
+def _beginning(name: str, file: str, commit: str, count: int) -> tuple[bytes, int]:
+    """The first bytes of a file on the hub, and its size."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    headers = {**build_hf_headers(), "Range": f"bytes=0-{count - 1}", "Accept-Encoding": "identity"}
+    with get_session().stream("GET", hf_hub_url(name, file, revision=commit), headers=headers) as answer:
+        if answer.is_error:
+            answer.read()
+        hf_raise_for_status(answer)
+        found = re.fullmatch(r"bytes 0-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+        if answer.status_code != 206 or found is None:  # what is coming is all of the file
+            raise MtpError(
+                f"{name}: the server sends {file} only as a whole, not its header alone; leave --dry-run out, or "
+                "download the repository and pass its folder."
+            )
+        return answer.read(), int(found[1])
+
+
+def _parse(source: str) -> tuple[str, str | None]:
+    """Repository and revision."""
     name, _, revision = source.partition("@")
-    if os.path.lexists(folder) or not NAME.fullmatch(name) or ".." in name:
+    if os.path.lexists(Path(source).expanduser()) or not NAME.fullmatch(name) or ".." in name:
         raise MtpError(f"{source} is not a folder; pass a Hugging Face folder or org/name[@revision].")
-    return _download(name, revision or None)
+    return name, revision or None
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """The snapshot of a repository in the cache, with the files of these patterns."""
     try:
-        from huggingface_hub import errors, snapshot_download
+        from huggingface_hub import snapshot_download
         from huggingface_hub.utils import disable_progress_bars
     except ModuleNotFoundError:
         raise MtpError(
@@ -50,9 +130,22 @@ def _download(name: str, revision: str | None) -> Path:
         ) from None
     if not sys.stderr.isatty():
         disable_progress_bars()
+    with _explained(name, revision):
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(NOT))
+        )
+
+
+@contextmanager
+def _explained(name: str, revision: str | None) -> Iterator[None]:
+    """What keeps a repository from being downloaded, as errors with a next step."""
+    from huggingface_hub import errors
+
     where = name if revision is None else f"{name}@{revision}"
     try:
-        found = snapshot_download(name, revision=revision, allow_patterns=list(FILES), ignore_patterns=list(NOT))
+        yield
+    except errors.RemoteEntryNotFoundError:
+        raise MtpError(f"{where} has no safetensors weights; pass a repository that has.") from None
     except errors.GatedRepoError:
         raise MtpError(
             f"{name} is gated: accept its terms at https://huggingface.co/{name}, then run hf auth login, or set "
@@ -69,12 +162,10 @@ def _download(name: str, revision: str | None) -> Path:
         raise MtpError(
             f"{where} is not in the cache, and {_why(problem)}; try again later, or pass a folder."
         ) from None
-    except OSError as problem:
+    except MtpError:
+        raise
+    except Exception as problem:  # OSError, or one of httpx or of httpx2, by the version of huggingface_hub
         raise MtpError(f"{where}: the download stopped ({_first_line(problem)}); run it again to go on.") from None
-    folder = Path(found)
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        raise MtpError(f"{where} is in the cache only in part, or has no safetensors weights; run it again online.")
-    return folder
 
 
 def _why(problem: Exception) -> str:
@@ -119,6 +210,9 @@ def repository(folder: Path) -> str | None:
     return f"{cached[1]}/{cached[2]}" if cached else None
 
 
-def name_of(folder: Path) -> str:
-    """What output files are named after: the repository of a snapshot, or the folder."""
+def name_of(source: str | os.PathLike[str]) -> str:
+    """What output files are named after: the repository, that of a snapshot in the cache, or the folder."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return os.fspath(source).partition("@")[0].rpartition("/")[2]
     return (repository(folder) or folder.resolve().name).rpartition("/")[2]

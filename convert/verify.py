@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -150,19 +150,23 @@ def _look(path: Path, data: mmap.mmap, name: str, tensor: Tensor, *, hashing: bo
     return total.hexdigest() if hashing else ""
 
 
-def seal(path: Path) -> None:
-    """Put the hash of every tensor into the place that `write` left for it under mtp.tensor.sha256.
+def seal(path: Path, hashes: Sequence[str] | None = None) -> None:
+    """Put the hash of every tensor into the place that the header has for it under mtp.tensor.sha256, if it has one.
+
+    Args:
+        path: a finished file.
+        hashes: of the tensors in the order of the file, by who wrote them; without them the file is read.
 
     Raises:
-        MtpError: a tensor holds NaN or infinite values.
+        MtpError: a tensor that is read holds NaN or infinite values.
     """
     header = link.read_header(path)
     if link.KEY_HASHES not in header.spans:
         return
-    hashes = list(_looked_at(header, hashing=True))
+    found = list(_looked_at(header, hashing=True)) if hashes is None else hashes
     with path.open("r+b") as file:
-        file.seek(header.spans[link.KEY_HASHES][1] - len(hashes) * (8 + 64))
-        for each in hashes:
+        file.seek(header.spans[link.KEY_HASHES][1] - len(found) * (8 + 64))
+        for each in found:
             file.write((64).to_bytes(8, "little") + each.encode())
         file.flush()
         os.fsync(file.fileno())

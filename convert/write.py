@@ -1,19 +1,20 @@
 """Plans and an open checkpoint to GGUF files, in one pass: each row is read once, whatever is made of it.
 
 Where every block goes is known before the first is made, so threads read, quantize and write on their own; what is in
-memory is one piece of work for each of them.
+memory is a few pieces of work for each of them. Only hashes want the pieces in order: the calling thread makes them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,33 +24,42 @@ from gemma_mtp.convert.errors import MtpError
 from gemma_mtp.convert.header import header, padded
 from gemma_mtp.convert.imatrix import Imatrix
 from gemma_mtp.convert.plan import SOURCE_TYPES, Plan, Planned, parts, rope_freqs
-from gemma_mtp.convert.quantize import Bytes, blocks_of, largest, widen
+from gemma_mtp.convert.qat import regrid
+from gemma_mtp.convert.quantize import Bytes, blocks_of, largest, valid, widen
 from gemma_mtp.convert.recipe import EMBEDDINGS
 from gemma_mtp.convert.verify import seal
 
 # Values of one piece of work: 8 MiB as float32.
 PIECE = 1 << 21
+# Values in pieces that are begun or wait for their turn to be hashed.
+AHEAD = 3 * PIECE * (os.cpu_count() or 1)
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Output:
-    """One model file to write: its plan, where, metadata of the pair (`mtp.*`), and the largest size of a part."""
+    """One model file to write: its plan, where, metadata of the pair (`mtp.*`), and the largest size of a part.
+
+    With `qat`, Q4_0 blocks are those of the grid that weights lie on, where there is one.
+    """
 
     plan: Plan
     path: Path
     link: Mapping[str, Any]
     imatrix: Imatrix | None = None
     part_bytes: int | None = None
+    qat: bool = False
 
 
 class _Place(NamedTuple):
-    """Where a tensor goes: an open file, the offset of its first block, and what it becomes there."""
+    """Where a tensor goes: an open file, the offset of its first block, what it becomes there, and the hash of that."""
 
     file: int
     offset: int
     tensor: Planned
     imatrix: Imatrix | None
+    qat: bool
+    hash: hashlib._Hash
 
 
 class _Rows(NamedTuple):
@@ -66,35 +76,45 @@ def write(outputs: Sequence[Output], checkpoint: Checkpoint, progress: Progress)
     Args:
         outputs: with plans of this checkpoint; the caller keeps the files out of sight until all are whole.
         checkpoint: where the rows come from; each is read once.
-        progress: called with the number of bytes after each piece, from any thread but one at a time.
+        progress: called with the number of bytes after each piece.
 
     Raises:
         MtpError: the vocabulary does not fit the model, or a tensor holds NaN or infinite values.
         OSError: the disk is full or cannot be written.
     """
-    lock = Lock()
     with ExitStack() as files:
-        places: dict[str, list[_Place]] = {}
+        places: dict[str, list[_Place]] = defaultdict(list)
         for output in outputs:
             for name, place in _create(output, checkpoint, files):
-                places.setdefault(name, []).append(place)
-
-        def work(piece: _Rows) -> None:
-            written = _piece(piece, places[piece.name], checkpoint)
-            with lock:
-                progress(written)
-
+                places[name].append(place)
         pool = ThreadPoolExecutor(os.cpu_count() or 1)
-        try:
-            pending = [pool.submit(work, piece) for piece in _pieces(outputs[0].plan)]
-            done, _ = wait(pending, return_when=FIRST_EXCEPTION)
-            for each in done:
-                each.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-    for output in outputs:
-        for path, _ in parts(output.plan, output.path, output.part_bytes):
-            seal(path)
+        files.callback(pool.shutdown, cancel_futures=True)  # before the files are closed
+        for name, made in _in_order(pool, _pieces(outputs[0].plan), places, checkpoint):
+            for place, data in zip(places[name], made, strict=True):
+                place.hash.update(data.data)
+            progress(sum(data.nbytes for data in made))
+    for number, output in enumerate(outputs):
+        for path, part in parts(output.plan, output.path, output.part_bytes):
+            seal(path, [places[tensor.name][number].hash.hexdigest() for tensor in part.tensors])
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, pieces: Iterator[_Rows], places: Mapping[str, Sequence[_Place]], checkpoint: Checkpoint
+) -> Iterator[tuple[str, list[Bytes]]]:
+    """Tensor and blocks of every piece, made and written by the pool; those done early wait for their turn."""
+    begun: deque[tuple[str, int, Future[list[Bytes]]]] = deque()
+    ahead = 0
+    for piece in pieces:
+        n_values = (piece.stop - piece.start) * places[piece.name][0].tensor.shape[-1]
+        while begun and ahead + n_values > AHEAD:
+            name, values, made = begun.popleft()
+            ahead -= values
+            yield name, made.result()
+        begun.append((piece.name, n_values, pool.submit(_piece, piece, places[piece.name], checkpoint)))
+        ahead += n_values
+    while begun:
+        name, _, made = begun.popleft()
+        yield name, made.result()
 
 
 def _create(output: Output, checkpoint: Checkpoint, files: ExitStack) -> Iterator[tuple[str, _Place]]:
@@ -107,7 +127,7 @@ def _create(output: Output, checkpoint: Checkpoint, files: ExitStack) -> Iterato
         _write_all(file, memoryview(start), 0)
         offset = len(start)
         for tensor in tensors:
-            yield tensor.name, _Place(file, offset, tensor, output.imatrix)
+            yield tensor.name, _Place(file, offset, tensor, output.imatrix, output.qat, hashlib.sha256())
             offset += padded(tensor.n_bytes)
         os.ftruncate(file, offset)
 
@@ -123,8 +143,8 @@ def _pieces(plan: Plan) -> Iterator[_Rows]:
                 yield _Rows(tensor.name, start, min(start + step, first + whole))
 
 
-def _piece(piece: _Rows, places: Sequence[_Place], checkpoint: Checkpoint) -> int:
-    """Read some rows, and write what each output wants of them; returns the bytes written."""
+def _piece(piece: _Rows, places: Sequence[_Place], checkpoint: Checkpoint) -> list[Bytes]:
+    """Read some rows, and write what each output wants of them; returns that."""
     tensor = places[0].tensor
     length, source = tensor.shape[-1], blocks.Type.F32
     if tensor.source is None:
@@ -138,16 +158,20 @@ def _piece(piece: _Rows, places: Sequence[_Place], checkpoint: Checkpoint) -> in
         if np.isinf(magnitude):
             raise MtpError("it holds NaN or infinite values")
         values = None
-        made: dict[Any, Bytes] = {(source, None): raw}
-        written = 0
-        for file, offset, each, imatrix in places:
+        made: dict[Any, Bytes] = {(source, None, qat): raw for qat in (False, True)}
+        written = []
+        for file, offset, each, imatrix, qat, _ in places:
             weights = _weights(imatrix, each, piece)
-            key = (each.type, None if weights is None else id(imatrix))
+            key = (each.type, None if weights is None else id(imatrix), qat)
             if key not in made:
                 values = widen(raw, source).reshape(-1, length) if values is None else values
                 made[key] = blocks_of(values, each.type, magnitude, weights)
+                if qat and each.type is blocks.Type.Q4_0:
+                    regrid(values, made[key])
+                if weights is not None and not valid(made[key], each.type):
+                    raise MtpError(f"its importances are too large for {each.type.name}; compute the matrix again")
             _write_all(file, made[key].data, offset + piece.start * blocks.n_bytes(each.type, (length,)))
-            written += made[key].nbytes
+            written.append(made[key])
     except MtpError as problem:
         raise MtpError(f"{checkpoint.folder}: tensor {tensor.source!r}: {problem}.") from None
     return written

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +19,8 @@ ASKED = re.compile(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?|/([^
 
 class Hub(ThreadingHTTPServer):
     """`repositories`: org/name to folder. `gated`: names that want the token "let-me-in". `requests`: method, path and
-    range of each. `cut`: where the first transfer of a file breaks off."""
+    range of each. `sent`: bytes of each file that were sent. `cut`: where the first transfer of a file breaks off.
+    `whole`: it does not know ranges. `broken`: the status of every answer."""
 
     daemon_threads = True
 
@@ -26,7 +28,9 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.repositories, self.gated = repositories, set[str]()
         self.requests: list[tuple[str, str, str | None]] = []
+        self.sent: Counter[str] = Counter()
         self.cut: dict[str, int] = {}
+        self.whole = False
         self.broken: int | None = None
 
     @property
@@ -84,18 +88,19 @@ class Answer(BaseHTTPRequestHandler):
         if not path.is_file():
             return self.send(404, X_Error_Code="EntryNotFound")
         body, status = path.read_bytes(), 200
-        headers = {"ETag": f'"{sha(path)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{sha(path)}"', "X-Repo-Commit": commit}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if asked:
-            start, status = int(asked[1]), 206
-            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-            body = body[start:]
+        if asked and not self.server.whole:
+            start, stop, status = int(asked[1]), min(len(body), int(asked[2] or len(body) - 1) + 1), 206
+            headers |= {"Accept-Ranges": "bytes", "Content-Range": f"bytes {start}-{stop - 1}/{len(body)}"}
+            body = body[start:stop]
         cut = self.server.cut.pop(path.name, None) if self.command == "GET" else None
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
+            self.server.sent[path.name] += len(body[:cut])
             self.wfile.write(body[:cut])
         if cut is not None:
             self.close_connection = True

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -142,6 +145,23 @@ def test_random_weights_are_a_linked_pair_at_true_shape(small: tuple[Path, Path]
     made = shapes.generate("E2B", tmp_path, layers=5)
     assert made[0].stat().st_size == 0
     assert made[1].read_bytes() == small[1].read_bytes()
+
+
+def test_killed_while_making_random_weights(small: tuple[Path, Path], tmp_path: Path) -> None:
+    """Half a file takes room until the next run, and never stands under the name of a whole one."""
+    folder = tmp_path / small[0].parent.name
+    folder.mkdir()
+    (folder / small[0].name).touch()
+    code = (
+        "import os, signal, sys; from pathlib import Path; from gemma_mtp.convert import shapes\n"
+        "shapes.seal = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "shapes.generate('E2B', Path(sys.argv[1]), layers=5)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, tmp_path], check=False).returncode == -signal.SIGKILL
+    (left,) = [path for path in folder.iterdir() if path.name != small[0].name]
+    assert left.name.startswith(".")
+    shapes.generate("E2B", tmp_path, layers=5)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in small)
 
 
 @pytest.mark.parametrize("library", [None, pytest.param(STOCK, marks=[pytest.mark.stock, needs_stock])])

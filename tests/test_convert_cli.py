@@ -8,11 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from gemma_mtp.convert import Pair, convert_pair, link
+from gemma_mtp.convert import Pair, convert_pair, link, verify, write
 from gemma_mtp.convert.modelfile import modelfile
 from gemma_mtp.runtime.cli import COMMANDS, main
 from tiny import PAIR
@@ -46,6 +48,38 @@ def test_the_same_input_gives_the_same_bytes(tiny: dict[str, Path], tmp_path: Pa
         assert first == second
 
 
+def test_hashes_are_made_while_writing(tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No output is read again, and hashes are right when pieces of a tensor are done in another order than they lie."""
+    formats = ("BF16", "Q4_0"), "Q8_0"
+    wanted = convert_pair(tiny["target"], tiny["ordered"], tmp_path / "a", *formats, split_max_size=1_000_000)
+    made, piece = threading.Semaphore(0), write._piece
+
+    def late(rows: Any, *arguments: Any) -> Any:
+        """The first piece of the embeddings is made after the others that may be begun."""
+        if rows.name == "token_embd.weight" and rows.start == 0:
+            made.acquire(timeout=60)
+        done = piece(rows, *arguments)
+        if rows.name == "token_embd.weight" and rows.start > 0:
+            made.release()
+        return done
+
+    def read_again(*_: Any, **__: Any) -> Any:
+        raise AssertionError("an output was read again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "PIECE", 1 << 14)
+        patch.setattr(write, "AHEAD", 1 << 17)
+        patch.setattr(os, "cpu_count", lambda: 4)
+        patch.setattr(write, "_piece", late)
+        patch.setattr(verify, "_looked_at", read_again)
+        found = convert_pair(tiny["target"], tiny["ordered"], tmp_path / "b", *formats, split_max_size=1_000_000)
+    assert len(found.files) > 4
+    for first, second in zip(wanted.files, found.files, strict=True):
+        assert first.read_bytes() == second.read_bytes()
+    checked = verify.verify_files(tmp_path / "b")["files"]
+    assert all(each["hashed"] == each["tensors"] > 0 for each in checked)
+
+
 def test_inspect(demo: Pair) -> None:
     found = json.loads(run("inspect", demo.target, "--json").stdout)
     assert found["architecture"] == "gemma4"
@@ -55,6 +89,20 @@ def test_inspect(demo: Pair) -> None:
     shown = run("inspect", demo.drafter, "--tensors").stdout
     assert "nextn.pre_projection.weight" in shown
     assert "gemma4-assistant" in shown
+
+
+def test_inspect_of_a_checkpoint(tiny: dict[str, Path]) -> None:
+    """What a conversion leaves out on purpose, with the reason, and nothing else is missing."""
+    found = json.loads(run("inspect", tiny["ordered"], "--json").stdout)
+    assert found["architecture"] == "gemma4-assistant"
+    assert set(found["dropped"]) == {"masked_embedding.centroids.weight", "masked_embedding.token_ordering"}
+    assert all("mtp.ordered" in reason for reason in found["dropped"].values())
+    assert set(found["dropped"]) < {tensor["name"] for tensor in found["tensors"]}
+    shown = run("inspect", tiny["ordered"], "--tensors").stdout
+    assert "left out: masked_embedding.centroids.weight and 1 more: " in shown
+    assert "model.layers.0.self_attn.q_proj.weight" in shown
+    assert json.loads(run("inspect", tiny["target"], "--json").stdout)["dropped"] == {}
+    assert run("inspect", tiny["target"].parent).exit_code == 1
 
 
 def test_verify_accepts_what_convert_wrote(demo: Pair) -> None:

@@ -6,6 +6,7 @@ import json
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -135,6 +136,15 @@ def test_values_too_large_for_f16(pair: Folders, tmp_path: Path) -> None:
     name = "model.language_model.layers.0.mlp.up_proj.weight"
     edit_weights(pair[0], lambda w: w[name].__setitem__((0, 0), 1e6))
     refused(*pair, tmp_path / "out", name, "BF16", options=("-q", "F16"))
+
+
+def test_importances_that_overflow(pair: Folders, tmp_path: Path) -> None:
+    """Finite ones, of which the quantizer makes scales that are not."""
+    name, values = b"blk.0.attn_q.weight", struct.pack("<256f", *[3e38] * 256)
+    matrix = tmp_path / "imatrix.dat"
+    matrix.write_bytes(struct.pack("<ii", 1, len(name)) + name + struct.pack("<ii", 1, 256) + values)
+    options = ("-q", "Q4_K_M", "--imatrix", str(matrix))
+    refused(*pair, tmp_path / "out", "layers.0.self_attn.q_proj.weight", "importance", "Q4_K", options=options)
 
 
 def test_a_token_ordering_that_is_no_permutation(pair: Folders, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,11 +13,33 @@ from pathlib import Path
 import pytest
 from gemma_mtp.convert import link
 from gemma_mtp.convert.errors import MtpError
-from gemma_mtp.convert.sources import name_of, official_drafter, repository, resolve
+from gemma_mtp.convert.sources import FIRST, name_of, official_drafter, repository, resolve
 from hub import Hub, serving
+from safetensors.torch import load_file, save_file
 
 TARGET, DRAFTER = "google/gemma-4-E2B-it", "google/gemma-4-E2B-it-assistant"
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def headers(path: Path) -> int:
+    """Bytes of a safetensors file before its tensors."""
+    return 8 + int.from_bytes(path.read_bytes()[:8], "little")
+
+
+@pytest.fixture
+def sharded(tiny: dict[str, Path], tmp_path: Path) -> Path:
+    """The tiny target in shards, one with a header of many words."""
+    folder = tmp_path / "served" / "sharded"
+    shutil.copytree(tiny["target"], folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    parts = [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
+    placed = {name: parts[place % 3] for place, name in enumerate(sorted(weights))}
+    for part in parts:
+        words = {"notes": "x" * 2 * FIRST} if part == parts[0] else {}
+        save_file({name: weights[name] for name in weights if placed[name] == part}, folder / part, words)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    return folder
 
 
 @pytest.fixture
@@ -79,6 +102,46 @@ def test_an_official_target_brings_its_drafter(run: Run, hub: Hub, tmp_path: Pat
     assert name_of(snapshot) == "gemma-4-E2B-it"
     assert official_drafter(str(snapshot)) == DRAFTER
     assert resolve(str(snapshot)) == snapshot
+
+
+def test_a_dry_run_downloads_headers_only(run: Run, hub: Hub, sharded: Path, tmp_path: Path) -> None:
+    """Of one file and of shards, with a header longer than what is asked for first; the plan is that of the folders."""
+    names = "google/gemma-4-E4B-it", "google/gemma-4-E4B-it-assistant"
+    hub.repositories |= {names[0]: sharded, names[1]: hub.repositories[DRAFTER]}
+    for target, drafter in ((TARGET, DRAFTER), names):
+        folders = hub.repositories[target], hub.repositories[drafter]
+        command = "-o", "out", "-q", "Q8_0", "--dry-run", "--json", "--name", "x"
+        hub.sent.clear()
+        done = run("convert", target, *command)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == run("convert", *folders, *command).stdout
+        sent = {name: size for name, size in hub.sent.items() if name.endswith(".safetensors")}
+        weights = [path for folder in folders for path in folder.glob("*.safetensors")]
+        assert sum(sent.values()) < sum(map(headers, weights)) + len(weights) * FIRST
+        assert sum(path.stat().st_size for path in weights) > 4 * sum(sent.values())
+        assert json.loads(done.stdout)["drafters"]["x-assistant-Q8_0.gguf"]["dropped"]
+    assert max(map(headers, weights)) > FIRST
+    assert not list((tmp_path / "hf" / "hub").rglob("*.safetensors"))
+    for offline in (("resolve", TARGET), ("convert", TARGET, *command)):
+        assert "HF_HUB_OFFLINE is set" in said(run(*offline, HF_HUB_OFFLINE="1"))
+
+    assert run("convert", TARGET, "-o", "out").returncode == 0
+    hub.sent.clear()  # what is in the cache is read there
+    assert run("convert", TARGET, *command).returncode == 0
+    assert run("convert", TARGET, *command, HF_HUB_OFFLINE="1").returncode == 0
+    assert not [name for name in hub.sent if name.endswith(".safetensors")]
+
+
+def test_a_dry_run_of_a_hub_without_ranges(run: Run, hub: Hub) -> None:
+    hub.whole = True
+    error = said(run("convert", TARGET, "-o", "out", "--dry-run"))
+    assert "model.safetensors only as a whole" in error
+    assert "leave --dry-run out" in error
+
+
+def test_a_dry_run_names_outputs_after_the_repository(run: Run) -> None:
+    done = run("convert", f"{TARGET}@main", DRAFTER, "-o", "out", "--dry-run", "--json")
+    assert json.loads(done.stdout)["files"] == ["gemma-4-E2B-it-Q4_K_M.gguf", "gemma-4-E2B-it-assistant-Q8_0.gguf"]
 
 
 def test_a_download_goes_on_where_it_stopped(run: Run, hub: Hub) -> None:

@@ -13,11 +13,14 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gemma_mtp.convert import Pair, convert_pair
 from gemma_mtp.patches import build
+from tiny import SIZES
 
 STOCK = build.stock_dir()
 pytestmark = [
@@ -33,16 +36,15 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
     return parsed
 
 
-@pytest.fixture(scope="module")
-def server(demo: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@contextmanager
+def serving(pair: Pair, log: Path, *options: str) -> Iterator[str]:
     """The unpatched llama-server, started with the arguments that Ollama gives it for a model with a drafter."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    command = [STOCK / "llama-server", "-m", demo.target, "--spec-draft-model", demo.drafter]
+    command = [STOCK / "llama-server", "-m", pair.target, "--spec-draft-model", pair.drafter]
     command += ["--spec-type", "draft-mtp", "--spec-draft-backend-sampling", "--spec-draft-n-max", "4"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "-c", "2048", "-np", "1"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "-np", "1", *options]
     with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
         url = f"http://127.0.0.1:{port}"
         try:
@@ -56,6 +58,27 @@ def server(demo: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
             yield url
         finally:
             process.terminate()
+
+
+@pytest.fixture(scope="module")
+def server(demo: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving(demo, tmp_path_factory.mktemp("server") / "log", "-c", "2048") as url:
+        yield url
+
+
+@pytest.mark.parametrize("quant", ["F32", "Q4_0"])
+@pytest.mark.parametrize("size", [*SIZES, "E2B with a dense drafter"])
+def test_every_size_drafts(
+    size: str, quant: str, sizes: dict[str, tuple[Path, Path]], tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    """Random pairs of every kind load with their drafter, draft, and give as many tokens as they are asked for."""
+    folders = sizes[size] if size in sizes else (tiny["target"], tiny["dense"])
+    pair = convert_pair(*folders, tmp_path, quant, quant)
+    body = {"prompt": "import os\nimport sys\n\ndef main(", "n_predict": 24, "temperature": 0, "ignore_eos": True}
+    with serving(pair, tmp_path / "log", "-c", "512", "-t", "1") as url:
+        answer = post(f"{url}/completion", body)
+    assert answer["tokens_predicted"] == 24
+    assert answer["timings"]["draft_n"] > 0
 
 
 def test_a_chat_request_is_answered_with_accepted_drafts(server: str) -> None:

@@ -44,7 +44,7 @@ class Llama(Api):
             None turns multi-token prediction off.
         draft_length: tokens to draft in a round, or "auto" (the default) to go by what passes cost on this machine and
             by what is accepted: then drafts also come from the text itself, and there are none where they do not pay.
-        options: everything llama_cpp.Llama takes.
+        options: everything llama_cpp.Llama takes. flash_attn is True by default where no layer is on a GPU.
 
     Attributes:
         stats: counters of the latest request.
@@ -76,6 +76,9 @@ class Llama(Api):
         if options.get("swa_full") is False:
             # A batch longer than n_ubatch may overwrite keys that its rollback needs.
             options["n_ubatch"] = max(options.get("n_ubatch", 512), LONGEST + 1)
+        if native.patched() and not options.get("n_gpu_layers"):
+            # On the CPU the series has attention of a few queries in this form only; stock's default is without.
+            options.setdefault("flash_attn", True)
         path = resolve(model_path, drafter)
         # llama.cpp reports the sizes of its caches as warnings, which stock Llama shows even when told to be quiet.
         with suppress_stdout_stderr(disable=options.get("verbose", True)), explaining_load(options):

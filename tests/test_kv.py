@@ -100,8 +100,8 @@ def test_a_prompt_that_goes_back_beyond_the_window(swa_full: bool, demo: Pair) -
         assert (llm.stats.prompt_tokens == 1) == swa_full
         assert llm.stats.acceptance > SANE
         continued(llm, PROMPTS[1], 600)
-        made = llm(PROMPTS[1], max_tokens=600, temperature=1.0, mirostat_mode=2)  # stock's own loop
-        assert len(made["choices"][0]["text"]) > 600
+        llm(PROMPTS[1], max_tokens=600, temperature=1.0, mirostat_mode=2)  # stock's own loop
+        assert llm.n_tokens > WINDOW + 10
         second = continued(llm, PROMPTS[1] + first, 32)
         llm.reset()
         assert continued(llm, PROMPTS[1] + first, 32) == second

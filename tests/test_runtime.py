@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from gemma_mtp.convert import Pair, link
-from gemma_mtp.runtime import Llama, open_pair
+from gemma_mtp.runtime import Llama, native, open_pair
 from gemma_mtp.runtime.cli import main
+from llama_cpp import llama_cpp as lib
 
 OPTIONS: dict[str, Any] = {"n_ctx": 512, "verbose": False}
 PROMPT = "import os\nimport sys\n\ndef main("
@@ -227,6 +228,14 @@ def test_no_array_of_all_logits(demo: Pair) -> None:
         llm(PROMPT, max_tokens=16, **GREEDY)
         assert llm.scores.shape[0] <= llm.n_batch
         assert not llm._logits_all
+
+
+@pytest.mark.skipif(not native.patched(), reason="the default without our series is stock's")
+def test_flash_attention_is_the_default_on_a_cpu(demo: Pair) -> None:
+    for given, wanted in (({}, True), ({"flash_attn": False}, False), ({"n_gpu_layers": 1}, False)):
+        with closing(Llama(demo.target, drafter=None, **OPTIONS, **given)) as llm:
+            enabled = llm.context_params.flash_attn_type == lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
+            assert enabled is wanted, given
 
 
 def test_an_abandoned_stream_leaves_a_usable_state(mtp: Llama, plain: Llama) -> None:

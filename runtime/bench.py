@@ -66,7 +66,7 @@ def measure(settings: Settings, step: Step = lambda label, done, total: None) ->
                     key: {n: round(other[key][n] / value, 3) for n, value in found["ours"][key].items()}
                     for key in ("target_pass_ms", "draft_round_ms")
                 }
-        ours.call("record", n=settings.tokens + MARGIN // 2)
+        ours.call("record", n=settings.recorded + MARGIN // 2)
         speeds = Speeds(settings, ours, prompt, found["ours"], binaries, step)
         result |= speeds.measure()
         for name, other in speeds.others.items():
@@ -111,7 +111,7 @@ def _about(settings: Settings, header: link.Header) -> dict[str, Any]:
         "layers": header.of_arch("block_count"),
         "weights": "from the file" if seed is None else f"random, seed {seed}",
         "ctx_filled": settings.ctx_filled,
-        "flags": flags | {"n_ctx": settings.n_ctx},
+        "flags": flags | {"n_ctx": settings.n_ctx, "acceptance": [chance.name for chance in settings.acceptance]},
         "machine": machine.describe(settings.threads),
         "versions": {"gemma_mtp": version("gemma-mtp"), "python": platform.python_version()},
     }

@@ -4,43 +4,52 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
 from gemma_mtp.convert import link
+from gemma_mtp.runtime.bench_settings import PROMPTS, WARM_TOKENS, Chance, Settings
 from gemma_mtp.runtime.pair import resolve
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 SHAPES = ("E2B", "E4B", "12B", "26B-A4B", "31B")
 GENERATOR = "gemma_mtp.convert.shapes:generate"
+LONGEST_ROUND = 8  # rounds of up to so many drafted tokens are measured
 
 
-class Numbers(click.ParamType):
-    """Numbers with commas between them.
+DEFAULT_ACCEPTANCE = "0.35,0.6,0.8,0.95"
+
+
+class Listed(click.ParamType):
+    """Values with commas between them.
 
     Args:
-        kind: int or float.
-        low, high: what each must lie within.
+        kind: makes one of its text, or raises a ValueError.
     """
 
     name = "list"
 
-    def __init__(self, kind: type[int] | type[float], low: float, high: float) -> None:
-        self.kind, self.low, self.high = kind, low, high
+    def __init__(self, kind: Callable[[str], Any]) -> None:
+        self.kind = kind
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
         if isinstance(value, tuple):
             return value
         try:
-            found = tuple(dict.fromkeys(self.kind(part) for part in value.split(",")))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of numbers with commas between them.", param, ctx)
-        if not all(self.low <= number <= self.high for number in found):
-            self.fail(f"{value!r}: each must lie between {self.low:g} and {self.high:g}.", param, ctx)
-        return found
+            return tuple(dict.fromkeys(self.kind(part) for part in value.split(",")))
+        except ValueError as problem:
+            self.fail(f"{value!r} is not a list of numbers with commas between them: {problem}", param, ctx)
+
+
+def draft_length(text: str) -> int:
+    """A number of tokens to draft."""
+    if not 1 <= (length := int(text)) <= LONGEST_ROUND:
+        raise ValueError(f"each must lie between 1 and {LONGEST_ROUND}.")
+    return length
 
 
 @click.command()
@@ -53,16 +62,23 @@ class Numbers(click.ParamType):
 @click.option("--drafter", type=click.Path(path_type=Path), help="Drafter to use instead of the linked one.")
 @click.option(
     "--acceptance",
-    type=Numbers(float, 0, 1),
+    type=Listed(Chance.parse),
     metavar="P,P,...",
-    help="Replay a recorded continuation as the drafts, right with this chance per token. "
-    "[default with --shape: 0.35,0.6,0.8,0.95]",
+    help="Replay a recorded continuation as the drafts, right with this chance per token; 0.1/0.9:64 for chances that "
+    f"take turns of 64 tokens. [default with --shape: {DEFAULT_ACCEPTANCE}]",
 )
 @click.option(
     "--draft",
-    type=Numbers(int, 1, 8),
+    type=Listed(draft_length),
     metavar="N,N,...",
-    help="Tokens to draft in a round; of several the best is reported. [default: best by measured costs]",
+    help='Fixed draft lengths to set beside "auto"; of several the best is reported. [default: best by measured costs]',
+)
+@click.option(
+    "--warm-tokens",
+    type=click.IntRange(0),
+    default=WARM_TOKENS,
+    show_default=True,
+    help='Tokens that teach the draft length "auto" before it is measured.',
 )
 @click.option(
     "--against",
@@ -108,7 +124,7 @@ def bench(
     drafter_head: str | None,
     layers: int | None,
     drafter: Path | None,
-    acceptance: tuple[float, ...] | None,
+    acceptance: tuple[Chance, ...] | None,
     draft: tuple[int, ...] | None,
     prompts: Any,
     threads: int | None,
@@ -125,6 +141,7 @@ def bench(
       gemma-mtp bench out
       gemma-mtp bench out/gemma-4-E2B-it-Q4_K_M.gguf --prompts mine.txt -n 256 --draft 2,3,4
       gemma-mtp bench --shape E2B -q Q4_K_M --ctx-filled 2048 -t 2
+      gemma-mtp bench --shape E2B --acceptance 0,0.35,0.95,0.1/0.9:64 --draft 1,2,3,4,6,8
       gemma-mtp bench --shape E2B --against stock --plot e2b.png
     """  # fmt: skip
     if (pair is None) == (shape is None):
@@ -135,7 +152,6 @@ def bench(
         raise click.ClickException(f"--plot {plot}: there is no folder {plot.absolute().parent}; make it first.")
     from gemma_mtp.runtime import bench_report
     from gemma_mtp.runtime.bench import measure
-    from gemma_mtp.runtime.bench_settings import PROMPTS, Settings
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -153,10 +169,11 @@ def bench(
         else:
             assert pair is not None
             target, found = _pair(pair, drafter)
-        given = acceptance if acceptance is not None else (0.35, 0.6, 0.8, 0.95) if shape else ()
+        if acceptance is None:
+            acceptance = tuple(map(Chance.parse, DEFAULT_ACCEPTANCE.split(","))) if shape else ()
         texts = [text for text in prompts.read().split("\n\n") if text.strip()] if prompts else PROMPTS
         settings = Settings(
-            target, found, acceptance=given, own=shape is None, draft=draft or (), prompts=tuple(texts),
+            target, found, acceptance=acceptance, own=shape is None, draft=draft or (), prompts=tuple(texts),
             threads=threads or max((os.cpu_count() or 2) // 2, 1), **rest,
         )  # fmt: skip
         result = measure(settings, step)

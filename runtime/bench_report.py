@@ -27,6 +27,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     console.print(_costs(result, "target_pass_ms", "one target pass over n tokens", "n"))
     console.print(_costs(result, "draft_round_ms", "drafting K tokens", "K"))
     console.print(_speeds(result))
+    console.print(_auto(result))
     for who, other in result.get("against", {}).items():
         console.print(_server(who, other["server"]))
     for line in _notes(result):
@@ -58,6 +59,22 @@ def _speeds(result: Mapping[str, Any]) -> Table:
         table.add_row(
             _case(name), f"{rate:.1f}", f"{result['speedup'][name]:.2f}",
             str(result["draft_length"][name]), f"{result['acceptance'][name]:.3f}",
+        )  # fmt: skip
+    return table
+
+
+def _auto(result: Mapping[str, Any]) -> Table:
+    """The draft length "auto": the same cases, over plain and over the best fixed length, and in the warm-up."""
+    warm = result["flags"]["warm_tokens"]
+    table = Table(title=f'draft length "auto", after {warm} tokens that teach it', title_justify="left")
+    headings = ("acceptance", "tokens/s", "over plain", "over best fixed", "drafted", *(["learning"] if warm else []))
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "acceptance" else "right")
+    for name, found in result["auto"].items():
+        table.add_row(
+            _case(name), f"{found['tokens_per_s']:.1f}", f"{found['speedup']:.2f}",
+            f"{found['over_best_fixed']:.2f} ({found['best_fixed'] or 'plain'})", f"{found['drafted_per_round']:.1f}",
+            *([f"{found['learning']:.2f}"] if "learning" in found else []),
         )  # fmt: skip
     return table
 
@@ -97,7 +114,8 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
     if result["replayed"]:
         lines.append(
             f"replayed at {', '.join(result['replayed'])}: drafts were taken from a recorded continuation with that "
-            "chance per token; the drafter ran and is paid for, its tokens were thrown away"
+            "chance per token; the drafter ran and is paid for, its tokens were thrown away, and so was what the text "
+            "so far had to offer"
         )
         if result.get("against"):
             lines.append(
@@ -132,8 +150,9 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
 
 
 def _points(values: Mapping[str, float], result: Mapping[str, Any]) -> tuple[list[float], list[float]]:
-    """Acceptance and value of each case, in order; the drafter's own at the acceptance it had."""
-    pairs = sorted((result["acceptance"][k] if k == "own" else float(k), value) for k, value in values.items())
+    """Acceptance and value of each case, in order; the drafter's own at the acceptance it had, and none that switch."""
+    steady = {k: value for k, value in values.items() if "/" not in k}
+    pairs = sorted((result["acceptance"][k] if k == "own" else float(k), value) for k, value in steady.items())
     return [x for x, _ in pairs], [y for _, y in pairs]
 
 

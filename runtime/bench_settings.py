@@ -14,8 +14,58 @@ PROMPTS = (
 )
 PROMPT_TOKENS = 128  # of the pass that the speed of prompts is taken from
 MARGIN = 64  # context beyond what is generated: the longest draft, and the record that must not end before it
+TURN = 64  # tokens that one of several chances lasts
+WARM_TOKENS = 256  # that teach "auto" before it is measured
 # Told of progress: what is being measured, steps done and steps in all.
 Step = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Chance:
+    """The chance that a replayed token is right: one for all, or several that take turns.
+
+    Attributes:
+        levels: one chance, or more.
+        turn: tokens that each of several lasts.
+    """
+
+    levels: tuple[float, ...]
+    turn: int = TURN
+
+    @classmethod
+    def parse(cls, text: str) -> Chance:
+        """Read "0.35", or "0.1/0.9:64" for two that change after 64 tokens each.
+
+        Raises:
+            ValueError: it is neither, or a chance is not between 0 and 1.
+        """
+        levels, _, turn = text.partition(":")
+        found = cls(tuple(float(level) for level in levels.split("/")), int(turn or TURN))
+        if not all(0 <= level <= 1 for level in found.levels):
+            raise ValueError("each must lie between 0 and 1.")
+        if found.turn < 1 or (turn and not found.switches):
+            raise ValueError("a number of tokens is for chances that take turns, as in 0.1/0.9:64.")
+        return found
+
+    @property
+    def switches(self) -> bool:
+        """Whether there are several."""
+        return len(self.levels) > 1
+
+    @property
+    def name(self) -> str:
+        """As `parse` reads it."""
+        levels = "/".join(f"{level:g}" for level in self.levels)
+        return f"{levels}:{self.turn}" if self.switches else levels
+
+    def at(self, made: int) -> float:
+        """The chance after so many tokens."""
+        return self.levels[made // self.turn % len(self.levels)]
+
+    def tokens(self, wanted: int) -> int:
+        """At least as many tokens as wanted, in which each of several chances has the same number of turns."""
+        cycle = self.turn * len(self.levels) if self.switches else 1
+        return -(-wanted // cycle) * cycle
 
 
 @dataclass(frozen=True)
@@ -26,10 +76,11 @@ class Settings:
         target: GGUF file of the target.
         drafter: of its drafter.
         ctx_filled: tokens in the KV cache when passes, rounds and replayed continuations begin.
-        acceptance: chances per token at which recorded continuations are replayed.
+        acceptance: chances at which recorded continuations are replayed.
         own: whether to generate with the drafter's own tokens as well.
         draft: lengths to compare; empty for the best by measured costs, per acceptance.
         tokens: generated per run.
+        warm_tokens: generated before a run with the draft length "auto", which learns from them.
         repeat: visits, of which medians are taken.
         prompts: for `own`.
         temp: temperature for `own`; replays are greedy.
@@ -43,10 +94,11 @@ class Settings:
     target: Path
     drafter: Path
     ctx_filled: int = 256
-    acceptance: tuple[float, ...] = ()
+    acceptance: tuple[Chance, ...] = ()
     own: bool = True
     draft: tuple[int, ...] = ()
     tokens: int = 64
+    warm_tokens: int = WARM_TOKENS
     repeat: int = 3
     prompts: tuple[str, ...] = PROMPTS
     temp: float = 0.0
@@ -57,9 +109,14 @@ class Settings:
     against: tuple[str, ...] = ()
 
     @property
+    def recorded(self) -> int:
+        """Tokens of the longest replay."""
+        return max([self.tokens, *(chance.tokens(self.tokens) for chance in self.acceptance)])
+
+    @property
     def n_ctx(self) -> int:
         longest = max((len(prompt.encode()) for prompt in self.prompts), default=0) if self.own else 0
-        return max(self.ctx_filled + PROMPT_TOKENS, self.ctx_filled + self.tokens, longest + self.tokens) + MARGIN
+        return max(self.ctx_filled + max(PROMPT_TOKENS, self.recorded), longest + self.tokens) + MARGIN
 
     @property
     def loading(self) -> dict[str, Any]:

@@ -11,13 +11,15 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gemma_mtp.runtime.bench_settings import Chance
+    from gemma_mtp.runtime.drafts import DraftLength
     from gemma_mtp.runtime.llama import Llama
     from gemma_mtp.runtime.stats import Stats
 
@@ -90,6 +92,7 @@ class Measure:
         self.llm = llm
         self._prompt: list[int] = []
         self._record: list[int] = []
+        self.forget()
 
     def tokenize(self, text: str) -> list[int]:
         return list(self.llm.tokenize(text.encode()))
@@ -144,51 +147,70 @@ class Measure:
                 break
         return self._record[len(self._prompt) :]
 
-    def replay(self, n: int, length: int, chance: float, seed: int) -> dict[str, Any]:
+    def forget(self) -> None:
+        """Know nothing of costs and acceptance, as when a pair is first run on a machine, and keep nothing on disk."""
+        from gemma_mtp.runtime.costs import Costs
+        from gemma_mtp.runtime.draft_length import Policy
+        from gemma_mtp.runtime.drafts import MOST
+
+        class Forgotten(Costs):
+            def save(self, path: Path) -> None:
+                del path
+
+        self.llm._costs = Forgotten(MOST + 1)
+        self.llm._policy = Policy(self.llm._costs, MOST)
+
+    def replay(self, n: int, length: DraftLength, chance: str | None, seed: int) -> dict[str, Any]:
         """Generate about n tokens, whole rounds, with recorded drafts accepted with this chance; length 0 for none.
 
         Should the target leave its record, which takes a near-tie, it is put back on it.
         """
+        from gemma_mtp.runtime.bench_settings import Chance
         from gemma_mtp.runtime.stats import Stats
 
         total, shares, segments = Stats(), [0.0, 0.0], 0
         at, end = len(self._prompt), len(self._prompt) + n
+        self.llm.draft_length = length
+        given = None if chance is None else Chance.parse(chance)
         while at < end:
             segments += 1
-            self.llm.draft_length = length
-            at = self._follow(at, end, chance if length else None, seed + segments, shares)
+            at = self._follow(at, end, given, seed + segments, shares)
             total.add(self.llm.stats)
         return self._result(total, segments, shares) | {"left_record": segments - 1}
 
-    def _follow(self, at: int, end: int, chance: float | None, seed: int, shares: list[float]) -> int:
+    def _follow(self, at: int, end: int, chance: Chance | None, seed: int, shares: list[float]) -> int:
         """Generate along the record from a place in it; returns the place to go on from."""
-        with _timed(self.llm, self._record, chance, seed, end - 1) as spent:
+        from gemma_mtp.runtime.replay import until_enough, watched
+
+        with watched(self.llm, self._record, chance, seed, len(self._prompt), end) as spent:
             tokens = self.llm.generate(self._record[:at], temp=0.0)
             with closing(tokens):
-                for token in _until_enough(tokens):
+                for token in until_enough(tokens):
                     if self.llm.stats.tokens == 1:
                         spent.start()
                     right = token == self._record[at]
                     at += 1
-                    if not right or (chance is None and at >= end):
+                    if not right:
                         break
             spent.add_to(shares)
         return at
 
-    def generate(self, prompt: list[int], n: int, length: int, temp: float, seed: int) -> dict[str, Any]:
+    def generate(self, prompt: list[int], n: int, length: DraftLength, temp: float, seed: int) -> dict[str, Any]:
         """Generate n tokens, or up to the end of the turn, with what the drafter proposes; length 0 for none."""
+        from gemma_mtp.runtime.replay import until_enough, watched
+
         self.llm.draft_length = length
         self.llm.set_seed(seed)
         made: list[int] = []
         shares = [0.0, 0.0]
-        with _timed(self.llm, [], None, 0, len(prompt) + n - 1) as spent:
+        with watched(self.llm, [], None, 0, 0, len(prompt) + n) as spent:
             tokens = self.llm.generate(prompt, top_k=64, top_p=0.95, min_p=0.0, temp=temp)
             with closing(tokens):
-                for token in _until_enough(tokens):
+                for token in until_enough(tokens):
                     if not made:
                         spent.start()
                     made.append(token)
-                    if token == self.llm.token_eos() or len(made) >= n + length:
+                    if token == self.llm.token_eos():
                         break
             spent.add_to(shares)
         return self._result(self.llm.stats, 1, shares) | {"tokens": made[:n]}
@@ -209,57 +231,6 @@ class Measure:
         from llama_cpp import llama_cpp as lib
 
         lib.llama_synchronize(self.llm.ctx)
-
-
-class _Spent:
-    """Seconds in llama_decode outside of drafts, and in drafts, since `start`."""
-
-    def __init__(self, drafter: Any) -> None:
-        self.decode, self._drafter, self._at_start = 0.0, drafter, (0.0, 0.0)
-
-    def start(self) -> None:
-        self._at_start = (self.decode, self._drafter.seconds)
-
-    def add_to(self, shares: list[float]) -> None:
-        draft = self._drafter.seconds - self._at_start[1]
-        shares[0] += self.decode - self._at_start[0]
-        shares[1] += draft
-
-
-@contextmanager
-def _timed(llm: Llama, record: Sequence[int], chance: float | None, seed: int, end: int) -> Iterator[_Spent]:
-    """Put `Replay` in the drafter's place and a clock around llama_decode, and take both away again."""
-    from gemma_mtp.runtime.replay import Replay
-    from llama_cpp import llama_cpp as lib
-
-    real, decode = llm.drafter, lib.llama_decode
-    replay = Replay(real, record, chance, seed, end)
-    spent = _Spent(replay)
-    target = llm.ctx
-
-    def timed(ctx: Any, batch: Any) -> int:
-        if ctx is not target:
-            return int(decode(ctx, batch))
-        clock = perf_counter()
-        status = int(decode(ctx, batch))
-        lib.llama_synchronize(ctx)
-        spent.decode += perf_counter() - clock
-        return status
-
-    lib.llama_decode, llm.drafter = timed, replay  # type: ignore[assignment]
-    try:
-        yield spent
-    finally:
-        lib.llama_decode, llm.drafter = decode, real
-
-
-def _until_enough(tokens: Iterator[int]) -> Iterator[int]:
-    from gemma_mtp.runtime.replay import Enough
-
-    try:
-        yield from tokens
-    except Enough:
-        return
 
 
 def main() -> None:

@@ -1,15 +1,27 @@
-"""Drafts with a known chance of acceptance: the real drafter runs, and a recorded continuation takes its place."""
+"""Drafts with a known chance of acceptance: the real drafter runs, and a recorded continuation takes its place.
+
+And the clocks of such a run, with its end: `watched`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from inspect import isfunction
+from statistics import harmonic_mean
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from gemma_mtp.runtime import drafts
+from gemma_mtp.runtime.bench_settings import Chance
+from gemma_mtp.runtime.lookup import Lookup
 from gemma_mtp.runtime.native import Floats
 from gemma_mtp.runtime.sampling import Choose
+from llama_cpp import llama_cpp as lib
+
+if TYPE_CHECKING:
+    from gemma_mtp.runtime.llama import Llama
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 SURE = 1e4  # a logit that no other comes near
@@ -19,12 +31,15 @@ class Enough(Exception):
     """As many tokens as asked for have been generated; raised between two rounds."""
 
 
-def expected_tokens(chance: float, length: int) -> float:
-    """Tokens a round of `length` drafted tokens brings on average when each is accepted with this chance.
+def expected_tokens(chance: Chance | None, length: int) -> float:
+    """Tokens a round of `length` drafted tokens brings on average when each is accepted with this chance; 1 for None.
 
-    Leviathan et al., arXiv 2211.17192, equation 1: 1 + p + ... + p^length.
+    Leviathan et al., arXiv 2211.17192, equation 1: 1 + p + ... + p^length. Of chances that take turns, the harmonic
+    mean: each lasts for equally many tokens.
     """
-    return sum(chance**place for place in range(length + 1))
+    if chance is None:
+        return 1.0
+    return harmonic_mean(sum(level**place for place in range(length + 1)) for level in chance.levels)
 
 
 class Replay:
@@ -39,14 +54,14 @@ class Replay:
         record: the whole sequence, prompt first.
         chance: p, or None to propose what the drafter does.
         seed: where the random numbers begin.
-        end: position from which on `Enough` is raised instead of drafting.
+        begin: position that turns of `chance` are counted from.
 
     Attributes:
         seconds: time spent in the drafter.
     """
 
-    def __init__(self, drafter: Any, record: Sequence[int], chance: float | None, seed: int, end: int) -> None:
-        self._drafter, self._record, self._chance, self._end = drafter, record, chance, end
+    def __init__(self, drafter: Any, record: Sequence[int], chance: Chance | None, seed: int, begin: int) -> None:
+        self._drafter, self._record, self._chance, self._begin = drafter, record, chance, begin
         self._place = seed * GOLDEN
         self.seconds = 0.0
 
@@ -59,9 +74,7 @@ class Replay:
         Where a function chooses, it gets to see logits in which the proposed token wins, so that it costs and leaves
         behind what it would anyhow. Otherwise the tokens returned are exchanged.
         """
-        if position >= self._end:
-            raise Enough
-        proposed = [] if self._chance is None else self._proposal(position, length)
+        proposed = [] if self._chance is None else self._proposal(self._chance, position, length)
         clock = perf_counter()
         try:
             asked = self._steered(choose, proposed, position) if proposed and isfunction(choose) else choose
@@ -70,9 +83,9 @@ class Replay:
             self.seconds += perf_counter() - clock
         return proposed[: len(made)] if proposed else made
 
-    def _proposal(self, position: int, length: int) -> list[int]:
+    def _proposal(self, chance: Chance, position: int, length: int) -> list[int]:
         truth = self._record[position + 1 : position + 1 + length]
-        right = self._right(len(truth))
+        right = self._right(chance.at(max(position - self._begin, 0)), len(truth))
         return [token if place < right else self._wrong(token) for place, token in enumerate(truth)]
 
     @staticmethod
@@ -84,13 +97,86 @@ class Replay:
 
         return steered
 
-    def _right(self, length: int) -> int:
+    def _right(self, chance: float, length: int) -> int:
         """How many tokens of the next draft are right."""
         self._place = (self._place + GOLDEN) % 1.0
-        if self._chance == 0.0 or self._place == 0.0:
+        if chance == 0.0 or self._place == 0.0:
             return 0
-        return length if self._chance == 1.0 else min(length, int(math.log(self._place) / math.log(self._chance or 1)))
+        return length if chance == 1.0 else min(length, int(math.log(self._place) / math.log(chance)))
 
     @staticmethod
     def _wrong(token: int) -> int:
         return token - 1 if token else 1
+
+
+class Fruitless(Lookup):
+    """Looks, and finds nothing: a record may repeat itself, and what it holds is right whatever the chance."""
+
+    def find(self, length: int) -> tuple[list[int], int]:
+        """As `Lookup.find`, without what was found."""
+        super().find(length)
+        return [], 0
+
+
+class Spent:
+    """Seconds in llama_decode outside of drafts, and in drafts, since `start`."""
+
+    def __init__(self, replay: Replay) -> None:
+        self.decode, self._replay, self._at_start = 0.0, replay, (0.0, 0.0)
+
+    def start(self) -> None:
+        """Count from here."""
+        self._at_start = (self.decode, self._replay.seconds)
+
+    def add_to(self, shares: list[float]) -> None:
+        """Add both, target first, to these."""
+        shares[0] += self.decode - self._at_start[0]
+        shares[1] += self._replay.seconds - self._at_start[1]
+
+
+@contextmanager
+def watched(
+    llm: Llama, record: Sequence[int], chance: Chance | None, seed: int, begin: int, end: int
+) -> Iterator[Spent]:
+    """Put `Replay` in the drafter's place, a clock around llama_decode and an end to the run; take them away again.
+
+    Args:
+        llm: an open pair.
+        record, chance, seed, begin: for `Replay`.
+        end: tokens of the sequence after which no further round begins: `Enough` is raised between two.
+    """
+    real, decode, make = llm.drafter, lib.llama_decode, drafts.Drafts.make
+    replay = Replay(real, record, chance, seed, begin)
+    spent = Spent(replay)
+    target = llm.ctx
+
+    def timed(ctx: Any, batch: Any) -> int:
+        if ctx is not target:
+            return int(decode(ctx, batch))
+        clock = perf_counter()
+        status = int(decode(ctx, batch))
+        lib.llama_synchronize(ctx)
+        spent.decode += perf_counter() - clock
+        return status
+
+    def ending(self: drafts.Drafts, token: int, row: int) -> drafts.Draft:
+        if llm.n_tokens + 1 >= end:
+            raise Enough
+        return make(self, token, row)
+
+    lib.llama_decode, llm.drafter = timed, replay  # type: ignore[assignment]
+    drafts.Drafts.make = ending  # type: ignore[method-assign]
+    drafts.Lookup = Lookup if chance is None else Fruitless  # type: ignore[attr-defined]
+    try:
+        yield spent
+    finally:
+        lib.llama_decode, llm.drafter = decode, real
+        drafts.Drafts.make, drafts.Lookup = make, Lookup  # type: ignore[attr-defined, method-assign]
+
+
+def until_enough(tokens: Iterator[int]) -> Iterator[int]:
+    """Tokens up to the end that `watched` was given."""
+    try:
+        yield from tokens
+    except Enough:
+        return

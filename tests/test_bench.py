@@ -17,13 +17,17 @@ from click.testing import CliRunner
 from gemma_mtp.convert import Pair, link, shapes
 from gemma_mtp.convert.verify import verify_files
 from gemma_mtp.patches import build
-from gemma_mtp.runtime import bench, machine
-from gemma_mtp.runtime.bench_settings import Settings
+from gemma_mtp.runtime import Llama, bench, drafts, machine
+from gemma_mtp.runtime.bench_settings import Chance, Settings
 from gemma_mtp.runtime.bench_speed import best_length
-from gemma_mtp.runtime.bench_worker import Worker
+from gemma_mtp.runtime.bench_worker import Measure, Worker
 from gemma_mtp.runtime.cli import main
-from gemma_mtp.runtime.replay import Enough, Replay, expected_tokens
+from gemma_mtp.runtime.draft_length import Policy
+from gemma_mtp.runtime.drafts import MOST
+from gemma_mtp.runtime.lookup import Lookup
+from gemma_mtp.runtime.replay import Replay, expected_tokens
 from llama_cpp import llama_cpp as lib
+from test_drafts import paying
 
 STOCK = build.stock_dir()
 needs_stock = pytest.mark.skipif(not STOCK.exists(), reason="no unpatched llama.cpp here; make check-stock builds it")
@@ -39,19 +43,27 @@ def run(*arguments: Any) -> dict[str, Any]:
 
 def test_bench_ends_with_one_json_line(demo: Pair, tmp_path: Path) -> None:
     picture = tmp_path / "bench.png"
-    replay = ["--acceptance", "0.6,1", "--draft", "2,3", "--plot", picture]
+    replay = ["--acceptance", "0.6,1,0/1:16", "--draft", "2,3", "--warm-tokens", 50, "--plot", picture]
     found = run(demo.target.parent, "-n", 48, "--repeat", 1, "--ctx-filled", 40, "-t", 1, *replay)
     assert found["target"] == demo.target.name
     assert found["weights"] == "from the file"
     assert list(found["target_pass_ms"]) == ["1", "2", "3", "4", "5", "6", "7", "8", "9", "12"]
     assert list(found["draft_round_ms"]) == ["1", "2", "3", "4", "5", "6", "7", "8"]
     assert min(*found["target_pass_ms"].values(), *found["draft_round_ms"].values()) > 0
-    assert set(found["tokens_per_s"]["mtp"]) == set(found["speedup"]) == {"0.6", "1", "own"}
+    assert set(found["tokens_per_s"]["mtp"]) == set(found["speedup"]) == {"0.6", "1", "0/1:16", "own"}
     assert found["tokens_per_s"]["plain"] > 0
-    assert found["replayed"] == ["0.6", "1"]
+    assert found["replayed"] == found["flags"]["acceptance"] == ["0.6", "1", "0/1:16"]
     assert set(found["speedup_by_length"]["own"]) == {"2", "3"}
     assert found["draft_length"]["own"] in (2, 3)
     assert found["acceptance"]["0.6"] == pytest.approx(0.6, abs=0.08)
+    # As many tokens at 0, one a round, as at 1, three or four a round.
+    assert found["acceptance"]["0/1:16"] == pytest.approx(3 / (4 + 3) if found["draft_length"]["0/1:16"] == 3 else
+                                                          2 / (3 + 2), abs=0.15)  # fmt: skip
+    assert set(found["auto"]) == set(found["speedup"])
+    for auto in found["auto"].values():
+        assert auto["best_fixed"] in (0, 2, 3)
+        assert min(auto[key] for key in ("tokens_per_s", "speedup", "over_best_fixed", "learning")) > 0
+    assert found["flags"]["warm_tokens"] == 50
     assert found["identical"] is True
     assert 0 < found["overhead"]["share"] < 1
     assert found["machine"]["threads"] == 1 and found["machine"]["cpu"]
@@ -91,7 +103,7 @@ class Guesses:
 def test_replay_is_right_with_the_chance_asked_for(chance: float, choose: Any) -> None:
     record, rounds, length = list(range(1, 9)), 400, 4
     drafter = Guesses()
-    replay = Replay(drafter, record, chance, seed=3, end=len(record))
+    replay = Replay(drafter, record, Chance((chance,)), seed=3, begin=0)
     right = np.zeros(length + 1)
     for _ in range(rounds):
         drafted = replay.draft(2, np.zeros(1), 1, length, choose)
@@ -106,19 +118,50 @@ def test_replay_is_right_with_the_chance_asked_for(chance: float, choose: Any) -
         assert right[place] / rounds == pytest.approx(chance**place, abs=0.01)
 
 
-def test_replay_without_a_chance_proposes_what_the_drafter_does_and_ends_between_rounds() -> None:
-    replay = Replay(Guesses(), [5, 6, 7], None, seed=0, end=2)
+def test_replay_without_a_chance_proposes_what_the_drafter_does() -> None:
+    replay = Replay(Guesses(), [5, 6, 7], None, seed=0, begin=0)
     assert replay.draft(6, np.zeros(1), 1, 3, None) == [0, 0, 0]
-    with pytest.raises(Enough):
-        replay.draft(7, np.zeros(1), 2, 3, None)
+
+
+def test_chances_take_turns() -> None:
+    chance = Chance.parse("0.1/0.9:4")
+    assert chance == Chance((0.1, 0.9), 4)
+    assert [chance.at(made) for made in (0, 3, 4, 7, 8)] == [0.1, 0.1, 0.9, 0.9, 0.1]
+    assert [chance.tokens(n) for n in (1, 8, 9)] == [8, 8, 16]
+    assert Chance.parse("0.35").tokens(9) == 9
+    assert [Chance.parse(text).name for text in ("0", "0.35", "0.1/0.9")] == ["0", "0.35", "0.1/0.9:64"]
+    record = list(range(1, 40))
+    replay = Replay(Guesses(), record, Chance((0.0, 1.0), 4), seed=0, begin=10)
+    for position in range(10, 30):
+        right = replay.draft(0, np.zeros(1), position, 2, None) == record[position + 1 : position + 3]
+        assert right == ((position - 10) // 4 % 2 == 1)
+
+
+@pytest.mark.parametrize("length", [0, 2, "auto"])
+def test_replays_end_between_rounds_and_keep_to_the_record(length: int | str, demo: Pair) -> None:
+    """Whatever the draft length; "auto" is made to draft, and what the text so far holds is no help."""
+    options: dict[str, Any] = {"n_ctx": 256, "verbose": False, "n_threads": 1, "n_threads_batch": 1}
+    with closing(Llama(demo.target, **options)) as llm:
+        measure = Measure(llm)
+        measure.fill(measure.tokenize("import os\nimport sys\n" * 4))
+        record = measure.record(60)
+        llm._costs = paying()
+        llm._policy = Policy(llm._costs, MOST)
+        found = measure.replay(40, length, "0.5/1:10", 0)
+    assert found["left_record"] == 0
+    assert 40 <= found["generated"] + 1 < 40 + MOST + 1
+    assert set(found["stats"]["drafted_from"]) == (set() if length == 0 else {"mtp"})
+    assert len(record) == 60
+    assert drafts.Lookup is Lookup
 
 
 def test_best_length_weighs_cost_and_acceptance() -> None:
-    assert expected_tokens(0.5, 2) == 1.75
+    assert expected_tokens(Chance((0.5,)), 2) == 1.75
+    assert expected_tokens(Chance((0.0, 1.0)), 2) == 1.5  # 2 tokens in 4/3 rounds, 1 alone and 1 of a round of three
     dear = {"target_pass_ms": {str(n): 10.0 * n for n in range(1, 10)}, "draft_round_ms": dict.fromkeys("12345678", 0)}
     cheap = {"target_pass_ms": dict.fromkeys("123456789", 10.0), "draft_round_ms": dict.fromkeys("12345678", 0.0)}
-    assert best_length(0.6, dear) == 1
-    assert best_length(0.6, cheap) == 8
+    assert best_length(Chance((0.6,)), dear) == 1
+    assert best_length(Chance((0.6,)), cheap) == 8
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +214,7 @@ def test_random_weights_generate_with_mtp(small: tuple[Path, Path], library: Pat
         worker.call("fill", tokens=list(range(1000, 1016)))
         record = worker.call("record", n=24)
         assert len(set(record)) > 12  # no loop
-        found = worker.call("replay", n=12, length=3, chance=1.0, seed=0)
+        found = worker.call("replay", n=12, length=3, chance="1", seed=0)
         assert found["generated"] >= 11
         assert found["rounds"] < found["generated"]
         assert found["seconds"] >= found["decode_seconds"] + found["draft_seconds"] > 0
@@ -198,6 +241,8 @@ def test_every_shape_is_planned_whole_and_shortened(shape: str) -> None:
         (["--shape", "E2B", "-q", "Q9"], "unknown format 'Q9'"),
         (["--shape", "E2B", "--acceptance", "1.2"], "between 0 and 1"),
         (["--shape", "E2B", "--draft", "a"], "not a list of numbers"),
+        (["--shape", "E2B", "--draft", "9"], "between 1 and 8"),
+        (["--shape", "E2B", "--acceptance", "0.5:8"], "take turns"),
         (["."], "must hold one target"),
         (["--shape", "E2B", "--plot", "none/bench.png"], "there is no folder"),
     ],

@@ -66,6 +66,8 @@ def measure(settings: Settings, step: Step = lambda label, done, total: None) ->
                     key: {n: round(other[key][n] / value, 3) for n, value in found["ours"][key].items()}
                     for key in ("target_pass_ms", "draft_round_ms")
                 }
+        if settings.passes:
+            return result | ({"against": against} if against else {})
         ours.call("record", n=settings.recorded + MARGIN // 2)
         speeds = Speeds(settings, ours, prompt, found["ours"], binaries, step)
         result |= speeds.measure()

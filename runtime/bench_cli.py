@@ -86,6 +86,7 @@ def draft_length(text: str) -> int:
     type=click.Choice(["stock", "patched-server"]),
     help="Measure another build on the same files as well; may be given twice.",
 )
+@click.option("--passes", is_flag=True, help="Stop after target passes and draft rounds.")
 @click.option(
     "--ctx-filled",
     type=click.IntRange(2),
@@ -142,10 +143,13 @@ def bench(
       gemma-mtp bench out/gemma-4-E2B-it-Q4_K_M.gguf --prompts mine.txt -n 256 --draft 2,3,4
       gemma-mtp bench --shape E2B -q Q4_K_M --ctx-filled 2048 -t 2
       gemma-mtp bench --shape E2B --acceptance 0,0.35,0.95,0.1/0.9:64 --draft 1,2,3,4,6,8
+      gemma-mtp bench --shape E2B --against stock --passes --repeat 5
       gemma-mtp bench --shape E2B --against stock --plot e2b.png
     """  # fmt: skip
     if (pair is None) == (shape is None):
         raise click.UsageError("name a PAIR, or give --shape for random weights.")
+    if plot is not None and rest["passes"]:
+        raise click.UsageError("--plot draws speed-up, which --passes leaves out; give one of them.")
     if plot is not None and find_spec("matplotlib") is None:
         raise click.ClickException("--plot needs matplotlib; run: pip install 'gemma-mtp[plot]'")
     if plot is not None and not plot.absolute().parent.is_dir():

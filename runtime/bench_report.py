@@ -26,10 +26,11 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     )  # fmt: skip
     console.print(_costs(result, "target_pass_ms", "one target pass over n tokens", "n"))
     console.print(_costs(result, "draft_round_ms", "drafting K tokens", "K"))
-    console.print(_speeds(result))
-    console.print(_auto(result))
-    for who, other in result.get("against", {}).items():
-        console.print(_server(who, other["server"]))
+    if not flags["passes"]:
+        console.print(_speeds(result))
+        console.print(_auto(result))
+        for who, other in result.get("against", {}).items():
+            console.print(_server(who, other["server"]))
     for line in _notes(result):
         console.print(line, highlight=False, markup=False)
 
@@ -104,6 +105,8 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
     for who, other in result.get("against", {}).items():
         if "prompt_tokens_per_s" in other:
             lines[0] += f"; {who} {other['prompt_tokens_per_s']:.0f}"
+    if result["flags"]["passes"]:
+        return lines
     for name, by_length in result["speedup_by_length"].items():
         if len(by_length) > 1:
             each = ", ".join(f"{length}: {value:.2f}" for length, value in by_length.items())

@@ -89,6 +89,7 @@ class Settings:
         gpu_layers: layers on the GPU, -1 for all.
         flash_attn: whether to use flash attention.
         against: other builds: "stock", "patched-server".
+        passes: whether to stop after target passes and draft rounds.
     """
 
     target: Path
@@ -107,6 +108,7 @@ class Settings:
     gpu_layers: int = -1
     flash_attn: bool = True
     against: tuple[str, ...] = ()
+    passes: bool = False
 
     @property
     def recorded(self) -> int:

@@ -72,6 +72,13 @@ def test_bench_ends_with_one_json_line(demo: Pair, tmp_path: Path) -> None:
 
 
 @pytest.mark.stock
+def test_passes_alone(demo: Pair) -> None:
+    found = run(demo.target, "--repeat", 1, "--ctx-filled", 40, "-t", 1, "--passes")
+    assert found["target_pass_ms"]["9"] > 0
+    assert found["draft_round_ms"]["8"] > 0
+    assert "tokens_per_s" not in found
+
+
 @needs_stock
 def test_bench_beside_stock(demo: Pair, tmp_path: Path) -> None:
     picture = tmp_path / "bench.png"

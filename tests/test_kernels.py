@@ -30,6 +30,15 @@ MOST = {"Q4_0": 16, "Q4_K": 16, "Q5_K": 9, "Q6_K": 16, "Q8_0": 16}
 SHAPES = [(256, 8), (512, 64), (1536, 264), (2048, 1000)]
 
 
+def library(variant: str) -> Path:
+    """The folder of libggml built for an instruction set; skips where there is none, or it would not run."""
+    if not VARIANTS[variant].exists():
+        pytest.skip(f"no {variant} build here; make check-kernels builds it")
+    if variant == "avx-vnni" and "avx_vnni" not in build.cpu_features().split():
+        pytest.skip("this CPU has no AVX-VNNI")
+    return VARIANTS[variant]
+
+
 def products(folder: Path, kind: str, shape: tuple[int, int], seed: int, mode: str, **env: str) -> str:
     script = Path(__file__).with_name("mul_mat.py")
     command = [sys.executable, script, folder, kind, *map(str, (*shape, seed, MOST[kind])), mode]
@@ -43,9 +52,7 @@ def products(folder: Path, kind: str, shape: tuple[int, int], seed: int, mode: s
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_products_are_those_of_one_row_kernels(variant: str, kind: str) -> None:
     """1 to 9 or 16 rows at once by our kernels, one after the other by stock's."""
-    folder = VARIANTS[variant]
-    if not folder.exists():
-        pytest.skip(f"no {variant} build here; make check-kernels builds it")
+    folder = library(variant)
     seed = random.randrange(1 << 30)
     for shape in SHAPES if variant == "installed" else SHAPES[1:3]:
         stock = products(folder, kind, shape, seed, "alone", GGML_SMALL_BATCH_ROWS="0")
@@ -92,9 +99,7 @@ def attention(shape: tuple[int, int, int, int, int, int | None], kind: str, seed
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_attention_of_a_few_queries(variant: str, kind: str, tmp_path: Path) -> None:
     """Nearer to the exact sums than llama.cpp's own, and the same for any number of queries and threads."""
-    folder = VARIANTS[variant]
-    if not folder.exists():
-        pytest.skip(f"no {variant} build here; make check-kernels builds it")
+    folder = library(variant)
     path, found = tmp_path / "case.npz", tmp_path / "found.npy"
 
     def attend(case: dict[str, Any], **env: str) -> Any:
@@ -130,9 +135,7 @@ def unpacked(values: Any, kind: str) -> Any:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_tanh_and_gelu(variant: str, tmp_path: Path) -> None:
     """Against float64; a value has the same result wherever it stands in a row."""
-    folder = VARIANTS[variant]
-    if not folder.exists():
-        pytest.skip(f"no {variant} build here; make check-kernels builds it")
+    folder = library(variant)
     rng = np.random.default_rng(0)
     special = [0.0, -0.0, 1e-40, 11.0, -11.0, 1e30, -1e30, np.inf, -np.inf, np.nan]
     row = np.concatenate([rng.standard_normal(2000) * size for size in (1e-6, 1e-2, 1, 4, 20)] + [special])

@@ -233,10 +233,35 @@ def build_wheel() -> Path:
     flags = cmake_args()
     key = build_key(flags)
     home = cache_dir() / "wheels" / key
-    if wheels := list(home.glob("*.whl")):
-        return wheels[0]
-    check_tools()
-    fetch_sdist()
+    if not list(home.glob("*.whl")):
+        check_tools()
+        with building(key):
+            if not list(home.glob("*.whl")):
+                fetch_sdist()
+                _build_wheel(home, key, flags)
+    return next(home.glob("*.whl"))
+
+
+@contextmanager
+def building(what: str) -> Iterator[None]:
+    """Hold a lock in the cache folder: a second run waits for what the first builds, and finds it there."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows
+        yield
+        return
+    lock = cache_dir() / "work" / f"{what}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waiting for another run that builds the same")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build_wheel(home: Path, key: str, flags: Sequence[str]) -> None:
     with patched_tree() as tree:
         version = brand(tree, key, flags)
         say(f"building llama-cpp-python {version} with {' '.join(flags)}: a few minutes, once")
@@ -247,7 +272,7 @@ def build_wheel() -> Path:
         home.mkdir(parents=True, exist_ok=True)
         wheel = next(built.glob("*.whl"))
         shutil.copy2(wheel, home / (wheel.name + ".part"))
-        return (home / (wheel.name + ".part")).rename(home / wheel.name)
+        (home / (wheel.name + ".part")).rename(home / wheel.name)
 
 
 def pip_wheel(tree: Path, built: Path, env: Mapping[str, str]) -> None:
@@ -360,9 +385,9 @@ def build_stock() -> None:
     if stock_dir().exists():
         return
     check_tools()
-    work = cache_dir() / "work"
-    work.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=work) as folder:
+    with building(stock_dir().name), tempfile.TemporaryDirectory(dir=cache_dir() / "work") as folder:
+        if stock_dir().exists():
+            return
         built = compile_tree(unpack(Path(folder)), "the unpatched llama.cpp", "llama-server", "llama-quantize", "mtmd")
         stock_dir().parent.mkdir(parents=True, exist_ok=True)
         shutil.move(built, stock_dir())

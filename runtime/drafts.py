@@ -153,14 +153,16 @@ class Drafts:
             draft.add(token, LOOKUP)
 
     def _draft_on(self, draft: Draft, token: int, hidden: Floats, length: int, sampler: Sampler) -> None:
-        """Run the drafter from the last token, forced or generated."""
-        ahead = len(draft.tokens)
+        """Run the drafter; it reads forced tokens before it goes on from them, so that its hidden row is theirs."""
+        forced = list(draft.tokens)
         vocab = self._llm._model.vocab
 
         def choose(logits: Floats, position: int) -> int:
             draft.steps += 1
+            if draft.steps <= len(forced):
+                return forced[draft.steps - 1]
             try:
-                made = sampler(logits, position + ahead)
+                made = sampler(logits, position)
             except NoTokenLeft:
                 raise EndOfDraft from None
             draft.add(made, MTP)
@@ -168,15 +170,15 @@ class Drafts:
                 raise EndOfDraft
             return made
 
-        drafter, last = self._llm.drafter, draft.tokens[-1] if draft.tokens else token
+        drafter = self._llm.drafter
         assert drafter is not None
-        if self._settings is not None and not ahead:
-            for made in drafter.draft(last, hidden, self._llm.n_tokens, length, self._settings):
+        if self._settings is not None and not forced:
+            for made in drafter.draft(token, hidden, self._llm.n_tokens, length, self._settings):
                 draft.steps += 1
                 draft.add(made, MTP)
             return
         with suppress(EndOfDraft):
-            drafter.draft(last, hidden, self._llm.n_tokens, length, choose)
+            drafter.draft(token, hidden, self._llm.n_tokens, len(forced) + length, choose)
 
 
 def matched_class(matched: int) -> int:

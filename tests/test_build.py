@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event, Thread
 
 import llama_cpp
 import pytest
@@ -89,6 +90,25 @@ def test_wrong_sdist_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(build, "pip", download)
     with pytest.raises(build.BuildError, match=build.upstream().sha256):
         build.fetch_sdist()
+
+
+def test_the_same_is_built_once_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("fcntl")
+    monkeypatch.setenv("GEMMA_MTP_CACHE", str(tmp_path))
+    waiting, done = Event(), []
+    monkeypatch.setattr(build, "say", lambda text: waiting.set())
+
+    def second() -> None:
+        with build.building("key"):
+            done.append("second")
+
+    with build.building("key"):
+        other = Thread(target=second)
+        other.start()
+        assert waiting.wait(20)
+        done.append("first")
+    other.join(20)
+    assert done == ["first", "second"]
 
 
 def test_series_is_well_formed() -> None:

@@ -172,6 +172,25 @@ def test_forced_tokens_cost_no_drafter_pass(mtp: Llama, monkeypatch: pytest.Monk
     assert sum(calls) <= 4
 
 
+def test_the_drafter_reads_forced_tokens(mtp: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round begins at the last token of the text and its hidden row; it returns what is forced before its own."""
+    rounds: list[tuple[int, int, list[int]]] = []
+    run = mtp.drafter.draft  # type: ignore[union-attr]
+
+    def noted(token: int, hidden: Any, position: int, length: int, choose: Any) -> Any:
+        drafted = run(token, hidden, position, length, choose)
+        rounds.append((token, position, drafted))
+        return drafted
+
+    monkeypatch.setattr(mtp.drafter, "draft", noted)
+    made = tokens_of(mtp, PROMPT, 6, 60, temp=0.0, grammar=grammar('root ::= ("12" [a-z] "34" [a-z] [a-z])+'))
+    text = mtp.tokenize(PROMPT.encode()) + made
+    assert mtp.stats.drafted_from["grammar"] > 10
+    assert all(text[position] == token for token, position, _ in rounds if position < len(text))
+    one = mtp.tokenize(b"1", add_bos=False)[-1]
+    assert any(one in drafted for _, _, drafted in rounds)
+
+
 def test_the_mask_agrees_with_asking_about_every_token(mtp: Llama) -> None:
     everything = np.arange(mtp.n_vocab(), dtype=np.int32)
     for rules, text in (

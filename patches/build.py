@@ -245,13 +245,13 @@ def build_wheel() -> Path:
 @contextmanager
 def building(what: str) -> Iterator[None]:
     """Hold a lock in the cache folder: a second run waits for what the first builds, and finds it there."""
+    lock = cache_dir() / "work" / f"{what}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
     except ModuleNotFoundError:  # Windows
         yield
         return
-    lock = cache_dir() / "work" / f"{what}.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

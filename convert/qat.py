@@ -3,9 +3,10 @@
 There a block of 32 weights is a scale times integers of -8 to 7, rounded to bf16. libggml chooses the scale that makes
 the weight of largest magnitude -8, which is another one wherever the grid was not used to its end.
 
-What is published of the checkpoints: libggml's Q4_0 has 25 % of the weights of E2B as they are and better scales have
-99.96 % (Unsloth, "Gemma 4 QAT"); the change of token probabilities falls from 5.8 % to 0.8 % (llama.cpp's pull request
-24603). Weights that lie on no grid keep libggml's blocks, so nothing is lost should a checkpoint be another.
+No published weights were at hand. What is said of them: 25 % of the bytes of libggml's Q4_0 are those of the training and
+with better scales 99.96 % (an Unsloth developer, without naming the size); the change of token probabilities falls from
+5.8 % to 0.8 % (llama.cpp's pull request 24603). Others say that the weights lie on no grid: such ones keep libggml's
+blocks, so nothing is lost.
 """
 
 from __future__ import annotations

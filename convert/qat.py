@@ -3,9 +3,9 @@
 There a block of 32 weights is a scale times integers of -8 to 7, rounded to bf16. libggml chooses the scale that makes
 the weight of largest magnitude -8, which is another one wherever the grid was not used to its end.
 
-No published weights were at hand. What is said of them: 25 % of the bytes of libggml's Q4_0 are those of the training and
-with better scales 99.96 % (an Unsloth developer, without naming the size); the change of token probabilities falls from
-5.8 % to 0.8 % (llama.cpp's pull request 24603). Others say that the weights lie on no grid: such ones keep libggml's
+No published weights were at hand. What is said of them: 25 % of the bytes of libggml's Q4_0 are those of the training
+and with better scales 99.96 % (an Unsloth developer, without naming the size); the change of token probabilities falls
+from 5.8 % to 0.8 % (llama.cpp's pull request 24603). Others say that the weights lie on no grid: such ones keep libggml's
 blocks, so nothing is lost.
 """
 

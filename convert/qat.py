@@ -5,8 +5,8 @@ the weight of largest magnitude -8, which is another one wherever the grid was n
 
 No published weights were at hand. What is said of them: 25 % of the bytes of libggml's Q4_0 are those of the training
 and with better scales 99.96 % (an Unsloth developer, without naming the size); the change of token probabilities falls
-from 5.8 % to 0.8 % (llama.cpp's pull request 24603). Others say that the weights lie on no grid: such ones keep libggml's
-blocks, so nothing is lost.
+from 5.8 % to 0.8 % (llama.cpp's pull request 24603). Others say that the weights lie on no grid: such ones keep the
+blocks of libggml, so nothing is lost.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo test check fix bench bench-convert check-patches check-kernels check-formats check-stock \
-        check-distribution check-invariance fuzz clean
+.PHONY: help setup native demo test check fix bench bench-convert check-patches check-kernels check-arm check-formats check-stock \
+        check-distribution check-coupling check-invariance fuzz clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ check-stock: setup ## build the unpatched llama.cpp and drive it with a converte
 	@$(BIN)/python patches/build.py stock
 	@$(BIN)/python -m pytest -m stock
 
+check-arm: $(BIN)/python ## build libggml for ARM and test what the series touches there, under emulation
+	@$(BIN)/python patches/build.py arm
+
 check-formats: setup ## every format of every size, with and without importance matrix, against llama-quantize
 	@$(BIN)/python -m pytest -q -s -m formats tests/test_formats.py
 
@@ -68,6 +71,9 @@ bench-convert: setup ## time, memory and bytes of a conversion beside upstream's
 
 check-distribution: setup ## draw 600,000 times with MTP and compare with the target's distribution
 	@$(BIN)/python -m pytest -s -m distribution
+
+check-coupling: setup ## acceptance of coupled and greedy drafts at a temperature, beside the bound
+	@$(BIN)/python tests/coupling.py
 
 check-invariance: setup ## 200 tokens alone and in batches of 2 to 9: the same logits, at the shape of E2B too
 	@$(BIN)/python -m pytest -m invariance tests/test_kernels.py

@@ -10,6 +10,7 @@ features (`-march=native`), so that a second run only installs.
     python patches/build.py check      # what `make check-patches` runs
     python patches/build.py stock      # what `make check-stock` runs
     python patches/build.py kernels    # what `make check-kernels` runs
+    python patches/build.py arm        # what `make check-arm` runs
 """
 
 from __future__ import annotations
@@ -380,6 +381,62 @@ def build_kernels() -> None:
             shutil.move(built, kernels_dir(variant))
 
 
+# Architectures that the kernels of the series tell apart on ARM, and the CPU that qemu plays for each.
+ARM_VARIANTS = {"armv8.2-a+dotprod+fp16": "cortex-a76", "armv8.2-a+dotprod+fp16+sve": "max"}
+# What test-backend-ops is to run there: all of an operation, or the cases that match.
+ARM_OPERATIONS = {
+    "TANH": "",
+    "GELU": "",
+    "GEGLU": "",
+    "FLASH_ATTN_EXT": r"hsk=(64|128),.*kv=113,nb=[13],.*sinks=0,max_bias=0.0*,logit_softcap=0.0*,",
+}
+
+
+def check_arm() -> None:
+    """Build libggml for ARM and run its own test of the operations that the series touches, under emulation.
+
+    Raises:
+        BuildError: the cross compiler or qemu is not there, or a test failed.
+    """
+    check_tools()
+    if missing := [tool for tool in ("aarch64-linux-gnu-g++", "qemu-aarch64") if not shutil.which(tool)]:
+        raise BuildError(f"missing: {', '.join(missing)}. On Debian: apt-get install g++-aarch64-linux-gnu qemu-user")
+    with patched_tree() as tree:
+        llama, build = tree / VENDORED, tree.parent / "arm"
+        ggml = build / "ggml" / "src"
+        for arch, cpu in ARM_VARIANTS.items():
+            say(f"compiling libggml for {arch}")
+            run(
+                ["cmake", "-S", llama, "-B", build, "-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_SYSTEM_NAME=Linux",
+                 "-DCMAKE_SYSTEM_PROCESSOR=aarch64", "-DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc",
+                 "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++", "-DGGML_NATIVE=OFF", "-DGGML_OPENMP=OFF",
+                 f"-DGGML_CPU_ARM_ARCH={arch}", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF"]
+            )  # fmt: skip
+            run(["cmake", "--build", build, "-j", str(os.cpu_count() or 2), "--target", "ggml"])
+            libraries = [ggml / f"lib{name}.a" for name in ("ggml", "ggml-cpu", "ggml-base")]
+            source = llama / "tests" / "test-backend-ops.cpp"
+            includes = (f"-I{llama / 'ggml' / 'include'}", f"-I{llama / 'common'}")
+            program = build / "test-backend-ops"
+            compile_test = [
+                "aarch64-linux-gnu-g++",
+                "-O1",
+                "-std=c++17",
+                "-static",
+                "-w",
+                *includes,
+                source,
+                *libraries,
+            ]
+            run([*compile_test, "-o", program])
+            for operation, cases in ARM_OPERATIONS.items():
+                chosen = ["-p", cases] if cases else []
+                said = run(["qemu-aarch64", "-cpu", cpu, program, "-b", "CPU", "-o", operation, *chosen])
+                passed = len(re.findall(rf"^ *{operation}\(.*OK", said, re.MULTILINE))
+                if not passed:
+                    raise BuildError(f"{operation} ran no case on {arch}:\n{said[-500:]}")
+                say(f"{operation}: {passed} cases passed")
+
+
 def build_stock() -> None:
     """Build the pinned llama.cpp without our series, to check that our files load where ours is not installed."""
     if stock_dir().exists():
@@ -400,10 +457,11 @@ def say(text: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Build, install or check the patched llama-cpp-python.")
-    parser.add_argument("action", choices=["install", "check", "stock", "kernels"])
+    parser.add_argument("action", choices=["install", "check", "stock", "kernels", "arm"])
     action = parser.parse_args().action
     try:
-        {"install": install, "check": check, "stock": build_stock, "kernels": build_kernels}[action]()
+        actions = {"install": install, "check": check, "stock": build_stock, "kernels": build_kernels, "arm": check_arm}
+        actions[action]()
     except BuildError as problem:
         say(f"error: {problem}")
         return 1

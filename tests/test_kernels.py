@@ -39,12 +39,15 @@ def library(variant: str) -> Path:
     return VARIANTS[variant]
 
 
-def products(folder: Path, kind: str, shape: tuple[int, int], seed: int, mode: str, **env: str) -> str:
-    script = Path(__file__).with_name("mul_mat.py")
-    command = [sys.executable, script, folder, kind, *map(str, (*shape, seed, MOST[kind])), mode]
+def script(name: str, folder: Path, *arguments: Path | str, **env: str) -> str:
+    command = [sys.executable, Path(__file__).with_name(name), folder, *arguments]
     done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def products(folder: Path, kind: str, shape: tuple[int, int], seed: int, mode: str, **env: str) -> str:
+    return script("mul_mat.py", folder, kind, *map(str, (*shape, seed, MOST[kind])), mode, **env)
 
 
 @pytest.mark.skipif(not X86, reason="the kernels are for x86; other machines keep llama.cpp's")
@@ -60,10 +63,17 @@ def test_products_are_those_of_one_row_kernels(variant: str, kind: str) -> None:
         assert products(folder, kind, shape, seed + 1, "batch") != stock
 
 
-def script(name: str, folder: Path, *arguments: Path | str, **env: str) -> None:
-    command = [sys.executable, Path(__file__).with_name(name), folder, *arguments]
-    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.skipif(not X86, reason="the kernels are for x86; other machines keep llama.cpp's")
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_experts_are_those_of_one_row_kernels(variant: str, kind: str) -> None:
+    """Rows routed to one expert, together by our kernels, one after the other by stock's."""
+    folder = library(variant)
+    seed = random.randrange(1 << 30)
+    for length, rows in SHAPES[1:3]:
+        numbers = (str(length), str(rows), str(seed), "20")
+        stock = script("mul_mat_id.py", folder, kind, *numbers, GGML_SMALL_BATCH_ROWS="0")
+        assert script("mul_mat_id.py", folder, kind, *numbers) == stock, (length, rows, seed)
 
 
 # queries, heads, KV heads, keys, width, sliding window

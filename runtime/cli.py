@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import sys
@@ -102,7 +103,14 @@ class DraftLengthType(click.ParamType):
 
 
 def loading_options(command: Any) -> Any:
-    """Options that decide how a pair is loaded."""
+    """Options that decide how a pair is loaded, as arguments of `Llama`."""
+
+    @functools.wraps(command)
+    def loaded(*arguments: Any, n_threads: int | None, **others: Any) -> Any:
+        # A pass over a draft is a batch to llama.cpp: -t is for both, as in its own tools.
+        threads = {} if n_threads is None else {"n_threads": n_threads, "n_threads_batch": n_threads}
+        return command(*arguments, **threads, **others)
+
     for option in (
         click.option("--drafter", metavar="FILE", help="Drafter to use instead of the linked one beside the target."),
         click.option("--draft", "draft_length", type=DraftLengthType(), default="auto", show_default=True,
@@ -114,8 +122,8 @@ def loading_options(command: Any) -> Any:
                      help="Layers on the GPU, -1 for all."),
         click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),
     ):  # fmt: skip
-        command = option(command)
-    return command
+        loaded = option(loaded)
+    return loaded
 
 
 def sampling_options(command: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import pty
 import select
@@ -28,14 +27,8 @@ from gemma_mtp.runtime import Llama
 from gemma_mtp.runtime.cli import main
 from gemma_mtp.runtime.serve import application
 
-CODE = "import multiprocessing; multiprocessing.cpu_count = lambda: 1; from gemma_mtp.runtime.cli import main; main()"
+CODE = "from gemma_mtp.runtime.cli import main; main()"
 CHAT = ["-t", "1", "--temp", "0", "--draft", "3"]
-
-
-@pytest.fixture(autouse=True)
-def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands take all cores for batches, which is slow where others use them too."""
-    monkeypatch.setattr(multiprocessing, "cpu_count", lambda: 1)
 
 
 def test_a_conversation_without_a_terminal(demo: Pair) -> None:
@@ -43,7 +36,7 @@ def test_a_conversation_without_a_terminal(demo: Pair) -> None:
     typed = "import os\n/help\n\ndef main(\n/new\nimport os\n"
     done = CliRunner().invoke(main, ["chat", str(demo.target), "-n", "16", *CHAT], input=typed)
     assert done.exit_code == 0, done.output
-    llm = Llama(demo.target, n_ctx=4096, n_threads=1, verbose=False, draft_length=3)
+    llm = Llama(demo.target, n_ctx=4096, n_threads=1, n_threads_batch=1, verbose=False, draft_length=3)
     messages, answers = [{"role": "user", "content": "import os"}], []
     for following in ("def main(", None):
         answer = llm.create_chat_completion(messages, max_tokens=16, temperature=0.0, top_k=64, min_p=0.0)
@@ -54,6 +47,20 @@ def test_a_conversation_without_a_terminal(demo: Pair) -> None:
     told = done.stderr.splitlines()
     assert sum("drafted" in line for line in told) == 3
     assert sum("unknown command /help" in line for line in told) == 1
+
+
+def test_threads_are_for_drafts_and_prompts_too(demo: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass over a draft is a batch to llama.cpp, so -t sets both numbers; without it they are Llama's own."""
+    given: list[tuple[Any, Any]] = []
+
+    def refusing(*arguments: Any, **options: Any) -> None:
+        given.append((options.get("n_threads"), options.get("n_threads_batch")))
+        raise ValueError("seen")
+
+    monkeypatch.setattr("gemma_mtp.runtime.llama.Llama", refusing)
+    for arguments in (["-t", "3"], []):
+        CliRunner().invoke(main, ["run", str(demo.target), "-p", "x", *arguments])
+    assert given == [(3, 3), (None, None)]
 
 
 def test_a_conversation_that_fills_the_context(demo: Pair) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -123,3 +126,17 @@ def serving(repositories: dict[str, Path]) -> Iterator[Hub]:
         hub.shutdown()
         hub.server_close()
         thread.join()
+
+
+def run_against(hub: Hub, folder: Path, *command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of gemma-mtp, or "resolve" and a source, in a folder, with a hub and a cache in that folder."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1",
+                "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}  # fmt: skip
+    code = "from gemma_mtp.runtime.cli import main; main()"
+    if command[0] == "resolve":
+        code = "import sys; from gemma_mtp.convert.sources import resolve; print(resolve(sys.argv[2]))"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, command)],
+        capture_output=True, text=True, check=False, env={**clean, **settings, **environment}, cwd=folder,
+    )  # fmt: skip

@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from gemma_mtp.convert import MtpError, convert_pair
 from gemma_mtp.convert.mmproj import FORMATS, write_mmproj
 from gemma_mtp.runtime.cli import main
+from hub import run_against, serving
 from test_convert_faults import edit_weights
 from tiny import PAIR, TEXT
 
@@ -123,6 +124,20 @@ def test_a_pair_with_its_projector(made: Callable[[str], Path], tiny: dict[str, 
     ]
     found = json.loads(CliRunner().invoke(main, ["verify", str(tmp_path / "out"), "--json"]).stdout)
     assert {Path(file["file"]).name for file in found["files"]} >= {projector.name, "E2B-Q8_0.gguf"}
+
+
+def test_a_dry_run_of_a_repository_plans_the_projector(
+    made: Callable[[str], Path], tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    """As of the folder, and without the weights."""
+    target, drafter = "google/gemma-4-E2B-it", "google/gemma-4-E2B-it-assistant"
+    command = ("-o", "out", "--mmproj", "-q", "Q8_0", "--dry-run", "--json", "--name", "x")
+    with serving({target: made("E2B"), drafter: tiny["ordered"]}) as hub:
+        done = run_against(hub, tmp_path, "convert", target, *command)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == run_against(hub, tmp_path, "convert", made("E2B"), tiny["ordered"], *command).stdout
+    assert json.loads(done.stdout)["projector"]["mmproj-x-F16.gguf"]["bytes"] > 0
+    assert not list((tmp_path / "hf" / "hub").rglob("*.safetensors"))
 
 
 def test_formats_split_files_and_a_projector_in_one_run(

@@ -6,15 +6,15 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from gemma_mtp.convert import link
 from gemma_mtp.convert.errors import MtpError
 from gemma_mtp.convert.sources import FIRST, name_of, official_drafter, repository, resolve
-from hub import Hub, serving
+from hub import Hub, run_against, serving
 from safetensors.torch import load_file, save_file
 
 TARGET, DRAFTER = "google/gemma-4-E2B-it", "google/gemma-4-E2B-it-assistant"
@@ -59,19 +59,7 @@ def hub(tiny: dict[str, Path], tmp_path: Path) -> Iterator[Hub]:
 def run(hub: Hub, tmp_path: Path) -> Run:
     """Runs a command, or the line of Python after -c, against the hub with a cache of its own."""
 
-    def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-        clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1",
-                    "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}  # fmt: skip
-        code = "from gemma_mtp.runtime.cli import main; main()"
-        if command[0] == "resolve":
-            code = "import sys; from gemma_mtp.convert.sources import resolve; print(resolve(sys.argv[2]))"
-        return subprocess.run(
-            [sys.executable, "-c", code, *map(str, command)],
-            capture_output=True, text=True, check=False, env={**clean, **settings, **environment}, cwd=tmp_path,
-        )  # fmt: skip
-
-    return run
+    return partial(run_against, hub, tmp_path)
 
 
 def said(done: subprocess.CompletedProcess[str]) -> str:

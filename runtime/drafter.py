@@ -12,6 +12,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+from gemma_mtp.convert.link import DRAFTER_ARCH
 from gemma_mtp.runtime import native
 from gemma_mtp.runtime.native import Floats
 from gemma_mtp.runtime.sampling import MASK, Choose, Sampler
@@ -161,10 +162,17 @@ def attached(target: llama_cpp.Llama, path: Path) -> Iterator[Drafter]:
 
 
 def load_model(target: llama_cpp.Llama, path: Path) -> Any:
-    """The drafter's model, on the devices and with the memory mapping its target was given."""
+    """The drafter's model, on the devices and with the memory mapping its target was given; without its vocabulary."""
     params = lib.llama_model_default_params()
     for name in ("n_gpu_layers", "split_mode", "main_gpu", "tensor_split", "load_mode"):
         setattr(params, name, getattr(target.model_params, name))
+    # The target does the tokenizing: a second vocabulary would take longer to load than the drafter, and more memory.
+    overrides = (lib.llama_model_kv_override * 3)()
+    overrides[0].key, overrides[0].tag = b"tokenizer.ggml.model", lib.LLAMA_KV_OVERRIDE_TYPE_STR
+    overrides[0].value.val_str = b"none"
+    overrides[1].key, overrides[1].tag = f"{DRAFTER_ARCH}.vocab_size".encode(), lib.LLAMA_KV_OVERRIDE_TYPE_INT
+    overrides[1].value.val_i64 = target.n_vocab()
+    params.kv_overrides = overrides
     try:
         return internals.LlamaModel(path_model=str(path), params=params, verbose=target.verbose)
     except ValueError as problem:

@@ -161,17 +161,27 @@ def attached(target: llama_cpp.Llama, path: Path) -> Iterator[Drafter]:
             lib.llama_free(ctx)
 
 
+def metadata(target: llama_cpp.Llama) -> dict[str, int | str]:
+    """What is read in place of a drafter's own metadata.
+
+    The target does the tokenizing: a second vocabulary would take longer to load than the drafter, and more memory.
+    """
+    return {"tokenizer.ggml.model": "none", f"{DRAFTER_ARCH}.vocab_size": target.n_vocab()}
+
+
 def load_model(target: llama_cpp.Llama, path: Path) -> Any:
     """The drafter's model, on the devices and with the memory mapping its target was given; without its vocabulary."""
     params = lib.llama_model_default_params()
     for name in ("n_gpu_layers", "split_mode", "main_gpu", "tensor_split", "load_mode"):
         setattr(params, name, getattr(target.model_params, name))
-    # The target does the tokenizing: a second vocabulary would take longer to load than the drafter, and more memory.
-    overrides = (lib.llama_model_kv_override * 3)()
-    overrides[0].key, overrides[0].tag = b"tokenizer.ggml.model", lib.LLAMA_KV_OVERRIDE_TYPE_STR
-    overrides[0].value.val_str = b"none"
-    overrides[1].key, overrides[1].tag = f"{DRAFTER_ARCH}.vocab_size".encode(), lib.LLAMA_KV_OVERRIDE_TYPE_INT
-    overrides[1].value.val_i64 = target.n_vocab()
+    keys = metadata(target)
+    overrides = (lib.llama_model_kv_override * (len(keys) + 1))()
+    for override, (key, value) in zip(overrides, keys.items(), strict=False):
+        override.key = key.encode()
+        if isinstance(value, int):
+            override.tag, override.value.val_i64 = lib.LLAMA_KV_OVERRIDE_TYPE_INT, value
+        else:
+            override.tag, override.value.val_str = lib.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
     params.kv_overrides = overrides
     try:
         return internals.LlamaModel(path_model=str(path), params=params, verbose=target.verbose)

@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 import torch
 from gemma_mtp.convert import Pair, convert_pair
-from gemma_mtp.runtime import Llama, native
+from gemma_mtp.runtime import Llama, drafter, native
 from gemma_mtp.runtime.drafter import DraftSettings
-from llama_cpp import llama_cpp as lib
 from tiny import PAIR
 from transformers import Gemma4ForConditionalGeneration, GenerationConfig
 from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
@@ -162,19 +161,10 @@ def test_drafts_beyond_the_window(reference: Reference, llm: Llama, texts: list[
 
 
 def overriding(monkeypatch: pytest.MonkeyPatch, **numbers: int) -> None:
-    """Have llama_model_default_params override metadata keys below "mtp."."""
-    overrides = (lib.llama_model_kv_override * (len(numbers) + 1))()
-    for override, (name, number) in zip(overrides, numbers.items(), strict=False):
-        override.key, override.tag = f"mtp.{name}".encode(), lib.LLAMA_KV_OVERRIDE_TYPE_INT
-        override.value.val_i64 = number
-    defaults = lib.llama_model_default_params
-
-    def params() -> Any:
-        made = defaults()
-        made.kv_overrides = overrides
-        return made
-
-    monkeypatch.setattr(lib, "llama_model_default_params", params)
+    """Have a drafter's metadata keys below "mtp." read as these numbers."""
+    read = drafter.metadata
+    mine = {f"mtp.{name}": number for name, number in numbers.items()}
+    monkeypatch.setattr(drafter, "metadata", lambda target: {**read(target), **mine})
 
 
 def test_upstreams_head_and_window_on_request(

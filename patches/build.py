@@ -417,17 +417,8 @@ def check_arm() -> None:
             source = llama / "tests" / "test-backend-ops.cpp"
             includes = (f"-I{llama / 'ggml' / 'include'}", f"-I{llama / 'common'}")
             program = build / "test-backend-ops"
-            compile_test = [
-                "aarch64-linux-gnu-g++",
-                "-O1",
-                "-std=c++17",
-                "-static",
-                "-w",
-                *includes,
-                source,
-                *libraries,
-            ]
-            run([*compile_test, "-o", program])
+            compiler = ("aarch64-linux-gnu-g++", "-O1", "-std=c++17", "-static", "-w")
+            run([*compiler, *includes, str(source), *map(str, libraries), "-o", str(program)])
             for operation, cases in ARM_OPERATIONS.items():
                 chosen = ["-p", cases] if cases else []
                 said = run(["qemu-aarch64", "-cpu", cpu, program, "-b", "CPU", "-o", operation, *chosen])

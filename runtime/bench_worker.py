@@ -112,9 +112,9 @@ class Measure:
     def target_pass(self, n: int, times: int, warm: int = 1, logits_all: bool = True) -> list[float]:
         """Target passes over n tokens behind the prompt, with logits for all or the last; untimed ones come first.
 
-        The tokens are those that the prompt begins with: the same one again and again would meet the same experts.
+        The prompt's last token is followed by its first ones: one token again and again would meet the same experts.
         """
-        batch, past = (self._prompt * (n // len(self._prompt) + 1))[:n], self.llm.n_tokens
+        batch, past = (self._prompt[-1:] + self._prompt * n)[:n], self.llm.n_tokens
         taken = []
         for _ in range(warm + times):
             self.llm._batch.set_batch(batch=batch, n_past=past, logits_all=logits_all)

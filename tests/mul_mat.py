@@ -19,8 +19,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 P, I = ctypes.c_void_p, ctypes.c_int64  # noqa: E741 (the letters of a signature)
 REPACKED = ("Q4_0", "Q4_K")
-# enum ggml_type of F32, and bytes that a context of ten tensors and a graph needs at most
-F32, CONTEXT = 0, 1 << 20
+# enum ggml_type, and bytes that a context of ten tensors and a graph needs at most
+F32, I32, CONTEXT = 0, 26, 1 << 20
 
 
 class InitParams(ctypes.Structure):
@@ -59,53 +59,67 @@ def copy(ggml: Ggml, name: str, tensor: P, array: np.ndarray[Any, Any]) -> None:
     ggml(name, None, tensor, P(array.ctypes.data), ctypes.c_size_t(0), ctypes.c_size_t(array.nbytes))
 
 
+def matrices(ggml: Ggml, backend: int, kind: str, values: np.ndarray[Any, Any]) -> P:
+    """Weights quantized to a type, where llama.cpp would put them; `values` is [..., rows, length]."""
+    number = GGMLQuantizationType[kind]
+    block, size = GGML_QUANT_SIZES[number]
+    blocks = np.empty(values.size // block * size, np.uint8)
+    length = values.shape[-1]
+    sizes = P(blocks.ctypes.data), I(0), I(values.size // length), I(length), None
+    ggml("ggml_quantize_chunk", ctypes.c_size_t, ctypes.c_int(number), P(values.ctypes.data), *sizes)
+    context = P(ggml("ggml_init", P, InitParams(CONTEXT, None, True)))
+    tensor = new_tensor(ggml, context, number, values.shape)
+    where = repack_buffer_type(ggml, backend) if kind in REPACKED else ggml("ggml_backend_cpu_buffer_type", P)
+    ggml("ggml_backend_alloc_ctx_tensors_from_buft", P, context, P(where))
+    copy(ggml, "ggml_backend_tensor_set", tensor, blocks)
+    return tensor
+
+
+def new_tensor(ggml: Ggml, context: P, number: int, shape: tuple[int, ...]) -> P:
+    """A tensor of a type; the shape as numpy has it."""
+    lengths = (I * len(shape))(*reversed(shape))
+    return P(ggml("ggml_new_tensor", P, context, ctypes.c_int(number), ctypes.c_int(len(shape)), lengths))
+
+
+def computed(
+    ggml: Ggml, backend: int, operation: str, weights: P, given: list[np.ndarray[Any, Any]], shape: tuple[int, ...]
+) -> np.ndarray[Any, Any]:
+    """The result, F32 of a shape, of an operation on weights and what is given (F32 or I32)."""
+    work = P(ggml("ggml_init", P, InitParams(CONTEXT, None, True)))
+    inputs = [new_tensor(ggml, work, I32 if x.dtype == np.int32 else F32, x.shape) for x in given]
+    result = P(ggml(operation, P, work, weights, *inputs))
+    graph = P(ggml("ggml_new_graph", P, work))
+    ggml("ggml_build_forward_expand", None, graph, result)
+    buffer = P(ggml("ggml_backend_alloc_ctx_tensors", P, work, P(backend)))
+    for tensor, x in zip(inputs, given, strict=True):
+        copy(ggml, "ggml_backend_tensor_set", tensor, x)
+    ggml("ggml_backend_graph_compute", ctypes.c_int, P(backend), graph)
+    out = np.empty(shape, np.float32)
+    copy(ggml, "ggml_backend_tensor_get", result, out)
+    ggml("ggml_backend_buffer_free", None, buffer)
+    ggml("ggml_free", None, work)
+    return out
+
+
+def two_threads(ggml: Ggml) -> int:
+    """A CPU backend."""
+    backend = int(ggml("ggml_backend_cpu_init", P))
+    ggml("ggml_backend_cpu_set_n_threads", None, P(backend), ctypes.c_int(2))
+    return backend
+
+
 def products(folder: Path, kind: str, length: int, rows: int, seed: int, most: int, alone: bool) -> str:
     """Digest of the products of a random matrix [rows, length] with 1 to `most` random rows."""
     ggml, rng = Ggml(folder), np.random.default_rng(seed)
-    backend = ggml("ggml_backend_cpu_init", P)
-    ggml("ggml_backend_cpu_set_n_threads", None, P(backend), ctypes.c_int(2))
-    number = GGMLQuantizationType[kind]
-    values = rng.standard_normal((rows, length), np.float32)
-    block, size = GGML_QUANT_SIZES[number]
-    blocks = np.empty(rows * length // block * size, np.uint8)
-    sizes = P(blocks.ctypes.data), I(0), I(rows), I(length), None
-    ggml("ggml_quantize_chunk", ctypes.c_size_t, ctypes.c_int(number), P(values.ctypes.data), *sizes)
-    context = P(ggml("ggml_init", P, InitParams(CONTEXT, None, True)))
-    matrix = P(ggml("ggml_new_tensor_2d", P, context, ctypes.c_int(number), I(length), I(rows)))
-    where = repack_buffer_type(ggml, backend) if kind in REPACKED else ggml("ggml_backend_cpu_buffer_type", P)
-    ggml("ggml_backend_alloc_ctx_tensors_from_buft", P, context, P(where))
-    ggml(
-        "ggml_backend_tensor_set",
-        None,
-        matrix,
-        P(blocks.ctypes.data),
-        ctypes.c_size_t(0),
-        ctypes.c_size_t(blocks.nbytes),
-    )
-
-    def multiply(x: np.ndarray[Any, Any]) -> bytes:
-        work = P(ggml("ggml_init", P, InitParams(CONTEXT, None, True)))
-        left = P(ggml("ggml_new_tensor_2d", P, work, ctypes.c_int(F32), I(length), I(len(x))))
-        result = P(ggml("ggml_mul_mat", P, work, matrix, left))
-        graph = P(ggml("ggml_new_graph", P, work))
-        ggml("ggml_build_forward_expand", None, graph, result)
-        buffer = P(ggml("ggml_backend_alloc_ctx_tensors", P, work, P(backend)))
-        copy(ggml, "ggml_backend_tensor_set", left, x)
-        ggml("ggml_backend_graph_compute", ctypes.c_int, P(backend), graph)
-        out = np.empty((len(x), rows), np.float32)
-        ggml(
-            "ggml_backend_tensor_get", None, result, P(out.ctypes.data), ctypes.c_size_t(0), ctypes.c_size_t(out.nbytes)
-        )
-        ggml("ggml_backend_buffer_free", None, buffer)
-        ggml("ggml_free", None, work)
-        assert np.isfinite(out).all()
-        return out.tobytes()
-
+    backend = two_threads(ggml)
+    matrix = matrices(ggml, backend, kind, rng.standard_normal((rows, length), np.float32))
     x = rng.standard_normal((most, length), np.float32)
     total = hashlib.sha256()
-    for n in range(1, len(x) + 1):
-        for piece in [x[i : i + 1] for i in range(n)] if alone else [x[:n]]:
-            total.update(multiply(np.ascontiguousarray(piece)))
+    for n in range(1, most + 1):
+        for piece in [slice(i, i + 1) for i in range(n)] if alone else [slice(n)]:
+            out = computed(ggml, backend, "ggml_mul_mat", matrix, [x[piece].copy()], (len(x[piece]), rows))
+            assert np.isfinite(out).all()
+            total.update(out.tobytes())
     return total.hexdigest()
 
 

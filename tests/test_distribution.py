@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from coupling import probabilities
 from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import Llama, Stats, loop
 from gemma_mtp.runtime.costs import Costs
@@ -99,19 +100,6 @@ def sampler_of(llm: Llama, temp: float, settings: dict[str, Any], seed: int) -> 
     llm.set_seed(seed)
     neutral = {"repeat_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "min_p": 0.0, "typical_p": 1.0}
     return llm._choice({"temp": temp, **settings, **neutral}, None, None)
-
-
-def probabilities(logits: npt.NDArray[np.float32], temp: float, top_k: int, top_p: float) -> npt.NDArray[np.float64]:
-    """The target's distribution, worked out here: top_k, then top_p, then temperature; shape [n_vocab]."""
-    scores = logits.astype(np.float64)
-    order = np.argsort(-scores, kind="stable")
-    kept = order[:top_k] if top_k else order
-    share = np.exp(scores[kept] - scores[kept[0]])
-    share /= share.sum()
-    kept = kept[: int(np.searchsorted(np.cumsum(share), top_p)) + 1]
-    made = np.zeros(len(scores))
-    made[kept] = np.exp((scores[kept] - scores[kept[0]]) / temp)
-    return made / made.sum()
 
 
 def places(replay: Replay, temp: float, settings: dict[str, Any], draws: int) -> npt.NDArray[np.float64]:

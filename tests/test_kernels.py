@@ -46,35 +46,22 @@ def script(name: str, folder: Path, *arguments: Path | str, **env: str) -> str:
     return done.stdout
 
 
-def products(folder: Path, kind: str, shape: tuple[int, int], seed: int, mode: str, **env: str) -> str:
-    return script("mul_mat.py", folder, kind, *map(str, (*shape, seed, MOST[kind])), mode, **env)
-
-
 @pytest.mark.skipif(not X86, reason="the kernels are for x86; other machines keep llama.cpp's")
 @pytest.mark.parametrize("kind", MOST)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_products_are_those_of_one_row_kernels(variant: str, kind: str) -> None:
-    """1 to 9 or 16 rows at once by our kernels, one after the other by stock's."""
-    folder = library(variant)
-    seed = random.randrange(1 << 30)
-    for shape in SHAPES if variant == "installed" else SHAPES[1:3]:
-        stock = products(folder, kind, shape, seed, "alone", GGML_SMALL_BATCH_ROWS="0")
-        assert products(folder, kind, shape, seed, "batch") == stock, (shape, seed)
-        assert products(folder, kind, shape, seed + 1, "batch") != stock
+@pytest.mark.parametrize("program", ["mul_mat.py", "mul_mat_id.py"])
+def test_products_are_those_of_one_row_kernels(program: str, variant: str, kind: str) -> None:
+    """1 to 9 or 16 rows at once by our kernels, one after the other by stock's; repacked experts take any number."""
+    folder, seed = library(variant), random.randrange(1 << 30)
+    most = 20 if program == "mul_mat_id.py" and kind in ("Q4_0", "Q4_K") else MOST[kind]
 
+    def digest(mode: str, seed: int, **env: str) -> str:
+        return script(program, folder, kind, *map(str, (*shape, seed, most)), mode, **env)
 
-@pytest.mark.skipif(not X86, reason="the kernels are for x86; other machines keep llama.cpp's")
-@pytest.mark.parametrize("kind", MOST)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_experts_are_those_of_one_row_kernels(variant: str, kind: str) -> None:
-    """Rows routed to one expert, together by our kernels, one after the other by stock's."""
-    folder = library(variant)
-    seed = random.randrange(1 << 30)
-    for length, rows in SHAPES[1:3]:
-        # repacked experts are ours for any number of rows, others are stock's and alike in a small batch
-        numbers = (str(length), str(rows), str(seed), "20" if kind in ("Q4_0", "Q4_K") else "16")
-        stock = script("mul_mat_id.py", folder, kind, *numbers, "alone", GGML_SMALL_BATCH_ROWS="0")
-        assert script("mul_mat_id.py", folder, kind, *numbers, "batch") == stock, (length, rows, seed)
+    for shape in SHAPES if variant == "installed" and program == "mul_mat.py" else SHAPES[1:3]:
+        stock = digest("alone", seed, GGML_SMALL_BATCH_ROWS="0")
+        assert digest("batch", seed) == stock, (shape, seed)
+        assert digest("batch", seed + 1) != stock
 
 
 # queries, heads, KV heads, keys, width, sliding window

@@ -15,6 +15,7 @@ import llama_cpp
 import pytest
 from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import Llama
+from llama_cpp import llama_cpp as lib
 from test_pair import held_out
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
@@ -118,6 +119,7 @@ if sys.argv[2] == "stock":
     from llama_cpp import Llama
 else:
     from gemma_mtp.runtime import Llama
+from llama_cpp import llama_cpp as lib
 llm = Llama(sys.argv[1], n_ctx=int(sys.argv[3]), n_threads=1, n_threads_batch=1, verbose=False)
 llm("import os", max_tokens=8, temperature=0.0)
 print([line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")][0])
@@ -129,6 +131,17 @@ def peak(target: Path, which: str, n_ctx: int) -> int:
     command = [sys.executable, "-c", LOADING, target, which, str(n_ctx)]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1]) * 1024
+
+
+def test_a_drafter_has_no_vocabulary(demo: Pair) -> None:
+    """A second one would take more memory than the drafter itself."""
+    llm = Llama(demo.target, n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False)
+    assert llm.drafter is not None
+    model = lib.llama_get_model(llm.drafter.ctx)
+    vocab = lib.llama_model_get_vocab(model)
+    assert lib.llama_vocab_type(vocab) == lib.LLAMA_VOCAB_TYPE_NONE
+    assert lib.llama_vocab_n_tokens(vocab) == llm.n_vocab()
+    llm.close()
 
 
 def test_a_pair_takes_little_more_than_its_target(demo: Pair) -> None:

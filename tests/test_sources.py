@@ -57,8 +57,7 @@ def hub(tiny: dict[str, Path], tmp_path: Path) -> Iterator[Hub]:
 
 @pytest.fixture
 def run(hub: Hub, tmp_path: Path) -> Run:
-    """Runs a command, or the line of Python after -c, against the hub with a cache of its own."""
-
+    """Runs a command against the hub, with a cache of its own."""
     return partial(run_against, hub, tmp_path)
 
 

@@ -382,7 +382,11 @@ def build_kernels() -> None:
 
 
 # Architectures that the kernels of the series tell apart on ARM, and the CPU that qemu plays for each.
-ARM_VARIANTS = {"armv8.2-a+dotprod+fp16": "cortex-a76", "armv8.2-a+dotprod+fp16+sve": "max"}
+ARM_VARIANTS = {
+    "armv8.2-a+dotprod+fp16": "cortex-a76",
+    "armv8.2-a+dotprod+fp16+i8mm": "max",
+    "armv8.2-a+dotprod+fp16+i8mm+sve": "max,sve-default-vector-length=32",
+}
 # What test-backend-ops is to run there: all of an operation, or the cases that match.
 ARM_OPERATIONS = {
     "TANH": "",
@@ -414,14 +418,18 @@ def check_arm() -> None:
             )  # fmt: skip
             run(["cmake", "--build", build, "-j", str(os.cpu_count() or 2), "--target", "ggml"])
             libraries = [ggml / f"lib{name}.a" for name in ("ggml", "ggml-cpu", "ggml-base")]
-            source = llama / "tests" / "test-backend-ops.cpp"
             includes = (f"-I{llama / 'ggml' / 'include'}", f"-I{llama / 'common'}")
-            program = build / "test-backend-ops"
-            compiler = ("aarch64-linux-gnu-g++", "-O1", "-std=c++17", "-static", "-w")
-            run([*compiler, *includes, str(source), *map(str, libraries), "-o", str(program)])
+            programs = []
+            for source in (HERE.parent / "tests" / "arm_products.cpp", llama / "tests" / "test-backend-ops.cpp"):
+                programs.append(build / source.stem)
+                compiler = ("aarch64-linux-gnu-g++", "-O1", "-std=c++17", "-static", "-w")
+                run([*compiler, *includes, source, *libraries, "-o", programs[-1]])
+            products, operations = (("qemu-aarch64", "-cpu", cpu, program) for program in programs)
+            outputs = dict.fromkeys(("MUL_MAT", "MUL_MAT_ID"), run(products))
             for operation, cases in ARM_OPERATIONS.items():
-                chosen = ["-p", cases] if cases else []
-                said = run(["qemu-aarch64", "-cpu", cpu, program, "-b", "CPU", "-o", operation, *chosen])
+                chosen = ("-p", cases) if cases else ()
+                outputs[operation] = run([*operations, "-b", "CPU", "-o", operation, *chosen])
+            for operation, said in outputs.items():
                 passed = len(re.findall(rf"^ *{operation}\(.*OK", said, re.MULTILINE))
                 if not passed:
                     raise BuildError(f"{operation} ran no case on {arch}:\n{said[-500:]}")

@@ -13,8 +13,11 @@ Doubles = npt.NDArray[np.float64]
 LEVELS: Doubles = np.array([0.01, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97])
 CHANGE = 1 / 40  # chance per token that the text turns to another acceptance
 MEMORY = 1 / 200  # share of a token in the long-run picture of acceptance
-PROBE_SHARE = 0.008  # of the time that may go into drafts whose only use is to learn
+PROBE_SHARE = 0.003  # of the time that may go into drafts whose only use is to learn
 HYSTERESIS = 1.01
+# Where plain passes win by that much, the choice holds for so many rounds: going over it takes 0.2 ms between two
+# passes, as a pass leaves nothing of Python's in the caches.
+CLEARLY, REST = 0.97, 3
 REFRESH = 150  # rounds of drafting after which a plain pass is timed again
 
 
@@ -139,6 +142,8 @@ class Policy:
         self.sources: dict[str, Acceptance] = {}
         self._previous = 0
         self._idle = 0
+        self._rest = 0
+        self._offered: set[str] = set()
         self._drafting = 0
         self._tried = max([1, *(n for n in range(1, most + 2) if costs.seen(n))])
 
@@ -151,7 +156,11 @@ class Policy:
         Returns:
             Source and length; length 0 for a round without a draft.
         """
-        chosen, length, top, probes = "", 0, 1 / self.costs.pass_seconds(1), []
+        if self._rest > 0 and offers.keys() <= self._offered:
+            self._rest -= 1
+            self._idle += 1
+            return "", 0
+        chosen, length, top, probes, beaten = "", 0, 1 / self.costs.pass_seconds(1), [], True
         if self.costs.seen(1) < 2 or self._drafting >= REFRESH:
             self._drafting = 0
             return chosen, length
@@ -167,10 +176,13 @@ class Policy:
             if best and rate[best] > top:
                 chosen, length, top = source, best, float(rate[best])
             probes.append((self._probe_interval(rate, step), source))
+            beaten = beaten and rate[1:].max() < CLEARLY * rate[0]
         if not length and probes and self._idle >= min(probes)[0]:
             chosen, length = min(probes)[1], 1
         self._previous = length
         self._idle = 0 if length else self._idle + 1
+        self._rest = min(REST, min(probes)[0] - self._idle) if beaten and probes and not length else 0
+        self._offered = set(offers)
         self._drafting = self._drafting + 1 if length else 0
         self._tried = max(self._tried, length + 1)
         return chosen, length

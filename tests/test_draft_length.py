@@ -129,13 +129,18 @@ def test_places_have_odds_of_their_own() -> None:
     assert second / first < 0.6
 
 
-def test_where_drafts_clearly_do_not_pay_the_choice_rests_until_a_source_comes_up() -> None:
+def known(table: dict[int, float], step_seconds: float) -> Costs:
+    """Costs that were measured often."""
     costs = Costs(MOST + 1)
-    for n, value in MULTI_ROW.items():
+    for n, value in table.items():
         for _ in range(5):
             costs.observe(n, value / 1000)
-    costs.observe(STEP, 0.001)
-    policy = Policy(costs, MOST)
+    costs.observe(STEP, step_seconds)
+    return costs
+
+
+def test_where_drafts_clearly_do_not_pay_the_choice_rests_until_a_source_comes_up() -> None:
+    policy = Policy(known(MULTI_ROW, 0.001), MOST)
     for _ in range(40):
         policy.observe("mtp", 1, 0, 1)
     lengths = [policy.choose({"mtp": (MOST, False)})[1] for _ in range(100)]
@@ -146,12 +151,7 @@ def test_where_drafts_clearly_do_not_pay_the_choice_rests_until_a_source_comes_u
 
 
 def test_a_free_source_is_preferred_at_equal_acceptance_and_a_bad_one_is_left() -> None:
-    costs = Costs(MOST + 1)
-    for n, value in STOCK.items():
-        for _ in range(5):
-            costs.observe(n, value / 1000)
-    costs.observe(STEP, 0.01)
-    policy = Policy(costs, MOST)
+    policy = Policy(known(STOCK, 0.01), MOST)
     offers = {"mtp": (3, False), "lookup": (3, True)}
     for _ in range(5):
         policy.observe("mtp", 3, 3, 4)

@@ -418,7 +418,8 @@ def check_arm() -> None:
             )  # fmt: skip
             run(["cmake", "--build", build, "-j", str(os.cpu_count() or 2), "--target", "ggml"])
             libraries = [ggml / f"lib{name}.a" for name in ("ggml", "ggml-cpu", "ggml-base")]
-            includes = (f"-I{llama / 'ggml' / 'include'}", f"-I{llama / 'common'}")
+            folders = ("ggml/include", "ggml/src", "ggml/src/ggml-cpu", "common")
+            includes = [f"-I{llama / folder}" for folder in folders]
             programs = []
             for source in (HERE.parent / "tests" / "arm_products.cpp", llama / "tests" / "test-backend-ops.cpp"):
                 programs.append(build / source.stem)

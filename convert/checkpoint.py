@@ -10,17 +10,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 from gemma_mtp.convert.config import read_config, read_json
 from gemma_mtp.convert.errors import MtpError, damaged
+from gemma_mtp.convert.quantize import Bytes, Floats, widen
 from gemma_mtp.convert.safetensors_file import Entry, read_entries
-from safetensors import SafetensorError, safe_open
-
-if TYPE_CHECKING:
-    import torch
 
 # The number of values taken from each of three places of every tensor for the fingerprint.
 SAMPLE = 4096
@@ -44,17 +39,19 @@ class Source:
         return self.size // self.shape[0] if self.shape and self.shape[0] else self.size
 
 
-class Checkpoint:
-    """An open checkpoint: `config`, `generation` (generation_config.json or {}), `index`, and rows on demand."""
+class Weights:
+    """The open safetensors files of a folder: `index`, and bytes or values on demand.
+
+    Args:
+        folder: a Hugging Face folder.
+        files: keeps the files open until it is closed.
+
+    Raises:
+        MtpError: a file is missing, cut off or not what it should be.
+    """
 
     def __init__(self, folder: Path, files: ExitStack) -> None:
-        if not folder.is_dir():
-            raise MtpError(f"{folder} is not a folder; pass the folder of a Hugging Face checkpoint.")
         self.folder = folder
-        with damaged(folder / "config.json"):
-            self.config = read_config(folder)
-        generation = folder / "generation_config.json"
-        self.generation = read_json(generation) if generation.exists() else {}
         self._files: dict[Path, int] = {}
         self.index: dict[str, Source] = {}
         for path in _weight_files(folder):
@@ -66,7 +63,7 @@ class Checkpoint:
             files.callback(os.close, self._files[path])
         _check_index(folder, self.index)
 
-    def read(self, name: str, start: int, size: int) -> npt.NDArray[np.uint8]:
+    def read(self, name: str, start: int, size: int) -> Bytes:
         """Bytes [start, start + size) of a tensor, read into memory of their own; threads may do so at once.
 
         Raises:
@@ -82,15 +79,23 @@ class Checkpoint:
             done += more
         return raw
 
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) along the first dimension of a tensor, in the type it is stored in."""
+    def values(self, name: str) -> Floats:
+        """A whole tensor as float32, in its own shape, of a type that `widen` takes; raises what `read` raises."""
         source = self.index[name]
-        try:
-            with safe_open(source.file, framework="pt") as file:
-                rows: torch.Tensor = file.get_slice(name)[start:stop]
-        except SafetensorError as problem:
-            raise MtpError(f"{source.file}: cannot read {name!r} ({problem}); download it again.") from None
-        return rows
+        return widen(self.read(name, 0, source.size), source.dtype).reshape(source.shape)
+
+
+class Checkpoint(Weights):
+    """An open checkpoint: its weights, `config`, and `generation` (generation_config.json or {})."""
+
+    def __init__(self, folder: Path, files: ExitStack) -> None:
+        if not folder.is_dir():
+            raise MtpError(f"{folder} is not a folder; pass the folder of a Hugging Face checkpoint.")
+        with damaged(folder / "config.json"):
+            self.config = read_config(folder)
+        generation = folder / "generation_config.json"
+        self.generation = read_json(generation) if generation.exists() else {}
+        super().__init__(folder, files)
 
     def fingerprint(self) -> str:
         """SHA-256 over configuration, tensor names, types and shapes, and a sample of every tensor's values.
@@ -122,16 +127,6 @@ def open_checkpoint(folder: Path) -> Iterator[Checkpoint]:
     """
     with ExitStack() as files:
         yield Checkpoint(folder, files)
-
-
-def open_weights(folder: Path, files: ExitStack) -> dict[str, Any]:
-    """The open safetensors file of every tensor of a folder, by the tensor's name.
-
-    Raises:
-        MtpError: a file is missing, cut off or not what it should be.
-    """
-    opened = [_open(path, files) for path in _weight_files(folder)]
-    return {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)
 
 
 def weight_names(folder: Path) -> list[str]:
@@ -178,11 +173,3 @@ def _check_index(folder: Path, found: Mapping[str, Source]) -> None:
 
 def _source(path: Path, entry: Entry) -> Source:
     return Source(path, entry.shape, entry.dtype, entry.start, entry.stop - entry.start)
-
-
-def _open(path: Path, files: ExitStack) -> Any:
-    read_entries(path)
-    try:
-        return files.enter_context(safe_open(path, framework="pt"))
-    except (SafetensorError, OSError) as problem:
-        raise MtpError(f"{path} is damaged or only partly downloaded ({problem}); download it again.") from None

@@ -14,8 +14,7 @@ from gemma_mtp.convert.config import DrafterConfig, TargetConfig
 from gemma_mtp.convert.errors import MtpError
 from gemma_mtp.convert.imatrix import Imatrix
 from gemma_mtp.convert.link import KEY_CENTROIDS, KEY_HASHES, KEY_N_CENTROIDS, KEY_ORDERING, KEY_TOP_K
-from gemma_mtp.convert.plan import SOURCE_TYPES, Part, Plan
-from gemma_mtp.convert.quantize import widen
+from gemma_mtp.convert.plan import Part, Plan
 from gemma_mtp.convert.vocab import Vocabulary
 from gguf import GGUFValueType, GGUFWriter
 
@@ -129,8 +128,7 @@ def ordered_head(checkpoint: Checkpoint, config: DrafterConfig) -> dict[str, Any
     Raises:
         MtpError: a centroid holds NaN or infinite values, or the ordering does not name every token once.
     """
-    source, order = (checkpoint.index[name] for name in (names.CENTROIDS, names.ORDERING))
-    centroids = widen(checkpoint.read(names.CENTROIDS, 0, source.size), SOURCE_TYPES[source.dtype])
+    centroids, order = checkpoint.values(names.CENTROIDS).reshape(-1), checkpoint.index[names.ORDERING]
     ordering = checkpoint.read(names.ORDERING, 0, order.size).view("<i8" if order.dtype == "I64" else "<i4")
     if not bool(np.isfinite(centroids).all()):
         raise MtpError(f"{checkpoint.folder}: {names.CENTROIDS!r} holds NaN or infinite values; download it again.")

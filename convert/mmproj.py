@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,12 @@ from typing import Any
 
 import gguf
 import numpy as np
-import torch
 from gemma_mtp.convert import blocks, recipe
 from gemma_mtp.convert.blocks import Type as T
-from gemma_mtp.convert.checkpoint import open_weights
+from gemma_mtp.convert.checkpoint import Source, Weights
 from gemma_mtp.convert.config import read_json
 from gemma_mtp.convert.errors import MtpError, damaged
-from gemma_mtp.convert.quantize import quantize
+from gemma_mtp.convert.quantize import STORED_AS, Bytes, Floats, quantize
 from gguf import GGUFWriter
 
 FORMATS = ("F16", "BF16", "F32", "Q8_0")
@@ -80,6 +79,11 @@ LAYER = re.compile(
     r"(vision_tower\.encoder|audio_tower)\.layers\.(\d+)\.(.+?)((?:\.linear)?\.weight|\.(?:in|out)put_m(?:in|ax)|)"
 )
 ENCODERS = re.compile(r"model\.(vision_tower|audio_tower|vision_embedder|embed_vision|embed_audio)\.")
+# SLEEF's polynomials of e^x and log(1 + x), and log 2 as the sum of two float32 (sleefsimdsp.c, `xexpf`, `xlog1pf`).
+EXP = (0.000198527617612853646278381, 0.00139304355252534151077271, 0.00833336077630519866943359,
+       0.0416664853692054748535156, 0.166666671633720397949219, 0.5)  # fmt: skip
+LOG1P = (0.3027294874, 0.3996108174, 0.6666694880)
+LN2 = 0.69314718246459960938 - 1.904654323148236017e-09
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class Placed:
 
     name: str
     source: str
-    change: Callable[[torch.Tensor], torch.Tensor]
+    change: Callable[[Floats], Floats]
     shape: tuple[int, ...]
     type: T
 
@@ -113,7 +117,7 @@ def write_mmproj(
     """
     config, tensors = plan_mmproj(folder, quant)
     with ExitStack() as files:
-        weights = open_weights(folder, files)
+        weights = Weights(folder, files)
         writer = GGUFWriter(path, "clip")
         try:
             for tensor in tensors:
@@ -127,8 +131,8 @@ def write_mmproj(
         with path.open("ab") as file:
             file.write(b"\0" * (-file.tell() % ALIGNMENT))
             for tensor in tensors:
-                data = _blocks(folder, tensor, weights[tensor.source].get_tensor(tensor.source))
-                file.write(data)
+                data = _blocks(folder, tensor, weights.values(tensor.source))
+                file.write(data.data)
                 file.write(b"\0" * (-file.tell() % ALIGNMENT))
                 progress(len(data))
             file.flush()
@@ -139,8 +143,7 @@ def plan_mmproj(folder: Path, quant: str) -> tuple[dict[str, Any], list[Placed]]
     """The configuration and every tensor that `write_mmproj` will write; raises what it raises, but for values."""
     with ExitStack() as files, damaged(folder / "config.json"):
         config = read_config(folder)
-        index = {name: file.get_slice(name) for name, file in open_weights(folder, files).items()}
-        return config, place_all(folder, index, config, quant)
+        return config, place_all(folder, Weights(folder, files).index, config, quant)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -169,11 +172,11 @@ def _unified(config: Mapping[str, Any]) -> bool:
     return "mm_embed_dim" in config["vision_config"]
 
 
-def place_all(folder: Path, index: Mapping[str, Any], config: Mapping[str, Any], quant: str) -> list[Placed]:
+def place_all(folder: Path, index: Mapping[str, Source], config: Mapping[str, Any], quant: str) -> list[Placed]:
     """Place every tensor of the encoders, in the order of the checkpoint.
 
     Raises:
-        MtpError: a tensor is unknown or missing.
+        MtpError: a tensor is unknown or missing, or of a type that is no number.
     """
     if quant not in FORMATS:
         raise MtpError(f"unknown format {quant!r} of a projector; choose one of {', '.join(FORMATS)}.")
@@ -184,8 +187,10 @@ def place_all(folder: Path, index: Mapping[str, Any], config: Mapping[str, Any],
         name = gguf_name(source.removeprefix("model."), unified=_unified(config))
         if name is None:
             raise MtpError(f"{folder}: unknown tensor {source!r}; its projector is not of a known kind.")
+        if piece.dtype not in STORED_AS:
+            raise MtpError(f"{piece.file}: {source!r} is {piece.dtype}; pass an unquantized one.")
         change = _change(source, config["vision_config"])
-        shape = tuple(change(torch.empty(piece.get_shape(), device="meta")).shape)
+        shape = change(np.broadcast_to(np.float32(0), piece.shape)).shape  # of an array that takes no memory
         placed.append(Placed(name, source, change, shape, _type(source, name, shape, T[quant])))
     _complete(folder, {tensor.name for tensor in placed}, config)
     return placed
@@ -205,21 +210,57 @@ def gguf_name(short: str, unified: bool) -> str | None:
     return f"{tower[0]}.blk.{layer}.{inner}{end}"
 
 
-def _change(source: str, vision: Mapping[str, Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+def _change(source: str, vision: Mapping[str, Any]) -> Callable[[Floats], Floats]:
     """What mtmd wants other than transformers has it."""
     if source.endswith("per_dim_scale"):
-        return torch.nn.functional.softplus
+        return softplus
     if source.endswith("depthwise_conv1d.weight"):
         return lambda values: values.reshape(values.shape[0], values.shape[2])
     if source.endswith("pos_embedding"):
-        return lambda values: values.permute(1, 0, 2)
+        return lambda values: values.transpose(1, 0, 2)
     if source.endswith("patch_embedder.input_proj.weight"):  # pixels row by row, RGB each, to one plane for each colour
         side = int(vision["patch_size"])
-        return lambda values: values.reshape(values.shape[0], side, side, 3).permute(0, 3, 1, 2)
+        return lambda values: values.reshape(values.shape[0], side, side, 3).transpose(0, 3, 1, 2)
     if ".patch_dense.weight" in source or ".patch_ln1." in source:  # the same, flat
         side = int(vision.get("model_patch_size") or vision["patch_size"] * vision["pooling_kernel_size"])
-        return lambda values: values.reshape(-1, side * side, 3).transpose(1, 2).reshape(values.shape)
+        return lambda values: values.reshape(-1, side * side, 3).transpose(0, 2, 1).reshape(values.shape)
     return lambda values: values.reshape(values.shape or (1,))
+
+
+def softplus(values: Floats) -> Floats:
+    """log(1 + e^x) of values of any shape, to the last bit as upstream's converter has it on a CPU with vectors.
+
+    It has it from torch, which computes both functions with SLEEF, in float32 and with one rounding in a multiply-add;
+    the same is done here, but for results that are not even normal numbers (x below -86).
+    """
+    one, two = np.float32(1), np.float32(2)
+    x = np.clip(values, -104, 20)
+    x[np.isnan(x)] = 0  # NaN stays what it is
+    n = np.rint(x * np.float32(1.442695040888963))
+    rest = _multiply_add(n, np.float32(-1.428606765330187e-06), _multiply_add(n, np.float32(-0.693145751953125), x))
+    power = np.ldexp(one + _multiply_add(rest * rest, _polynomial(EXP, rest), rest), n.astype(np.int32))
+    exponent = np.frexp((power + one) * np.float32(1 / 0.75))[1] - 1
+    scale = np.ldexp(one, -exponent)
+    m = _multiply_add(power, scale, scale - one)
+    ratio = m * (one / (two + m))
+    square = ratio * ratio
+    # SLEEF adds these up in pairs of float32, about as exactly.
+    exact = exponent * LN2 + 2 * m.astype(np.float64) / (2 + m.astype(np.float64))
+    result = (exact + square * ratio * _polynomial(LOG1P, square)).astype(np.float32)
+    return np.where(values <= 20, result, values)
+
+
+def _polynomial(coefficients: Sequence[float], x: Floats) -> Floats:
+    """Horner's rule, highest power first."""
+    result = np.full_like(x, coefficients[0])
+    for coefficient in coefficients[1:]:
+        result = _multiply_add(result, x, np.float32(coefficient))
+    return result
+
+
+def _multiply_add(a: Floats, b: Floats | np.float32, c: Floats | np.float32) -> Floats:
+    """a * b + c, rounded as good as once: the product of two float32 fits a float64."""
+    return (a.astype(np.float64) * b + c).astype(np.float32)
 
 
 def _type(source: str, name: str, shape: tuple[int, ...], wanted: T) -> T:
@@ -252,12 +293,12 @@ def _complete(folder: Path, names: set[str], config: Mapping[str, Any]) -> None:
         raise MtpError(f"{folder}: the projector lacks {', '.join(missing[:3])}{more}; download the weights again.")
 
 
-def _blocks(folder: Path, tensor: Placed, values: torch.Tensor) -> bytes:
-    changed = tensor.change(values.to(torch.float32)).contiguous()
+def _blocks(folder: Path, tensor: Placed, values: Floats) -> Bytes:
+    changed = np.ascontiguousarray(tensor.change(values))
     if tensor.source.endswith(("_min", "_max")):  # a bound that is infinite clips nothing
-        return changed.numpy().tobytes()
+        return changed.reshape(-1).view(np.uint8)
     try:
-        return quantize(changed.numpy(), tensor.type).tobytes()
+        return quantize(changed, tensor.type)
     except MtpError as problem:
         raise MtpError(f"{folder}: tensor {tensor.source!r}: {problem}.") from None
 

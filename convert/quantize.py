@@ -1,46 +1,85 @@
-"""Rows of numbers to ggml blocks, through libggml's own quantizer (ggml/src/ggml.c, `ggml_quantize_chunk`).
+"""Numbers as checkpoints store them to rows of float32, and those to ggml blocks, through libggml's own quantizer.
 
-ctypes lets go of the interpreter lock during a call, so threads share the work.
+The quantizer is `ggml_quantize_chunk` (ggml/src/ggml.c). ctypes and numpy let go of the interpreter lock while they
+work, so threads share it.
 """
 
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+import functools
+import os
+from importlib.machinery import PathFinder
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from gemma_mtp.convert.blocks import Type, n_bytes
 from gemma_mtp.convert.errors import MtpError
-from llama_cpp import llama_cpp as lib
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
-_P, _N = ctypes.c_void_p, ctypes.c_int64
-
-
-def _function(name: str, result: Any, *arguments: Any) -> Any:
-    function = getattr(lib._lib, name)
-    function.restype, function.argtypes = result, arguments
-    return function
-
-
-_quantize = _function("ggml_quantize_chunk", ctypes.c_size_t, ctypes.c_int, _P, _P, _N, _N, _N, _P)
-_validate = _function("ggml_validate_row_data", ctypes.c_bool, ctypes.c_int, _P, ctypes.c_size_t)
-_from_f16 = _function("ggml_fp16_to_fp32_row", None, _P, _P, _N)
-_from_bf16 = _function("ggml_bf16_to_fp32_row", None, _P, _P, _N)
-
 F16_MAX = 65504.0
+# Types of safetensors, and what numpy reads them as. It knows neither bf16 nor floating point of 8 bits: those are read
+# as integers, and widened by moving their bits.
+STORED_AS = {
+    "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8",
+    "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2", "F8_E5M2": "u1", "F8_E4M3": "u1",
+    "F8_E8M0": "u1",
+}  # fmt: skip
 
 
-def widen(raw: Bytes, kind: Type) -> Floats:
-    """Values of type F32, F16 or BF16, [bytes], as float32, [values]."""
-    if kind is Type.F32:
-        return raw.view(np.float32)
-    values = np.empty(raw.nbytes // 2, np.float32)
-    (_from_f16 if kind is Type.F16 else _from_bf16)(raw.ctypes.data, values.ctypes.data, values.size)
-    return values
+@functools.cache
+def _ggml() -> ctypes.CDLL:
+    """The library with the quantizer, of the installed llama-cpp-python; importing that would load libllama as well.
+
+    Raises:
+        MtpError: llama-cpp-python is not installed.
+    """
+    package = PathFinder.find_spec("llama_cpp")
+    if package is None or package.origin is None:
+        raise MtpError("quantizing needs llama-cpp-python; run: pip install llama-cpp-python")
+    folder = Path(os.environ.get("LLAMA_CPP_LIB_PATH") or Path(package.origin).parent / "lib")
+    if found := sorted(folder.glob("*ggml-base.*")):
+        library = ctypes.CDLL(str(found[0]))
+    else:  # built in one piece
+        from llama_cpp import llama_cpp
+
+        library = llama_cpp._lib
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    quantize, validate = library.ggml_quantize_chunk, library.ggml_validate_row_data
+    quantize.restype = ctypes.c_size_t
+    quantize.argtypes = ctypes.c_int, pointer, pointer, count, count, count, pointer
+    validate.restype, validate.argtypes = ctypes.c_bool, (ctypes.c_int, pointer, ctypes.c_size_t)
+    return library
+
+
+def widen(raw: Bytes, kind: str) -> Floats:
+    """Numbers of a type of safetensors as float32.
+
+    Args:
+        raw: as a file holds them, [bytes].
+        kind: a key of STORED_AS.
+
+    Returns:
+        [values]; what float32 has no room for is infinite.
+    """
+    stored = raw.view(STORED_AS[kind])
+    if kind == "BF16":  # the upper half of a float32
+        bits = stored.astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
+    if kind == "F8_E5M2":  # the upper half of a float16
+        return (stored.astype(np.uint16) << 8).view(np.float16).astype(np.float32)
+    if kind == "F8_E4M3":  # sign, exponent and fraction moved to their places in a float16, whose exponent is 8 more
+        bits = stored.astype(np.uint16)
+        values = ((bits & 0x80) << 8 | (bits & 0x7F) << 7).view(np.float16).astype(np.float32) * np.float32(256)
+        return np.where(stored & 0x7F == 0x7F, np.float32(np.nan), values)
+    with np.errstate(over="ignore", invalid="ignore"):  # for whoever looks at the values to judge
+        if kind == "F8_E8M0":  # nothing but an exponent
+            return np.where(stored == 0xFF, np.float32(np.nan), np.ldexp(np.float32(1), stored.astype(np.int32) - 127))
+        return stored.astype(np.float32, copy=False)
 
 
 def largest(raw: Bytes, kind: Type) -> float:
@@ -52,7 +91,7 @@ def largest(raw: Bytes, kind: Type) -> float:
         top = (raw.view(np.uint32) & np.uint32(0x7FFFFFFF)).max(keepdims=True).view(np.uint8)
     else:
         top = (raw.view(np.uint16) & np.uint16(0x7FFF)).max(keepdims=True).view(np.uint8)
-    magnitude = float(widen(top, kind)[0])
+    magnitude = float(widen(top, kind.name)[0])
     return magnitude if np.isfinite(magnitude) else np.inf
 
 
@@ -82,9 +121,9 @@ def blocks_of(values: Floats, kind: Type, magnitude: float, imatrix: Floats | No
     length = values.shape[-1]
     blocks = np.empty(n_bytes(kind, values.shape), np.uint8)
     weights = None if imatrix is None else imatrix.ctypes.data
-    written = _quantize(
+    written = _ggml().ggml_quantize_chunk(
         int(kind), values.ctypes.data, blocks.ctypes.data, 0, values.size // length, length, weights
-    )  # fmt: skip
+    )
     if written != blocks.nbytes:
         raise RuntimeError(f"libggml wrote {written} bytes of {Type(kind).name}, {blocks.nbytes} were wanted")
     fits = magnitude <= F16_MAX or kind in (Type.F32, Type.BF16)
@@ -95,4 +134,4 @@ def blocks_of(values: Floats, kind: Type, magnitude: float, imatrix: Floats | No
 
 def valid(blocks: Bytes, kind: Type) -> bool:
     """Whether blocks as read from a file, [bytes], hold no NaN and no infinity; libggml prints where it finds one."""
-    return bool(_validate(int(kind), blocks.ctypes.data, blocks.nbytes))
+    return bool(_ggml().ggml_validate_row_data(int(kind), blocks.ctypes.data, blocks.nbytes))

@@ -151,9 +151,8 @@ def _ordered_head(drafter: Header, folder: Path) -> dict[str, Any]:
                 if place is None or len(source.shape) != 1:
                     continue
                 tensor = drafter.tensors.get(place.gguf)
-                rows = checkpoint.rows(name, 0, source.shape[0]).float().numpy()
                 file.seek(tensor.offset if tensor else 0)
-                if tensor is None or file.read(tensor.size) != rows.tobytes():
+                if tensor is None or file.read(tensor.size) != checkpoint.values(name).tobytes():
                     raise PairError(f"{folder} holds another drafter than {drafter.path}: {place.gguf} differs.")
         if len(drafter.vocabulary) != checkpoint.config.vocab_size:
             raise PairError(f"{folder} holds another drafter than {drafter.path}: the vocabulary differs in size.")

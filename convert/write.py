@@ -164,7 +164,7 @@ def _piece(piece: _Rows, places: Sequence[_Place], checkpoint: Checkpoint) -> li
             weights = _weights(imatrix, each, piece)
             key = (each.type, None if weights is None else id(imatrix), qat)
             if key not in made:
-                values = widen(raw, source).reshape(-1, length) if values is None else values
+                values = widen(raw, source.name).reshape(-1, length) if values is None else values
                 made[key] = blocks_of(values, each.type, magnitude, weights)
                 if qat and each.type is blocks.Type.Q4_0:
                     regrid(values, made[key])

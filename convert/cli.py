@@ -16,8 +16,6 @@ from gemma_mtp.convert.cli_files import progress_bar, type_counts
 from gemma_mtp.convert.modelfile import modelfile
 from gemma_mtp.convert.recipe import RECIPES, recipe_of
 from gemma_mtp.convert.sources import AUTO, name_of
-from rich.console import Console
-from rich.table import Table
 
 PROJECTOR_FORMATS = ["F16", "BF16", "F32", "Q8_0"]
 
@@ -96,6 +94,9 @@ def _report(pair: Pair, as_json: bool) -> None:
         found = {role: str(path) for role, path in roles.items() if path}
         click.echo(json.dumps(found | {"files": [str(path) for path in pair.files]}))
         return
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
     for heading in ("", "file", "MB", "types"):
         table.add_column(heading, justify="right" if heading == "MB" else "left", overflow="fold")

@@ -6,15 +6,15 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from gemma_mtp.convert import PairPlan
-from gemma_mtp.convert.link import MtpError
-from gemma_mtp.convert.plan import Plan
+from gemma_mtp.convert.errors import MtpError
 from gemma_mtp.convert.recipe import ALIASES, QUANTS, Options, parse_tensor_type, parse_type
-from rich.console import Console
-from rich.table import Table
+
+if TYPE_CHECKING:
+    from gemma_mtp.convert import PairPlan
+    from gemma_mtp.convert.plan import Plan
 
 FORMATS = click.Choice([*QUANTS, *ALIASES], case_sensitive=False)
 UNITS = {"M": 10**6, "G": 10**9}
@@ -84,6 +84,9 @@ def describe_plan(plans: PairPlan) -> dict[str, Any]:
 
 def show_plan(plans: PairPlan) -> None:
     """Print files, sizes, types and what is left out."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table("file", "parameters", "MB", "types", box=None, pad_edge=False)
     for file, plan in {**plans.targets, **plans.drafters}.items():
         kinds = " ".join(f"{kind} x{count}" for kind, count in _types(plan))

@@ -6,13 +6,14 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from gemma_mtp.convert import gguf_file, link
 from gemma_mtp.convert import verify as verifying
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 # Longer arrays say nothing to a reader: their first values and their length are shown.
 SHOWN = 8
@@ -20,6 +21,9 @@ SHOWN = 8
 
 def progress_bar(what: str) -> Progress:
     """Bytes, rate and remaining time on stderr, if that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
     console = Console(stderr=True)
     return Progress(
         TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),

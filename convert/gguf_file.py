@@ -20,20 +20,20 @@ from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
+from gemma_mtp.convert.blocks import BLOCKS
 from gemma_mtp.convert.errors import MtpError
-from gguf import GGML_QUANT_SIZES
 
 # Number in the file: numpy type. 8 is a string, 9 an array.
 NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 STRING, ARRAY = 8, 9
 UINT32 = 4
 DEFAULT_ALIGNMENT = 32
-# Number of a ggml type in the file: name, elements of a block, bytes of a block. The gguf package does not know Q2_0;
-# Q8_1 and Q8_K are never stored.
+# Number of a ggml type in the file: name, elements of a block, bytes of a block. Beside the types that we write, those
+# that others may; Q8_1 and Q8_K are never stored.
 TYPES: dict[int, tuple[str, int, int]] = {
-    **{int(kind): (kind.name, *size) for kind, size in GGML_QUANT_SIZES.items() if kind.name not in ("Q8_1", "Q8_K")},
-    42: ("Q2_0", 64, 18),
-}
+    **{int(kind): (kind.name, *size) for kind, size in BLOCKS.items()},
+    24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8), 40: ("NVFP4", 64, 36),
+}  # fmt: skip
 # Bounds far above any model's: they keep a hostile file from costing minutes or gigabytes.
 MAX_COUNT = 1 << 16  # keys, and tensors
 MAX_ELEMENTS = 1 << 24  # of one array

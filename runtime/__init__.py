@@ -9,8 +9,24 @@ print(llm.stats)
 
 from __future__ import annotations
 
-from gemma_mtp.runtime.llama import Llama
-from gemma_mtp.runtime.pair import open_pair
-from gemma_mtp.runtime.stats import Stats
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 __all__ = ["Llama", "Stats", "open_pair"]
+
+if TYPE_CHECKING:
+    from gemma_mtp.runtime.llama import Llama
+    from gemma_mtp.runtime.pair import open_pair
+    from gemma_mtp.runtime.stats import Stats
+else:
+    # Commands that do not generate are in this package too: libllama is loaded when a name is first asked for.
+    HOMES = {"Llama": "llama", "Stats": "stats", "open_pair": "pair"}
+
+    def __getattr__(name):
+        if name not in HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = globals()[name] = getattr(import_module(f"{__name__}.{HOMES[name]}"), name)
+        return found
+
+    def __dir__():
+        return sorted({*globals(), *HOMES})

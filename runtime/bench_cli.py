@@ -13,8 +13,6 @@ import click
 from gemma_mtp.convert import link
 from gemma_mtp.runtime.bench_settings import PROMPTS, WARM_TOKENS, Chance, Settings
 from gemma_mtp.runtime.pair import resolve
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 SHAPES = ("E2B", "E4B", "12B", "26B-A4B", "31B")
 GENERATOR = "gemma_mtp.convert.shapes:generate"
@@ -156,6 +154,8 @@ def bench(
         raise click.ClickException(f"--plot {plot}: there is no folder {plot.absolute().parent}; make it first.")
     from gemma_mtp.runtime import bench_report
     from gemma_mtp.runtime.bench import measure
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -196,7 +196,7 @@ def _random(shape: str, seed: int, step: Any, **formats: Any) -> tuple[Path, Pat
     def progress(done: int, total: int) -> None:
         step(f"making random weights of {shape}", done, total)
 
-    generate = imported("bench --shape", GENERATOR)
+    generate = imported(GENERATOR)
     made: tuple[Path, Path] = generate(shape, build.cache_dir() / "shapes", seed=seed, progress=progress, **formats)
     return made
 

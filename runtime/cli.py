@@ -11,7 +11,8 @@ from typing import Any
 
 import click
 
-# Where each command lives. They are imported when called for: converting needs torch, generating does not.
+# Where each command lives. They are imported when called for, and import what they work with when they run: converting
+# does without libllama, generating without the packages of the extra "convert".
 COMMANDS = {
     "convert": "gemma_mtp.convert.cli:convert",
     "link": "gemma_mtp.convert.cli_files:link_command",
@@ -24,17 +25,14 @@ COMMANDS = {
     "serve": "gemma_mtp.runtime.serve:serve",
     "bench": "gemma_mtp.runtime.bench_cli:bench",
 }
+# What the extra "convert" brings: generating needs none of it.
+CONVERT = ("gguf", "huggingface_hub", "rich")
 
 
-def imported(command: str, where: str) -> Any:
-    """An object named as "module:name", imported now for a command; a missing optional package is one clear line."""
+def imported(where: str) -> Any:
+    """An object named as "module:name", imported now."""
     module, attribute = where.split(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as problem:
-        if problem.name not in ("torch", "safetensors"):
-            raise
-        raise click.ClickException(f"{command} needs {problem.name}; run: pip install 'gemma-mtp[convert]'") from None
+    return getattr(importlib.import_module(module), attribute)
 
 
 class LazyGroup(click.Group):
@@ -46,7 +44,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        command: click.Command = imported(name, COMMANDS[name])
+        command: click.Command = imported(COMMANDS[name])
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -63,6 +61,10 @@ class LazyGroup(click.Group):
         except Exception as problem:
             if ctx.params["debug"]:
                 raise
+            if isinstance(problem, ModuleNotFoundError) and problem.name in CONVERT:
+                needs = f"{ctx.invoked_subcommand} needs {problem.name}"
+                click.echo(f"error: {needs}; run: pip install 'gemma-mtp[convert]'", err=True)
+                sys.exit(1)
             what = f"{type(problem).__name__}: {problem}".replace("\n", " ")
             click.echo(f"error: unexpected {what}; run again with --debug and report it.", err=True)
             sys.exit(1)

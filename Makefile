@@ -1,8 +1,12 @@
-# gemma-mtp. `make demo` and `make test` set up everything they need.
+# gemma-mtp. Every target sets up what it needs, and no more.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip --disable-pip-version-check install --quiet
+# What is installed: to convert and generate; on top of that to test, and to check.
 READY  := $(VENV)/.ready
+TESTS  := $(VENV)/.ready-test
+TOOLS  := $(VENV)/.ready-check
 
 .DEFAULT_GOAL := help
 .PHONY: help setup native demo test check fix bench bench-convert check-patches check-kernels check-arm check-formats check-stock \
@@ -18,22 +22,31 @@ $(BIN)/python:
 # The patched llama-cpp-python goes in first, so that pip finds the dependency met and never builds the stock one.
 $(READY): pyproject.toml | native
 	@echo "installing the Python packages"
-	@$(BIN)/pip --disable-pip-version-check install --quiet "setuptools>=77" "torch==2.13.0"
-	@$(BIN)/pip --disable-pip-version-check install --quiet --no-build-isolation -e '.[test]'
+	@$(PIP) "setuptools>=77"
+	@$(PIP) --no-build-isolation -e '.[convert]'
 	@touch $@
 
-setup: native $(READY) ## virtual environment, patched llama-cpp-python, this package
+$(TESTS): tests/install.py $(READY)
+	@$(BIN)/python tests/install.py
+	@touch $@
+
+$(TOOLS): $(READY)
+	@echo "installing mypy and ruff"
+	@$(PIP) --no-build-isolation -e '.[check]'
+	@touch $@
+
+setup: $(READY) ## virtual environment, patched llama-cpp-python, this package
 
 native: $(BIN)/python ## build (or take from the cache) and install the patched llama-cpp-python
 	@$(BIN)/python patches/build.py install
 
-demo: setup ## convert the bundled pair, generate with and without MTP, show the proof
+demo: $(READY) ## convert the bundled pair, generate with and without MTP, show the proof
 	@$(BIN)/python tests/demo.py
 
-test: setup ## all tests
+test: $(TESTS) ## all tests
 	@$(BIN)/python -m pytest
 
-check: setup build/types/gemma_mtp ## ruff and mypy
+check: $(TOOLS) build/types/gemma_mtp ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@MYPYPATH=build/types $(BIN)/mypy -p gemma_mtp.convert -p gemma_mtp.runtime -p gemma_mtp.patches
@@ -42,43 +55,43 @@ check: setup build/types/gemma_mtp ## ruff and mypy
 build/types/gemma_mtp:
 	@mkdir -p $@ && for half in convert runtime patches; do ln -sfn ../../../$$half $@/$$half; done
 
-fix: setup ## let ruff format and mend
+fix: $(TOOLS) ## let ruff format and mend
 	@$(BIN)/ruff check --fix --quiet . || true
 	@$(BIN)/ruff format .
 
-bench: setup ## speed of the bundled pair with and without MTP
+bench: $(READY) ## speed of the bundled pair with and without MTP
 	@$(BIN)/python tests/demo.py --bench
 
 check-patches: $(BIN)/python ## apply, re-export and compile every prefix of the patch series
 	@$(BIN)/python patches/build.py check
 
-check-kernels: setup ## build libggml for other instruction sets and compare its kernels with llama.cpp's
+check-kernels: $(TESTS) ## build libggml for other instruction sets and compare its kernels with llama.cpp's
 	@$(BIN)/python patches/build.py kernels
 	@$(BIN)/python -m pytest tests/test_kernels.py
 
-check-stock: setup ## build the unpatched llama.cpp and drive it with a converted pair
+check-stock: $(TESTS) ## build the unpatched llama.cpp and drive it with a converted pair
 	@$(BIN)/python patches/build.py stock
 	@$(BIN)/python -m pytest -m stock
 
 check-arm: $(BIN)/python ## build libggml for ARM and test what the series touches there, under emulation
 	@$(BIN)/python patches/build.py arm
 
-check-formats: setup ## every format of every size, with and without importance matrix, against llama-quantize
+check-formats: $(TESTS) ## every format of every size, with and without importance matrix, against llama-quantize
 	@$(BIN)/python -m pytest -q -s -m formats tests/test_formats.py
 
-bench-convert: setup ## time, memory and bytes of a conversion beside upstream's two steps
+bench-convert: $(TESTS) ## time, memory and bytes of a conversion beside upstream's two steps
 	@$(BIN)/python tests/bench_convert.py
 
-check-distribution: setup ## draw 600,000 times with MTP and compare with the target's distribution
+check-distribution: $(TESTS) ## draw 600,000 times with MTP and compare with the target's distribution
 	@$(BIN)/python -m pytest -s -m distribution
 
-check-coupling: setup ## acceptance of coupled and greedy drafts at a temperature, beside the bound
+check-coupling: $(READY) ## acceptance of coupled and greedy drafts at a temperature, beside the bound
 	@$(BIN)/python tests/coupling.py
 
-check-invariance: setup ## 200 tokens alone and in batches of 2 to 9: the same logits, at the shape of E2B too
+check-invariance: $(TESTS) ## 200 tokens alone and in batches of 2 to 9: the same logits, at the shape of E2B too
 	@$(BIN)/python -m pytest -m invariance tests/test_kernels.py
 
-fuzz: setup ## mutated GGUF and safetensors files against the readers, FUZZ_SECONDS long (60)
+fuzz: $(TESTS) ## mutated GGUF and safetensors files against the readers, FUZZ_SECONDS long (60)
 	@nice -n 19 $(BIN)/python tests/fuzz_headers.py --seconds $(or $(FUZZ_SECONDS),60) --seed $(or $(FUZZ_SEED),0)
 
 clean: ## remove the environment and build outputs of this checkout

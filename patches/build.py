@@ -23,11 +23,13 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 VENDORED = "vendor/llama.cpp"
 STAMP = "gemma-mtp-build.json"
+# What llama.cpp's own rules install beside the package: the libraries again, headers, and scripts that nothing runs.
+EXCLUDED = "lib/**;include/**;bin/**"
 IDENTITY = ("-c", "user.name=gemma-mtp", "-c", "user.email=gemma-mtp@localhost", "-c", "core.autocrlf=false")
 
 
@@ -279,7 +283,9 @@ def _build_wheel(home: Path, key: str, flags: Sequence[str]) -> None:
 def pip_wheel(tree: Path, built: Path, env: Mapping[str, str]) -> None:
     """Run `pip wheel`, showing the compiler's progress on a terminal and its last lines when it fails."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-v", "--no-deps", "-w", str(built)]
+    command.append(f"--config-settings=wheel.exclude={EXCLUDED}")
     lines: list[str] = []
+    show = compiling()
     with subprocess.Popen(
         [*command, str(tree)],
         env={**os.environ, **env},
@@ -289,14 +295,35 @@ def pip_wheel(tree: Path, built: Path, env: Mapping[str, str]) -> None:
         text=True,
         errors="replace",
     ) as process:
-        for line in process.stdout or ():
-            lines = [*lines[-60:], line.rstrip()]
-            if (step := re.search(r"\[\d+/\d+\]", line)) and sys.stderr.isatty():
-                print(f"\r  compiling {step.group(0)} ", end="", file=sys.stderr, flush=True)
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
+        try:
+            for line in process.stdout or ():
+                lines = [*lines[-60:], line.rstrip()]
+                if step := re.search(r"\[(\d+)/(\d+)\]", line):
+                    show(int(step[1]), int(step[2]))
+        except BaseException:
+            process.terminate()  # leaving the block waits for it
+            raise
     if process.returncode:
         raise BuildError("the native build failed; its last lines:\n" + "\n".join(lines))
+
+
+def compiling() -> Callable[[int, int], None]:
+    """Shows how far the compiler is: a bar on a terminal, elsewhere a line for each tenth."""
+    begun, tenth = time.monotonic(), 0
+
+    def show(done: int, total: int) -> None:
+        nonlocal tenth
+        minutes, seconds = divmod(int(time.monotonic() - begun), 60)
+        text = f"compiling: {done} of {total} files, {minutes}:{seconds:02d}"
+        if sys.stderr.isatty():
+            filled = 30 * done // total
+            end = "\n" if done == total else ""
+            print(f"\r  {'━' * filled}{' ' * (30 - filled)} {text} ", end=end, file=sys.stderr, flush=True)
+        elif 10 * done // total > tenth:
+            tenth = 10 * done // total
+            say(f"  {text}")
+
+    return show
 
 
 def installed_key() -> str | None:
@@ -358,7 +385,15 @@ def stock_dir() -> Path:
 
 
 # Instruction sets that the kernels of the series tell apart, beside those of the machine itself.
-KERNEL_VARIANTS = {"avx2": (), "avx-vnni": ("-DGGML_AVX_VNNI=ON",)}
+_AVX512 = ("AVX512", "AVX512_VBMI", "AVX512_VNNI", "AVX512_BF16")
+KERNEL_VARIANTS = {
+    "avx2": (),
+    "avx-vnni": ("-DGGML_AVX_VNNI=ON",),
+    "avx512": tuple(f"-DGGML_{name}=ON" for name in _AVX512),
+    "amx": tuple(f"-DGGML_{name}=ON" for name in (*_AVX512, "AMX_TILE", "AMX_INT8")),
+}
+# What a CPU must have for them, beyond AVX2; named as in /proc/cpuinfo.
+KERNEL_NEEDS = {"avx-vnni": "avx_vnni", "avx512": "avx512_bf16", "amx": "amx_int8"}
 
 
 def kernels_dir(variant: str) -> Path:
@@ -459,6 +494,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Build, install or check the patched llama-cpp-python.")
     parser.add_argument("action", choices=["install", "check", "stock", "kernels", "arm"])
     action = parser.parse_args().action
+    # As Ctrl-C: what was begun is cleared away.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         actions = {"install": install, "check": check, "stock": build_stock, "kernels": build_kernels, "arm": check_arm}
         actions[action]()

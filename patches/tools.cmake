@@ -9,3 +9,12 @@ endforeach()
 foreach(target llama-common llama-quantize-impl llama-quantize llama-server-impl llama-server)
     llama_cpp_python_install_target(${target})
 endforeach()
+
+# Links to a versioned name become copies in a wheel: here each library has one name, and is there once.
+foreach(target llama llama-common mtmd ggml ggml-base ggml-cpu ggml-blas ggml-cuda ggml-hip ggml-metal ggml-musa ggml-rpc
+        ggml-sycl ggml-vulkan)
+    if(TARGET ${target})
+        set_property(TARGET ${target} PROPERTY VERSION)
+        set_property(TARGET ${target} PROPERTY SOVERSION)
+    endif()
+endforeach()

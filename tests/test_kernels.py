@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 from contextlib import closing
@@ -34,8 +35,8 @@ def library(variant: str) -> Path:
     """The folder of libggml built for an instruction set; skips where there is none, or it would not run."""
     if not VARIANTS[variant].exists():
         pytest.skip(f"no {variant} build here; make check-kernels builds it")
-    if variant == "avx-vnni" and "avx_vnni" not in build.cpu_features().split():
-        pytest.skip("this CPU has no AVX-VNNI")
+    if (needed := build.KERNEL_NEEDS.get(variant)) and needed not in build.cpu_features().split():
+        pytest.skip(f"this CPU has no {needed}")
     return VARIANTS[variant]
 
 
@@ -62,6 +63,39 @@ def test_products_are_those_of_one_row_kernels(program: str, variant: str, kind:
         stock = digest("alone", seed, GGML_SMALL_BATCH_ROWS="0")
         assert digest("batch", seed) == stock, (shape, seed)
         assert digest("batch", seed + 1) != stock
+
+
+def test_the_tile_configuration_of_amx_is_stored() -> None:
+    """gcc 12 dropped the stores of widths and rows, which lie 16 and 48 bytes into it: an illegal instruction."""
+    if not (built := VARIANTS["amx"] / "libggml-cpu.so").exists():
+        pytest.skip("no amx build here; make check-kernels builds it")
+    lines = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", built], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    loads = [place for place, line in enumerate(lines) if "ldtilecfg" in line]
+    assert loads
+    for place in loads:
+        offset, base = re.findall(r"ldtilecfg\s+(-?\w*)\((%\w+)\)", lines[place])[0]
+        begin = int(offset or "0", 16)
+        stored = [int(at or "0", 16) - begin
+                  for line in lines[place - 60 : place]
+                  for at in re.findall(rf"mov\w*\s+\S+,(-?\w*)\({base}\)", line)]  # fmt: skip
+        assert {0, 16, 48} <= set(stored), lines[place - 60 : place + 1]
+
+
+def test_weights_stay_where_our_kernels_read_them(demo: Pair) -> None:
+    """On a CPU with AMX llama.cpp would put them into a layout that has kernels for one row and for sixteen."""
+    code = f"from gemma_mtp.runtime import Llama; Llama({str(demo.target)!r}, n_ctx=256)"
+
+    def log(**env: str) -> str:
+        environment = {name: value for name, value in os.environ.items() if name != "GGML_AMX"} | env
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
+
+    assert "CPU_REPACK model buffer" in log()
+    assert "AMX model buffer" not in log()
+    if X86 and "amx_int8" in build.cpu_features().split():
+        assert "AMX model buffer" in log(GGML_AMX="1")
 
 
 # queries, heads, KV heads, keys, width, sliding window

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -40,6 +41,15 @@ def cpu_model() -> str:
         asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
         return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
     return platform.processor() or platform.machine()
+
+
+def physical_cores() -> int:
+    """Cores that this process may use, two threads of one counted once, as far as the system tells."""
+    able = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    with suppress(OSError):
+        cpus = Path("/sys/devices/system/cpu")
+        return len({(cpus / f"cpu{cpu}/topology/thread_siblings_list").read_text() for cpu in able})
+    return len(able)
 
 
 def memory_gb() -> float | None:

@@ -1,6 +1,7 @@
-"""`make demo`: convert the bundled pair, generate with and without MTP, show the proof.
+"""`make demo`: convert the bundled pair, generate with and without MTP, show the proof, then what a user will feel.
 
-Greedy continuations of prompts that the pair was not trained on, once with the drafter and once without; the last line
+Greedy continuations of prompts that the pair was not trained on, once with the drafter and once without. The pair is
+too small to be made faster, so its acceptance is then replayed at the shape of E2B with random weights. The last line
 on stdout is one JSON object.
 """
 
@@ -8,23 +9,35 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from gemma_mtp.convert import convert_pair
-from gemma_mtp.runtime import Llama, Stats
+from gemma_mtp.convert import MtpError, convert_pair
+from gemma_mtp.convert.shapes import generate
+from gemma_mtp.patches import build
+from gemma_mtp.runtime import Llama, Stats, machine
+from gemma_mtp.runtime.bench import measure
+from gemma_mtp.runtime.bench_settings import Chance, Settings, Step
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIR = ROOT / "tests" / "pair"
 OUT = ROOT / "build" / "demo"
 PROMPTS, TOKENS, DRAFT = 20, 128, 3
-# A format whose kernels give one token the same logits alone and in a batch (README, "Same seed, same tokens").
+# A format whose kernels give one token the same logits alone and in a batch (docs/measurements.md, "Same seed, same tokens").
 QUANT = "Q8_0"
+SHAPE = "E2B"
+# Layers of that shape to measure, all if they fit, and the GB of the files (Q4_0).
+LAYERS = {35: 2.7, 20: 1.7, 10: 1.0}
+SPARE = 1.5  # GB of memory that stay free beside the weights
+
+console = Console(stderr=True, highlight=False)
 
 
 def held_out() -> list[str]:
@@ -33,33 +46,120 @@ def held_out() -> list[str]:
     return [prompt["text"] for prompt in prompts[:PROMPTS]]
 
 
-def generate(target: Path, drafter: str | None, label: str) -> tuple[list[str], Stats]:
+def continued(target: Path, drafter: str | None, label: str) -> tuple[list[str], Stats]:
     """Greedy continuations of the held-out prompts, and what they cost together."""
     total, texts = Stats(), []
-    options: dict[str, Any] = {"n_ctx": 1024, "verbose": False, "draft_length": DRAFT, "flash_attn": True}
-    with closing(Llama(target, drafter=drafter, **options)) as llm:
-        for prompt in track(held_out(), label, console=Console(stderr=True), transient=True):
+    options: dict[str, Any] = {"n_ctx": 1024, "verbose": False, "draft_length": DRAFT}
+    with closing(Llama(target, drafter=drafter, **options)) as llm, progress() as step:
+        for place, prompt in enumerate(held_out()):
+            step(label, place, PROMPTS)
             made = llm(prompt, max_tokens=TOKENS, temperature=0.0)
             texts.append(made["choices"][0]["text"])
             total.add(llm.stats)
     return texts, total
 
 
-def report(plain: Stats, mtp: Stats, sample: tuple[str, str]) -> None:
-    """A sample and a table for people, on stderr."""
-    console = Console(stderr=True, highlight=False)
+@contextmanager
+def progress() -> Iterator[Step]:
+    """A bar on a terminal; elsewhere a line whenever something else begins."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        said = ""
+
+        def step(label: str, done: int, total: int) -> None:
+            nonlocal said
+            bar.update(task, description=label, completed=done, total=total)
+            if not console.is_terminal and label != said:
+                console.print(label)
+            said = label
+
+        yield step
+
+
+def show_proof(plain: Stats, mtp: Stats, sample: tuple[str, str], identical: bool) -> None:
+    """A sample and a table for people."""
     console.rule("one prompt and its continuation with MTP")
     console.print(sample[0], style="dim", end="", markup=False)
     console.print(sample[1], markup=False)
-    table = Table(title=f"{PROMPTS} held-out prompts, {TOKENS} tokens each, greedy, {DRAFT} drafted per round")
-    for heading in ("", "target passes", "tokens per pass", "tokens/s", "accepted", "by position"):
+    table = Table(title=f"the bundled pair: {PROMPTS} held-out prompts, {TOKENS} tokens each, greedy, {DRAFT} drafted")
+    for heading in ("", "target passes", "tokens per pass", "accepted", "by position"):
         table.add_column(heading, justify="right" if heading else "left")
     places = " ".join(f"{a / b:.2f}" for a, b in zip(mtp.accepted_per_position, mtp.drafted_per_position, strict=True))
-    table.add_row("plain", str(plain.target_passes), f"{plain.tokens_per_target_pass:.2f}",
-                  f"{plain.tokens_per_second:.0f}", "", "")  # fmt: skip
-    table.add_row("MTP", str(mtp.target_passes), f"{mtp.tokens_per_target_pass:.2f}", f"{mtp.tokens_per_second:.0f}",
-                  f"{mtp.acceptance:.1%}", places)  # fmt: skip
+    table.add_row("plain", str(plain.target_passes), f"{plain.tokens_per_target_pass:.2f}", "", "")
+    table.add_row("MTP", str(mtp.target_passes), f"{mtp.tokens_per_target_pass:.2f}", f"{mtp.acceptance:.1%}", places)
     console.print(table)
+    console.print("the same tokens with MTP as without" if identical else "MTP changed the tokens: that is a fault")
+
+
+def right_so_far(stats: Stats) -> float:
+    """Chance that a draft token is accepted, given that all before it in its round were."""
+    rejected = stats.drafts - (stats.accepted_per_position[-1] if stats.accepted_per_position else 0)
+    return stats.accepted / max(stats.accepted + rejected, 1)
+
+
+def layers_that_fit(folder: Path) -> tuple[int, str]:
+    """Layers of the shape that memory and disk hold, 0 for too few of them, and what they lack if not all fit."""
+    folder.mkdir(parents=True, exist_ok=True)
+    memory, disk = machine.free_memory(), shutil.disk_usage(folder).free
+    for layers, size in LAYERS.items():
+        if (memory is None or memory > (size + SPARE) * 1e9) and disk > 1.2 * size * 1e9:
+            break
+    else:
+        layers = 0
+    rooms = [f"{disk / 1e9:.1f} GB of disk"] + ([] if memory is None else [f"{memory / 1e9:.1f} GB of memory"])
+    return layers, f"{' and '.join(rooms)} are free"
+
+
+def felt(chance: float) -> dict[str, Any] | None:
+    """Tokens per second at the shape of E2B, plain and with the draft length "auto", for drafts right by this chance.
+
+    None where the machine is too small for it.
+    """
+    cache = build.cache_dir() / "shapes"
+    layers, reason = layers_that_fit(cache)
+    depth = max(LAYERS)
+    if not layers:
+        console.print(f"speed at the shape of {SHAPE} is left out: {reason}")
+        return None
+    formats = {"quant": "Q4_0", "drafter_quant": "Q4_0", "drafter_head": "Q4_0"}
+    acceptance = Chance((round(chance, 2),))
+    try:
+        with progress() as step:
+            making = f"random weights of {SHAPE}'s shape, {LAYERS[layers]} GB, kept in {cache}"
+            files = generate(
+                SHAPE, cache, layers=None if layers == depth else layers,
+                progress=lambda done, total: step(making, done, total), **formats,
+            )  # fmt: skip
+            settings = Settings(
+                *files, ctx_filled=64, acceptance=(acceptance,), own=False, draft=(DRAFT,), tokens=64, warm_tokens=128,
+                repeat=1, threads=machine.physical_cores(),
+            )  # fmt: skip
+            result = measure(settings, step)
+    except (MtpError, RuntimeError) as problem:
+        console.print(f"speed at the shape of {SHAPE} is left out: {problem}")
+        return None
+    auto = result["auto"][acceptance.name]
+    found = {
+        "layers": layers,
+        "acceptance": acceptance.levels[0],
+        "plain": result["tokens_per_s"]["plain"],
+        "mtp": auto["tokens_per_s"],
+        "speedup": auto["speedup"],
+        "identical": result["left_record"] == 0,
+        "cpu": result["machine"]["cpu"],
+        "threads": result["machine"]["threads"],
+    }
+    some = "" if layers == depth else f" with {layers} of its {depth} layers ({reason})"
+    same = ", same tokens" if found["identical"] else ""
+    console.print(
+        f"{SHAPE}'s shape{some}, random weights in Q4_0, {found['threads']} threads of {found['cpu']}, drafts accepted "
+        f"as above ({found['acceptance']:.0%} of those compared):"
+    )
+    console.print(
+        f"[bold]{found['plain']:.1f} → {found['mtp']:.1f} tokens/s, {found['speedup']:.1f} times{same}[/bold]"
+    )
+    return found
 
 
 def main() -> int:
@@ -71,9 +171,9 @@ def main() -> int:
         from gemma_mtp.runtime.cli import main as command
 
         command(["bench", str(pair.target)])
-    texts, mtp = generate(pair.target, "auto", "with MTP")
-    without, plain = generate(pair.target, None, "without MTP")
-    report(plain, mtp, (held_out()[0], texts[0]))
+    texts, mtp = continued(pair.target, "auto", "with MTP")
+    without, plain = continued(pair.target, None, "without MTP")
+    show_proof(plain, mtp, (held_out()[0], texts[0]), texts == without)
     proof = {
         "identical": texts == without,
         "acceptance": round(mtp.acceptance, 4),
@@ -86,6 +186,7 @@ def main() -> int:
         "acceptance_by_position": [
             round(a / b, 4) for a, b in zip(mtp.accepted_per_position, mtp.drafted_per_position, strict=True)
         ],
+        SHAPE: felt(right_so_far(mtp)),
     }
     print(json.dumps(proof))
     return 0 if proof["identical"] else 1

@@ -36,7 +36,7 @@ def measure(settings: Settings, step: Step = lambda label, done, total: None) ->
         step: told of progress: what is being measured, steps done and steps in all.
 
     Returns:
-        The object that `gemma-mtp bench` prints as JSON; README says what its keys mean.
+        The object that `gemma-mtp bench` prints as JSON; docs/bench.md says what its keys mean.
 
     Raises:
         RuntimeError: a process could not load the pair, or ended.

@@ -1,4 +1,4 @@
-"""What must stay true of the project's layout: who imports whom, and that the README tells the truth about files."""
+"""What must stay true of the project's layout: who imports whom, and that docs/ tells the truth about files."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def test_pure_modules_touch_no_native_code(file: str) -> None:
     assert not roots & {"llama_cpp", "ctypes"}, roots
 
 
-def test_readme_lists_every_file_of_ours() -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_the_docs_list_every_file_of_ours() -> None:
+    listed = (ROOT / "docs" / "architecture.md").read_text()
     files = [*(ROOT / "convert").glob("*.py"), *(ROOT / "runtime").glob("*.py"), *(ROOT / "patches").glob("*.patch")]
-    assert not [path.name for path in files if path.name not in readme]
+    assert not [path.name for path in files if path.name not in listed]
 
 
-def test_readme_names_no_file_that_is_not_there() -> None:
-    tree = re.search(r"```\n(pyproject\.toml.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_docs_name_no_file_that_is_not_there() -> None:
+    tree = re.search(r"```\n(pyproject\.toml.*?)```", (ROOT / "docs" / "architecture.md").read_text(), re.DOTALL)
     assert tree is not None
     folder = ""
     for line in tree.group(1).splitlines():
@@ -57,6 +57,16 @@ def test_readme_names_no_file_that_is_not_there() -> None:
             assert (ROOT / name).exists(), name
         else:
             assert (ROOT / folder / name).exists(), folder + name
+
+
+def test_readme_is_short_and_its_links_lead_somewhere() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 150
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), (page.name, target)
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"docs/{page.name}" in readme, page.name
 
 
 def test_make_help_lists_every_target() -> None:

@@ -17,7 +17,7 @@ from gemma_mtp.convert import link
 from gemma_mtp.runtime import logprobs
 from gemma_mtp.runtime.drafter import Drafter
 from gemma_mtp.runtime.faults import CLOSED, Careful, Closed, check_grammar, explain_decode
-from gemma_mtp.runtime.guard import Guard
+from gemma_mtp.runtime.guard import CALL, STREAM, Guard
 from gemma_mtp.runtime.logprobs import Kept
 from gemma_mtp.runtime.requests import ASKED, Request, ask, per_request, with_keywords, within
 from llama_cpp import LogitsProcessorList, llama_chat_format
@@ -64,7 +64,7 @@ class Api(llama_cpp.Llama):
     """What is ours in llama_cpp.Llama's methods, but for generation itself.
 
     Attributes:
-        guard: lets one thread in at a time.
+        guard: lets one thread in at a time; `guard.patience` is how many seconds others wait.
     """
 
     # Set by llama_cpp.Llama: how many tokens the KV cache holds, and which they are, [n_ctx].
@@ -156,8 +156,7 @@ class Api(llama_cpp.Llama):
             logits_processor, logit_bias = _with_bias(logits_processor, logit_bias), None
         arguments |= {"logit_bias": logit_bias, "logits_processor": logits_processor}
         source = self._complete(ASKED.get(), prompt, logprobs, stream, arguments)
-        made: Generator[Any, Any, None] = self.guard.stream(source)
-        return made
+        return self.guard.stream(source, STREAM if stream else CALL)
 
     def _complete(
         self, request: Request, prompt: str | list[int], top: int | None, stream: bool, arguments: dict[str, Any]
@@ -270,7 +269,7 @@ class Api(llama_cpp.Llama):
         """Free drafter and model; a stream still open ends.
 
         Raises:
-            RuntimeError: another thread is using the object.
+            RuntimeError: another thread has been using the object for `guard.patience` seconds.
         """
         with self.guard.call():
             self._stack.close()

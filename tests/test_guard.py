@@ -455,6 +455,38 @@ except (ValueError, RuntimeError) as problem:
     assert done.stdout.count("\n") == 1
 
 
+TYPES = """
+import sys
+from gemma_mtp.runtime import Llama
+for value in [*range(-2, 51), None, True, 8.0, "q8_0", []]:
+    for name in ("type_k", "type_v"):
+        given = {name: value}
+        try:
+            llm = Llama(sys.argv[1], n_ctx=256, n_threads=1, flash_attn=True, verbose=False, **given)
+            llm("import os", max_tokens=2)
+            llm.close()
+            print(given, "works")
+        except ValueError as problem:
+            print(given, problem)
+"""
+
+
+def test_every_type_of_a_cache_works_or_is_refused(demo: Pair) -> None:
+    """In a process of its own, which must live to the end; the heads of this pair are multiples of 64."""
+    done = subprocess.run([sys.executable, "-c", TYPES, demo.target], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 * (53 + 5)
+    for name in ("type_k", "type_v"):
+        worked = [line for line in lines if name in line and line.endswith("works")]
+        assert worked == [f"{{'{name}': {n}}} works" for n in (0, 1, 2, 3, 6, 7, 8, 20, 30, 39, 40, 42, None)]
+        refused = [line.split("} ", 1)[1] for line in lines if name in line and line not in worked]
+        large = [line for line in refused if "blocks of" in line]
+        assert len(large) == 9
+        assert any(f"{name} Q6_K has blocks of 256 values" in line for line in large)
+        assert all(line.startswith(f"{name} is ") and "8 (Q8_0)" in line for line in refused if line not in large)
+
+
 def test_a_state_that_does_not_fit_is_refused(demo: Pair, usable: Llama) -> None:
     with closing(Llama(demo.target, **OPTIONS | {"n_ctx": 1024})) as other:
         other("x = 1\n" * 200, max_tokens=2)

@@ -272,7 +272,7 @@ def _open(target: str, drafter: str, **options: Any) -> tuple[Measure, dict[str,
         "features": (llama_cpp.llama_print_system_info() or b"").decode().strip(),
         "load_seconds": round(perf_counter() - clock, 2),
         "n_vocab": llm.n_vocab(),
-        "gpu": bool(llama_cpp.llama_supports_gpu_offload()) and llm.model_params.n_gpu_layers != 0,
+        "gpu": native.has_gpu() and llm.model_params.n_gpu_layers != 0,
     }
     return Measure(llm), about
 

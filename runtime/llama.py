@@ -76,7 +76,7 @@ class Llama(Api):
         if options.get("swa_full") is False:
             # A batch longer than n_ubatch may overwrite keys that its rollback needs.
             options["n_ubatch"] = max(options.get("n_ubatch", 512), LONGEST + 1)
-        if native.patched() and not options.get("n_gpu_layers"):
+        if native.patched() and not (options.get("n_gpu_layers") and native.has_gpu()):
             # On the CPU the series has attention of a few queries in this form only; stock's default is without.
             options.setdefault("flash_attn", True)
         path = resolve(model_path, drafter)

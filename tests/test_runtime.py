@@ -230,12 +230,61 @@ def test_no_array_of_all_logits(demo: Pair) -> None:
         assert not llm._logits_all
 
 
-@pytest.mark.skipif(not native.patched(), reason="the default without our series is stock's")
-def test_flash_attention_is_the_default_on_a_cpu(demo: Pair) -> None:
-    for given, wanted in (({}, True), ({"flash_attn": False}, False), ({"n_gpu_layers": 1}, False)):
-        with closing(Llama(demo.target, drafter=None, **OPTIONS, **given)) as llm:
-            enabled = llm.context_params.flash_attn_type == lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
-            assert enabled is wanted, given
+ON, OFF = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED, lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+LAYERS: list[dict[str, Any]] = [{}, {"n_gpu_layers": 0}, {"n_gpu_layers": -1}, {"n_gpu_layers": 99}]
+needs_series = pytest.mark.skipif(not native.patched(), reason="the default without our series is stock's")
+
+
+@needs_series
+@pytest.mark.parametrize("given", LAYERS, ids=str)
+def test_flash_attention_is_the_default_on_a_cpu(
+    given: dict[str, Any], demo: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever number of layers is to go to a GPU: what counts is whether there is one."""
+    for gpu in (False, True):
+        monkeypatch.setattr(native, "has_gpu", lambda gpu=gpu: gpu)
+        default = OFF if gpu and given.get("n_gpu_layers") else ON
+        for asked, wanted in (({}, default), ({"flash_attn": False}, OFF), ({"flash_attn": True}, ON)):
+            with closing(Llama(demo.target, drafter=None, **OPTIONS, **given, **asked)) as llm:
+                assert llm.context_params.flash_attn_type == wanted, (gpu, asked)
+
+
+@needs_series
+@pytest.mark.parametrize("command", ["run", "chat", "serve"])
+def test_flash_attention_in_the_commands(command: str, demo: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    class Noted(Llama):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            made.append(self.context_params.flash_attn_type)
+
+    monkeypatch.setattr(native, "has_gpu", lambda: False)
+    monkeypatch.setattr("gemma_mtp.runtime.llama.Llama", Noted)
+    monkeypatch.setattr(llama_cpp, "Llama", llama_cpp.Llama)  # which the server exchanges
+    monkeypatch.setattr("uvicorn.run", lambda app, **_: None)
+    arguments = {"run": ["-p", "x", "-n", "2"], "chat": ["-n", "2"], "serve": []}[command]
+    for asked, wanted in (([], ON), (["-ngl", "99"], ON), (["-ngl", "0"], ON)):
+        done = CliRunner().invoke(main, [command, str(demo.target), "-t", "1", *arguments, *asked], input="x\n")
+        assert done.exit_code == 0, done.output
+        assert made.pop() == wanted
+        assert not made
+    if command == "serve":
+        from gemma_mtp.runtime.serve import application
+        from llama_cpp.server import app
+
+        application(demo.target, None, 0, flash_attn=False, verbose=False)
+        monkeypatch.setenv("FLASH_ATTN", "0")
+        application(demo.target, None, 0, verbose=False)
+        assert made == [OFF, OFF]
+        app._llama_proxy.free()
+
+
+def test_a_gpu_is_a_device_not_an_ability_of_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build for GPUs, or for devices of another machine, where there are none."""
+    there = any(lib._lib.ggml_backend_dev_by_type(kind) for kind in (native.GPU, native.IGPU))
+    monkeypatch.setattr(lib, "llama_supports_gpu_offload", lambda: True)
+    assert native.has_gpu.__wrapped__() == there
 
 
 def test_an_abandoned_stream_leaves_a_usable_state(mtp: Llama, plain: Llama) -> None:

@@ -19,7 +19,7 @@ from gemma_mtp.runtime.drafter import Drafter
 from gemma_mtp.runtime.faults import CLOSED, Careful, Closed, check_grammar, explain_decode
 from gemma_mtp.runtime.guard import CALL, STREAM, Guard
 from gemma_mtp.runtime.logprobs import Kept
-from gemma_mtp.runtime.requests import ASKED, Request, ask, per_request, with_keywords, within
+from gemma_mtp.runtime.requests import ASKED, WISHES, DraftLength, Request, ask, per_request, with_keywords, within
 from llama_cpp import LogitsProcessorList, llama_chat_format
 from llama_cpp import llama_cpp as lib
 
@@ -108,7 +108,7 @@ class Api(llama_cpp.Llama):
         self,
         *args: Any,
         mtp: bool | None = None,
-        draft_length: int | None = None,
+        draft_length: DraftLength | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -135,8 +135,7 @@ class Api(llama_cpp.Llama):
 
     create_chat_completion = with_keywords(
         functools.update_wrapper(_chat, Stock.create_chat_completion, assigned=("__name__", "__qualname__")),
-        mtp="bool | None",
-        draft_length="int | None",
+        **WISHES,
         chat_template_kwargs="dict[str, Any] | None",
     )
 

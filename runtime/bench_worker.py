@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gemma_mtp.runtime.bench_settings import Chance
-    from gemma_mtp.runtime.drafts import DraftLength
     from gemma_mtp.runtime.llama import Llama
+    from gemma_mtp.runtime.requests import DraftLength
     from gemma_mtp.runtime.stats import Stats
 
 
@@ -154,7 +154,7 @@ class Measure:
         """Know nothing of costs and acceptance, as when a pair is first run on a machine, and keep nothing on disk."""
         from gemma_mtp.runtime.costs import Costs
         from gemma_mtp.runtime.draft_length import Policy
-        from gemma_mtp.runtime.drafts import MOST
+        from gemma_mtp.runtime.requests import MOST
 
         class Forgotten(Costs):
             def save(self, path: Path) -> None:

@@ -16,19 +16,16 @@ from gemma_mtp.runtime.api import Api, exclusive_stream
 from gemma_mtp.runtime.costs import Costs, costs_path
 from gemma_mtp.runtime.draft_length import Policy
 from gemma_mtp.runtime.drafter import DraftSettings, attached
-from gemma_mtp.runtime.drafts import MOST, DraftLength, Drafts
+from gemma_mtp.runtime.drafts import Drafts
 from gemma_mtp.runtime.faults import check_options, explain_decode, explaining_load
 from gemma_mtp.runtime.grammar import Mask, Vocabulary
 from gemma_mtp.runtime.native import Floats
 from gemma_mtp.runtime.pair import Wanted, resolve
-from gemma_mtp.runtime.requests import Request
+from gemma_mtp.runtime.requests import MOST, DraftLength, Request, checked_length
 from gemma_mtp.runtime.sampling import Sampler
 from gemma_mtp.runtime.stats import Stats
 from llama_cpp import llama_cpp as lib
 from llama_cpp._utils import suppress_stdout_stderr
-
-# Tokens that a draft may have where the KV cache forgets keys out of the window.
-LONGEST = 31
 
 
 class Llama(Api):
@@ -42,8 +39,9 @@ class Llama(Api):
         model_path: GGUF file of the target.
         drafter: "auto" (the default) takes the linked drafter in the same folder, if there is one; a path names it;
             None turns multi-token prediction off.
-        draft_length: tokens to draft in a round, or "auto" (the default) to go by what passes cost on this machine and
-            by what is accepted: then drafts also come from the text itself, and there are none where they do not pay.
+        draft_length: tokens to draft in a round, 15 at most, or "auto" (the default) to go by what passes cost on this
+            machine and by what is accepted: then drafts also come from the text itself, and there are none where they
+            do not pay. It may be set later on.
         options: everything llama_cpp.Llama takes. flash_attn is True by default where no layer is on a GPU.
 
     Attributes:
@@ -65,8 +63,6 @@ class Llama(Api):
         **options: Any,
     ) -> None:
         self.prepare()
-        if draft_length != "auto" and (not isinstance(draft_length, int) or draft_length < 0):
-            raise ValueError(f'draft_length is {draft_length!r}; give a number of tokens, 0 for none, or "auto".')
         self.stats = Stats()
         self.total_stats = Stats()
         self.draft_length = draft_length
@@ -75,7 +71,7 @@ class Llama(Api):
         check_options(options)
         if options.get("swa_full") is False:
             # A batch longer than n_ubatch may overwrite keys that its rollback needs.
-            options["n_ubatch"] = max(options.get("n_ubatch", 512), LONGEST + 1)
+            options["n_ubatch"] = max(options.get("n_ubatch", 512), MOST + 1)
         if native.patched() and not (options.get("n_gpu_layers") and native.has_gpu()):
             # On the CPU the series has attention of a few queries in this form only; stock's default is without.
             options.setdefault("flash_attn", True)
@@ -109,6 +105,19 @@ class Llama(Api):
             self._told.add(reason)
             print(f"gemma-mtp: {reason}.", file=sys.stderr)
 
+    @property
+    def draft_length(self) -> DraftLength:
+        """Tokens to draft in a round, or "auto"; for requests that say nothing else.
+
+        Raises:
+            ValueError: on setting it to what is neither.
+        """
+        return self._draft_length
+
+    @draft_length.setter
+    def draft_length(self, value: Any) -> None:
+        self._draft_length = checked_length(value)
+
     @exclusive_stream
     def generate(
         self,
@@ -132,14 +141,14 @@ class Llama(Api):
         grammar: Any = None,
         *,
         mtp: bool | None = None,
-        draft_length: int | None = None,
+        draft_length: DraftLength | None = None,
     ) -> Generator[int, Sequence[int] | None, None]:
         """Generate tokens from a prompt; arguments and behaviour are llama_cpp.Llama.generate's, with two more.
 
         Args:
             tokens: the prompt; all further ones up to `grammar` as there.
             mtp: False generates without drafting.
-            draft_length: tokens to draft in a round.
+            draft_length: tokens to draft in a round, or "auto".
         """
         request = self.request if mtp is None and draft_length is None else Request(mtp, draft_length)
         tokens = list(tokens)
@@ -185,7 +194,8 @@ class Llama(Api):
         try:
             left = self._reuse_prefix(tokens, reset)
             native_round = DraftSettings.of(settings, self._seed)
-            drafts = Drafts(self, sampler, self._length(request), self._policy, self._costs, native_round)
+            length = request.length(self.draft_length)
+            drafts = Drafts(self, sampler, length, self._policy, self._costs, native_round)
             choose = sampler if kept is None else kept.recording(sampler)
             yield from loop.generate(self, left, choose, drafts, stop, self.stats)
         finally:
@@ -291,11 +301,6 @@ class Llama(Api):
             return True
         first = lib.llama_memory_seq_pos_min(self._ctx.memory, 0)
         return bool(0 <= first <= max(0, keep - lib.llama_model_n_swa(self._model.model)))
-
-    def _length(self, request: Request) -> Any:
-        """The draft length of a request; with swa_full=False a rollback must stay within one n_ubatch."""
-        length = request.length(self.draft_length)
-        return min(length, LONGEST) if isinstance(length, int) and not self.context_params.swa_full else length
 
     def decode(self, tokens: Sequence[int], draft: Sequence[int]) -> int:
         """Decode tokens and a draft after them; afterwards `n_tokens` counts the tokens, not the draft.

@@ -8,7 +8,27 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from numbers import Integral
+from typing import Any, Literal
+
+DraftLength = int | Literal["auto"]
+# The longest draft. With the token before it these are 16 rows of a batch: up to there a row's logits are those it has
+# alone, beyond it llama.cpp multiplies with other kernels, and the text would depend on how far was drafted.
+MOST = 15
+LENGTHS = f'a number of tokens, 0 for none and {MOST} at most, or "auto"'
+
+
+def checked_length(value: Any) -> DraftLength:
+    """A draft length, wherever it was given: for an object, for one request, on a command line.
+
+    Raises:
+        ValueError: it is neither a count from 0 to `MOST` nor "auto".
+    """
+    if isinstance(value, str) and value == "auto":
+        return "auto"
+    if not isinstance(value, bool) and isinstance(value, Integral) and 0 <= int(value) <= MOST:
+        return int(value)
+    raise ValueError(f"draft_length is {value!r}; give {LENGTHS}.")
 
 
 @dataclass(frozen=True)
@@ -17,21 +37,26 @@ class Request:
 
     Attributes:
         mtp: False generates without drafting.
-        draft_length: tokens to draft in a round, or what else the object's own draft_length may be.
+        draft_length: tokens to draft in a round, or "auto".
+
+    Raises:
+        ValueError: a wish is not what it may be.
     """
 
     mtp: bool | None = None
-    draft_length: Any = None
+    draft_length: DraftLength | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.draft_length, int) and self.draft_length < 0:
-            raise ValueError(f"draft_length is {self.draft_length}; it counts tokens, 0 drafts none.")
+        if not isinstance(self.mtp, bool | None):
+            raise ValueError(f"mtp is {self.mtp!r}; give True, False or None.")
+        if self.draft_length is not None:
+            checked_length(self.draft_length)
 
-    def length(self, default: Any) -> Any:
+    def length(self, default: DraftLength) -> DraftLength:
         """The draft length of this request, 0 when it wants no drafts."""
         if self.mtp is False:
             return 0
-        return default if self.draft_length is None else self.draft_length
+        return default if self.draft_length is None else checked_length(self.draft_length)
 
 
 NOTHING = Request()
@@ -81,6 +106,9 @@ def ask(request: Request, call: Callable[[], Any]) -> Any:
     return _stepping(request, answer) if isinstance(answer, Iterator) else answer
 
 
+WISHES = {"mtp": "bool | None", "draft_length": "DraftLength | None"}
+
+
 def per_request(stock: Callable[..., Any]) -> Callable[..., Any]:
     """Give a method of llama_cpp.Llama the keyword arguments of a Request; everything else stays as it is."""
 
@@ -88,7 +116,7 @@ def per_request(stock: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: Any, *args: Any, mtp: bool | None = None, draft_length: Any = None, **kwargs: Any) -> Any:
         return ask(within(mtp, draft_length), lambda: stock(self, *args, **kwargs))
 
-    return with_keywords(method, mtp="bool | None", draft_length="int | None")
+    return with_keywords(method, **WISHES)
 
 
 def with_keywords(method: Callable[..., Any], **kinds: str) -> Callable[..., Any]:

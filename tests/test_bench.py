@@ -23,9 +23,9 @@ from gemma_mtp.runtime.bench_speed import best_length
 from gemma_mtp.runtime.bench_worker import Measure, Worker
 from gemma_mtp.runtime.cli import main
 from gemma_mtp.runtime.draft_length import Policy
-from gemma_mtp.runtime.drafts import MOST
 from gemma_mtp.runtime.lookup import Lookup
 from gemma_mtp.runtime.replay import Replay, expected_tokens
+from gemma_mtp.runtime.requests import MOST
 from test_drafts import paying
 
 STOCK = build.stock_dir()
@@ -247,7 +247,8 @@ def test_every_shape_is_planned_whole_and_shortened(shape: str) -> None:
         (["--shape", "E2B", "-q", "Q9"], "unknown format 'Q9'"),
         (["--shape", "E2B", "--acceptance", "1.2"], "between 0 and 1"),
         (["--shape", "E2B", "--draft", "a"], "not a list of numbers"),
-        (["--shape", "E2B", "--draft", "9"], "between 1 and 8"),
+        (["--shape", "E2B", "--draft", "3,16"], "15 at most"),
+        (["--shape", "E2B", "--draft", "0"], "plain generation is measured anyway"),
         (["--shape", "E2B", "--acceptance", "0.5:8"], "take turns"),
         (["."], "must hold one target"),
         (["--shape", "E2B", "--plot", "none/bench.png"], "there is no folder"),

@@ -14,9 +14,9 @@ from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import Llama, Stats
 from gemma_mtp.runtime.costs import STEP, Costs
 from gemma_mtp.runtime.draft_length import Policy
-from gemma_mtp.runtime.drafts import MOST
 from gemma_mtp.runtime.grammar import Mask
 from gemma_mtp.runtime.lookup import Lookup
+from gemma_mtp.runtime.requests import MOST
 from gemma_mtp.runtime.sampling import NoTokenLeft, Sampler, draw, gumbel, largest, lowest_best
 
 OPTIONS: dict[str, Any] = {"n_ctx": 512, "verbose": False, "flash_attn": True, "n_threads": 1, "n_threads_batch": 1}

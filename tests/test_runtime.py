@@ -8,8 +8,9 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -167,13 +168,47 @@ def test_stops(mtp: Llama, plain: Llama) -> None:
     assert word not in ours["text"]
 
 
-@pytest.mark.parametrize("length", [0, 1, 2, 5, 8])
+@pytest.mark.parametrize("length", [0, 1, 2, 5, 8, 15])
 def test_any_draft_length_gives_the_same_text(length: int, demo: Pair, plain: Llama) -> None:
     wanted = plain(PROMPT, max_tokens=48, **GREEDY)["choices"][0]["text"]
     with closing(Llama(demo.target, draft_length=length, **OPTIONS)) as llm:
         assert llm(PROMPT, max_tokens=48, **GREEDY)["choices"][0]["text"] == wanted
         assert len(llm.stats.drafted_per_position) == length
         assert (llm.stats.drafted > 0) == (length > 0)
+
+
+WRONG_LENGTHS = [-1, 16, 2.5, True, "3", "long", [3]]
+
+
+def test_a_draft_length_is_checked_wherever_it_is_given(demo: Pair) -> None:
+    """One rule, which names what is allowed: beyond it the text would depend on how far was drafted."""
+    allowed = r'is .+; give a number of tokens, 0 for none and 15 at most, or "auto"\.$'
+    for length in WRONG_LENGTHS:
+        with pytest.raises(ValueError, match=f"^draft_length {allowed}"):
+            Llama(demo.target, draft_length=length, **OPTIONS)
+    messages = [{"role": "user", "content": "x"}]
+    with closing(Llama(demo.target, draft_length=3, **OPTIONS)) as llm:
+        ways: list[Callable[[Any], Any]] = [
+            lambda length: setattr(llm, "draft_length", length),
+            lambda length: llm(PROMPT, draft_length=length),
+            lambda length: list(llm(PROMPT, draft_length=length, stream=True)),
+            lambda length: llm.create_chat_completion(messages, draft_length=length),
+            lambda length: next(llm.generate([2, 5], draft_length=length)),
+        ]
+        for way, length in product(ways, WRONG_LENGTHS):
+            with pytest.raises(ValueError, match=f"^draft_length {allowed}"):
+                way(length)
+        for mtp in ("no", 0, 1, []):
+            for call in (llm, llm.create_completion, lambda prompt, mtp: next(llm.generate([2, 5], mtp=mtp))):
+                with pytest.raises(ValueError, match=r"^mtp is .+; give True, False or None\.$"):
+                    call(PROMPT, mtp=mtp)
+        llm.draft_length = np.int64(4)
+        assert (llm.draft_length, type(llm.draft_length)) == (4, int)
+        assert llm(PROMPT, max_tokens=2, draft_length="auto")["choices"]
+    for length in ("16", "-1", "2.5", "few"):
+        wrong = CliRunner().invoke(main, ["run", str(demo.target), "-p", "x", "--draft", length])
+        assert wrong.exit_code == 2
+        assert 'a number of tokens, 0 for none and 15 at most, or "auto"' in wrong.stderr.replace("\n", " ")
 
 
 def test_stats_add_up(mtp: Llama) -> None:
@@ -319,9 +354,6 @@ def test_a_wrong_drafter_is_refused(demo: Pair, tiny_f32: Pair) -> None:
         Llama(demo.target, drafter=demo.target, **OPTIONS)
     with pytest.raises(link.MtpError, match="No such file"):
         Llama(demo.target, drafter="nowhere.gguf", **OPTIONS)
-    for length in (-1, "long", 2.5):
-        with pytest.raises(ValueError, match="draft_length"):
-            Llama(demo.target, draft_length=length, **OPTIONS)
 
 
 def test_run_prints_text_and_one_line_of_statistics(demo: Pair) -> None:
@@ -343,9 +375,6 @@ def test_run_stats_are_for_people(demo: Pair) -> None:
     for heading in ("target passes", "accepted", "by position", "from mtp", "time", "speed"):
         assert heading in told
     assert "from mtp" not in CliRunner().invoke(main, [*command, "--no-mtp"]).stderr
-    wrong = CliRunner().invoke(main, [*command, "--draft", "few"])
-    assert wrong.exit_code == 2
-    assert "neither a number of tokens nor auto" in wrong.stderr
 
 
 def test_the_default_length_goes_by_cost(demo: Pair, plain: Llama) -> None:

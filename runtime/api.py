@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import secrets
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +21,7 @@ from gemma_mtp.runtime.faults import CLOSED, Careful, Closed, check_grammar, exp
 from gemma_mtp.runtime.guard import CALL, STREAM, Guard
 from gemma_mtp.runtime.logprobs import Kept
 from gemma_mtp.runtime.requests import ASKED, WISHES, DraftLength, Request, ask, per_request, with_keywords, within
+from gemma_mtp.runtime.sampling import reading
 from llama_cpp import LogitsProcessorList, llama_chat_format
 from llama_cpp import llama_cpp as lib
 
@@ -81,7 +83,6 @@ class Api(llama_cpp.Llama):
         self.request = Request()  # of the completion that runs
         self.kept: Kept | None = None  # its log-probabilities
         self.careful = Careful(())  # the logits processors of the latest sampler
-        self._resets = 0
 
     def fit_arrays(self) -> None:
         """Arrays as long as the context that llama.cpp made; after llama_cpp.Llama's __init__.
@@ -154,6 +155,7 @@ class Api(llama_cpp.Llama):
             # Stock loses both: it takes the None that list.extend returns for the new list.
             logits_processor, logit_bias = _with_bias(logits_processor, logit_bias), None
         arguments |= {"logit_bias": logit_bias, "logits_processor": logits_processor}
+        arguments["stopping_criteria"] = reading(arguments.get("stopping_criteria"))
         source = self._complete(ASKED.get(), prompt, logprobs, stream, arguments)
         return self.guard.stream(source, STREAM if stream else CALL)
 
@@ -199,14 +201,13 @@ class Api(llama_cpp.Llama):
     def reset(self) -> None:
         """Forget all tokens.
 
-        Ids that no token has mark the positions then: an image puts embeddings there, and what an earlier prompt left
-        would make a later one believe that it shares them.
+        An id that no token has, and no other prompt, marks the positions then: an image puts embeddings there, and what
+        an earlier prompt left would make a later one believe that it shares them.
         """
         self.check_open()
         with self.guard.call():
             super().reset()
-            self._resets = self._resets % 1_000_000 + 1
-            self.input_ids[:] = -self._resets
+            self.input_ids[:] = -1 - secrets.randbelow(2**31 - 1)
 
     def _init_sampler(self, *args: Any, logits_processor: Any = None, grammar: Any = None, **kwargs: Any) -> Any:
         """Stock's sampler chain, with a grammar that llama.cpp can read and processors whose exceptions are kept."""

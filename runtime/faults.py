@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from gemma_mtp.runtime.sampling import readable
 from llama_cpp import llama_cpp as lib
 
 CLOSED = "this Llama is closed; load the model again."
@@ -85,7 +86,7 @@ class Careful:
         if self._raised is None:
             try:
                 for processor in self._processors:
-                    scores = processor(input_ids, scores)
+                    scores = processor(readable(input_ids), scores)
             except BaseException as problem:
                 self._raised = problem
         return scores

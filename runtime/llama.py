@@ -22,7 +22,7 @@ from gemma_mtp.runtime.grammar import Mask, Vocabulary
 from gemma_mtp.runtime.native import Floats
 from gemma_mtp.runtime.pair import Wanted, resolve
 from gemma_mtp.runtime.requests import MOST, DraftLength, Request, checked_length
-from gemma_mtp.runtime.sampling import Sampler
+from gemma_mtp.runtime.sampling import Sampler, reading
 from gemma_mtp.runtime.stats import Stats
 from llama_cpp import llama_cpp as lib
 from llama_cpp._utils import suppress_stdout_stderr
@@ -167,6 +167,7 @@ class Llama(Api):
             "mirostat_eta": mirostat_eta,
             "penalize_nl": penalize_nl,
         }
+        stopping_criteria = reading(stopping_criteria)
         kept = self.kept
         if kept is not None:
             kept.begin(self, tokens)
@@ -268,7 +269,8 @@ class Llama(Api):
         """Keep what the KV cache shares with a prompt; returns the tokens left to decode, at least one.
 
         Raises:
-            ValueError: there is nothing to go on from, or the prompt does not fit the context.
+            ValueError: there is nothing to go on from, the prompt does not fit the context, or it holds an image that
+                the KV cache does not.
         """
         keep = self.n_tokens
         if reset:
@@ -283,9 +285,14 @@ class Llama(Api):
             raise ValueError("the prompt ends with an image or a sound; put text after it.")
         # The last token is always decoded, for its logits and its hidden row.
         keep = min(keep, len(tokens) - 1)
-        if keep and not (self._can_cut(keep) and self._ctx.kv_cache_seq_rm(-1, keep, -1)):
+        if keep and not self._can_cut(keep):
             keep = 0
-        if keep == 0:
+        if min(tokens[keep:]) < 0:
+            raise ValueError(
+                "the image or the sound of this prompt is gone from the KV cache; ask through the chat handler again."
+            )
+        if keep == 0 or not self._ctx.kv_cache_seq_rm(-1, keep, -1):
+            keep = 0
             self.reset()
         self.n_tokens = keep
         return tokens[keep:]

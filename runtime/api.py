@@ -6,8 +6,8 @@ import copy
 import functools
 import inspect
 import secrets
-from collections.abc import Callable, Generator
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,8 +20,22 @@ from gemma_mtp.runtime.drafter import Drafter
 from gemma_mtp.runtime.faults import CLOSED, Careful, Closed, check_grammar, explain_decode
 from gemma_mtp.runtime.guard import CALL, STREAM, Guard
 from gemma_mtp.runtime.logprobs import Kept
-from gemma_mtp.runtime.requests import ASKED, WISHES, DraftLength, Request, ask, per_request, with_keywords, within
+from gemma_mtp.runtime.requests import (
+    ASKED,
+    WISHES,
+    DraftLength,
+    Request,
+    ask,
+    chosen_seed,
+    following_seed,
+    per_request,
+    tell,
+    telling,
+    with_keywords,
+    within,
+)
 from gemma_mtp.runtime.sampling import reading
+from gemma_mtp.runtime.stats import Stats
 from llama_cpp import LogitsProcessorList, llama_chat_format
 from llama_cpp import llama_cpp as lib
 
@@ -67,6 +81,8 @@ class Api(llama_cpp.Llama):
 
     Attributes:
         guard: lets one thread in at a time; `guard.patience` is how many seconds others wait.
+        stats: counters of the latest request.
+        total_stats: counters of all requests.
     """
 
     # Set by llama_cpp.Llama: how many tokens the KV cache holds, and which they are, [n_ctx].
@@ -74,6 +90,7 @@ class Api(llama_cpp.Llama):
     input_ids: npt.NDArray[np.intc]
     scores: npt.NDArray[np.single]
     _ctx: Any
+    _seed: Any
 
     def prepare(self) -> None:
         """The state of this class; before llama_cpp.Llama's __init__."""
@@ -83,6 +100,9 @@ class Api(llama_cpp.Llama):
         self.request = Request()  # of the completion that runs
         self.kept: Kept | None = None  # its log-probabilities
         self.careful = Careful(())  # the logits processors of the latest sampler
+        self.stats = Stats()
+        self.total_stats = Stats()
+        self._counting = False
 
     def fit_arrays(self) -> None:
         """Arrays as long as the context that llama.cpp made; after llama_cpp.Llama's __init__.
@@ -113,7 +133,7 @@ class Api(llama_cpp.Llama):
         chat_template_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As llama_cpp.Llama.create_chat_completion, with three more.
+        """As llama_cpp.Llama.create_chat_completion, with three more; the answer, or a stream's last chunk, has "seed".
 
         Args:
             args: as there.
@@ -132,7 +152,8 @@ class Api(llama_cpp.Llama):
             or llama_chat_format.get_chat_completion_handler(self.chat_format)
         )
         variables = chat_template_kwargs or {}
-        return ask(within(mtp, draft_length), lambda: handler(llama=self, **arguments, **variables))
+        request = within(mtp, draft_length)
+        return telling(request, ask(request, lambda: handler(llama=self, **arguments, **variables)))
 
     create_chat_completion = with_keywords(
         functools.update_wrapper(_chat, Stock.create_chat_completion, assigned=("__name__", "__qualname__")),
@@ -165,17 +186,35 @@ class Api(llama_cpp.Llama):
         kept = None
         if top is not None:
             kept = Kept(top, bool(arguments.get("echo")), [] if prompt else [self.token_bos()])
+        given = arguments.get("seed")
+        seed = following_seed(self._seed) if given is None else chosen_seed(given)
         self.request, self.kept = request, kept
+        request.told["seed"] = seed
         try:
-            source = super()._create_completion(prompt, stream=stream, **arguments)
-            if kept is None:
-                yield from source
-            elif stream:
-                yield from logprobs.attach_chunks(self, kept, prompt, source)
-            else:
-                yield logprobs.attach(self, kept, prompt, next(source))
+            source = super()._create_completion(prompt, stream=stream, **arguments | {"seed": seed})
+            if kept is not None and stream:
+                source = logprobs.attach_chunks(self, kept, prompt, source)
+            with self.counted(seed) as stats, closing(source):
+                for item in source:
+                    if kept is not None and not stream:
+                        item = logprobs.attach(self, kept, prompt, item)
+                    stats.lap()
+                    yield tell(request, item)
         finally:
             self.request, self.kept = Request(), None
+
+    @contextmanager
+    def counted(self, seed: int) -> Iterator[Stats]:
+        """Counters and clock of a request: of a completion, or of tokens that are generated without one."""
+        if self._counting:  # the tokens of a completion
+            yield self.stats
+            return
+        self._counting, self.stats = True, Stats(seed=seed)
+        try:
+            yield self.stats
+        finally:
+            self._counting = False
+            self.total_stats.add(self.stats)
 
     @exclusive
     def eval(self, tokens: Any) -> None:
@@ -210,12 +249,21 @@ class Api(llama_cpp.Llama):
             self.input_ids[:] = -1 - secrets.randbelow(2**31 - 1)
 
     def _init_sampler(self, *args: Any, logits_processor: Any = None, grammar: Any = None, **kwargs: Any) -> Any:
-        """Stock's sampler chain, with a grammar that llama.cpp can read and processors whose exceptions are kept."""
+        """Stock's sampler chain, with a grammar that llama.cpp can read and processors whose exceptions are kept.
+
+        Within a request its seed is the one that is told, where llama.cpp would draw one and keep it to itself.
+        """
         if grammar is not None:
             check_grammar(self._model.vocab, grammar)
         self.careful = Careful(logits_processor or ())
         careful = [self.careful] if logits_processor is not None else None
-        return super()._init_sampler(*args, logits_processor=careful, grammar=grammar, **kwargs)
+        kept = self._seed
+        if self._counting:
+            self._seed = self.stats.seed
+        try:
+            return super()._init_sampler(*args, logits_processor=careful, grammar=grammar, **kwargs)
+        finally:
+            self._seed = kept
 
     @exclusive
     @functools.wraps(Stock.sample)

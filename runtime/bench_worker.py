@@ -219,11 +219,16 @@ class Measure:
         return self._result(self.llm.stats, 1, shares) | {"tokens": made[:n]}
 
     def _result(self, stats: Stats, segments: int, shares: Sequence[float]) -> dict[str, Any]:
-        """Counters, and the seconds by where they went. The first token of a segment is its prompt's."""
+        """Counters, and the seconds by where they went. The first token of a segment is its prompt's.
+
+        "seconds" are the clock's, as a user has them and as llama-server counts them, plain and with MTP alike; the
+        loop's own leave out what this measurement does between two tokens.
+        """
         decode, draft = shares
         return {
             "generated": stats.tokens - segments,
-            "seconds": stats.seconds,
+            "seconds": stats.generation_seconds,
+            "loop_seconds": stats.loop_seconds,
             "decode_seconds": decode,
             "draft_seconds": draft,
             "rounds": stats.target_passes,

@@ -21,9 +21,8 @@ from gemma_mtp.runtime.faults import check_options, explain_decode, explaining_l
 from gemma_mtp.runtime.grammar import Mask, Vocabulary
 from gemma_mtp.runtime.native import Floats
 from gemma_mtp.runtime.pair import Wanted, resolve
-from gemma_mtp.runtime.requests import MOST, DraftLength, Request, checked_length
+from gemma_mtp.runtime.requests import MOST, DraftLength, Request, checked_length, chosen_seed
 from gemma_mtp.runtime.sampling import Sampler, reading
-from gemma_mtp.runtime.stats import Stats
 from llama_cpp import llama_cpp as lib
 from llama_cpp._utils import suppress_stdout_stderr
 
@@ -42,7 +41,8 @@ class Llama(Api):
         draft_length: tokens to draft in a round, 15 at most, or "auto" (the default) to go by what passes cost on this
             machine and by what is accepted: then drafts also come from the text itself, and there are none where they
             do not pay. It may be set later on.
-        options: everything llama_cpp.Llama takes. flash_attn is True by default where no layer is on a GPU.
+        options: everything llama_cpp.Llama takes. flash_attn is True by default where no layer is on a GPU. Without a
+            seed every request draws one, which its answer tells under "seed", and `stats`.
 
     Attributes:
         stats: counters of the latest request.
@@ -63,8 +63,6 @@ class Llama(Api):
         **options: Any,
     ) -> None:
         self.prepare()
-        self.stats = Stats()
-        self.total_stats = Stats()
         self.draft_length = draft_length
         self._wanted = drafter
         self._told: set[str] = set()
@@ -81,6 +79,8 @@ class Llama(Api):
             super().__init__(fspath(model_path), **options)
             if self.lora_path and not self._lora_adapter:  # stock lets llama.cpp's null pointer pass
                 raise RuntimeError(f"Failed to initialize LoRA adapter from lora path: {self.lora_path}")
+        if options.get("seed") == 0:  # stock takes it for none
+            self._seed = 0
         self.fit_arrays()
         if path is not None and (reason := self._cannot_draft()):
             self._tell(reason)
@@ -169,61 +169,43 @@ class Llama(Api):
         }
         stopping_criteria = reading(stopping_criteria)
         kept = self.kept
-        if kept is not None:
-            kept.begin(self, tokens)
-        if self.draft_model is not None or (mirostat_mode != 0 and temp > 0):
-            if mirostat_mode != 0 and self.drafter is not None:
-                self._tell("mirostat draws its own random numbers: this request runs without MTP")
-            if reset and not self._can_cut(self._shared_with(tokens)):
-                self.reset()
-            source = super().generate(
-                tokens,
-                reset=reset,
-                stopping_criteria=stopping_criteria,
-                logits_processor=logits_processor,
-                grammar=grammar,
-                **settings,
-            )
-            yield from self._counting(source if kept is None else kept.watching(self, source))
-            return
+        seed = chosen_seed(self._seed)
+        with self.counted(seed) as stats:
+            if kept is not None:
+                kept.begin(self, tokens)
+            if self.draft_model is not None or (mirostat_mode != 0 and temp > 0):
+                if mirostat_mode != 0 and self.drafter is not None:
+                    self._tell("mirostat draws its own random numbers: this request runs without MTP")
+                if reset and not self._can_cut(self._shared_with(tokens)):
+                    self.reset()
+                source = super().generate(
+                    tokens,
+                    reset=reset,
+                    stopping_criteria=stopping_criteria,
+                    logits_processor=logits_processor,
+                    grammar=grammar,
+                    **settings,
+                )
+                yield from stats.counting(source if kept is None else kept.watching(self, source))
+                return
 
-        def stop(row: int) -> bool:
-            return stopping_criteria is not None and bool(stopping_criteria(self._input_ids, self.logits(row)))
+            def stop(row: int) -> bool:
+                return stopping_criteria is not None and bool(stopping_criteria(self._input_ids, self.logits(row)))
 
-        self.stats = Stats()
-        sampler = self._choice(settings, logits_processor, grammar)
-        try:
-            left = self._reuse_prefix(tokens, reset)
-            native_round = DraftSettings.of(settings, self._seed)
-            length = request.length(self.draft_length)
-            drafts = Drafts(self, sampler, length, self._policy, self._costs, native_round)
-            choose = sampler if kept is None else kept.recording(sampler)
-            yield from loop.generate(self, left, choose, drafts, stop, self.stats)
-        finally:
-            if self._costs.seen(1):
-                plain_passes = max(self.stats.tokens - 1, 0)
-                self.stats.plain_pass_seconds = plain_passes * self._costs.pass_seconds(1)
-            self._costs.save(self._costs_path)
-            self.total_stats.add(self.stats)
+            sampler = self._choice(settings, seed, logits_processor, grammar)
+            try:
+                left = self._reuse_prefix(tokens, reset)
+                length = request.length(self.draft_length)
+                native_round = DraftSettings.of(settings, seed)
+                drafts = Drafts(self, sampler, length, self._policy, self._costs, native_round)
+                choose = sampler if kept is None else kept.recording(sampler)
+                yield from loop.generate(self, left, choose, drafts, stop, stats)
+            finally:
+                if self._costs.seen(1):
+                    stats.plain_pass_seconds = max(stats.tokens - 1, 0) * self._costs.pass_seconds(1)
+                self._costs.save(self._costs_path)
 
-    def _counting(
-        self, source: Generator[int, Sequence[int] | None, None]
-    ) -> Generator[int, Sequence[int] | None, None]:
-        """Stock's generator of tokens, counted."""
-        self.stats = Stats()
-        sent: Sequence[int] | None = None
-        try:
-            while True:
-                try:
-                    token = source.send(sent)
-                except StopIteration:
-                    return
-                self.stats.tokens += 1
-                sent = yield token
-        finally:
-            self.total_stats.add(self.stats)
-
-    def _choice(self, settings: dict[str, Any], logits_processor: Any, grammar: Any) -> Sampler:
+    def _choice(self, settings: dict[str, Any], seed: int, logits_processor: Any, grammar: Any) -> Sampler:
         """What chooses tokens under these settings: llama.cpp's sampler chain, with our noise for its draw."""
         temp, top_k = settings["temp"], settings["top_k"]
         penalties = (settings["repeat_penalty"], settings["frequency_penalty"], settings["presence_penalty"])
@@ -231,7 +213,7 @@ class Llama(Api):
         return Sampler(
             sampling.without_draw(self._init_sampler(**settings)),
             self._n_vocab,
-            seed=None if temp == 0.0 else self._seed,
+            seed=None if temp == 0.0 else seed,
             keep=keep,
             penalized=0 if penalties == (1.0, 0.0, 0.0) else max(self.last_n_tokens_size, 0),
             mask=Mask.of(grammar, self._vocabulary) if grammar is not None else None,

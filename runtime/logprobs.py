@@ -155,7 +155,7 @@ def attach(llm: llama_cpp.Llama, kept: Kept, prompt: str | list[int], answer: di
 
 def attach_chunks(
     llm: llama_cpp.Llama, kept: Kept, prompt: str | list[int], chunks: Iterator[dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Add the log-probabilities to the chunks of a stream that was asked for without them.
 
     A chunk holds one token; or several, where a character is spread over them. (Stock then sends them one by one, and

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import random
+import secrets
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, Literal
 
@@ -31,6 +33,32 @@ def checked_length(value: Any) -> DraftLength:
     raise ValueError(f"draft_length is {value!r}; give {LENGTHS}.")
 
 
+# llama.cpp draws a seed where it is given this one, which is -1 in 32 bits.
+DRAWN = 0xFFFFFFFF
+
+
+def chosen_seed(seed: Any) -> int:
+    """The seed that a number stands for, between 0 and 2^32 - 2: its low 32 bits, or one drawn now for -1.
+
+    Raises:
+        ValueError: it is no whole number.
+    """
+    if not isinstance(seed, Integral):
+        raise ValueError(f"seed is {seed!r}; give a whole number, or -1 to have one drawn.")
+    bits = int(seed) & DRAWN
+    return secrets.randbelow(DRAWN) if bits == DRAWN else bits
+
+
+def following_seed(seed: int) -> int:
+    """The seed of a completion that names none, from that of the object: drawn if it has none.
+
+    Else as llama_cpp.Llama has it, so that an object with a seed makes the same sequence of completions again.
+    """
+    if int(seed) & DRAWN == DRAWN:
+        return chosen_seed(seed)
+    return random.Random(int(seed)).randint(0, 2**32) % DRAWN
+
+
 @dataclass(frozen=True)
 class Request:
     """Wishes of one request; None leaves a thing as the object has it.
@@ -38,6 +66,7 @@ class Request:
     Attributes:
         mtp: False generates without drafting.
         draft_length: tokens to draft in a round, or "auto".
+        told: what the answer says beside llama_cpp.Llama's keys, for a chat handler passes on only what it knows.
 
     Raises:
         ValueError: a wish is not what it may be.
@@ -45,6 +74,7 @@ class Request:
 
     mtp: bool | None = None
     draft_length: DraftLength | None = None
+    told: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.mtp, bool | None):
@@ -81,6 +111,7 @@ def within(mtp: bool | None, draft_length: Any) -> Request:
     return Request(
         mtp=around.mtp if mtp is None else mtp,
         draft_length=around.draft_length if draft_length is None else draft_length,
+        told={} if around is NOTHING else around.told,
     )
 
 
@@ -104,6 +135,26 @@ def ask(request: Request, call: Callable[[], Any]) -> Any:
     with asking(request):
         answer = call()
     return _stepping(request, answer) if isinstance(answer, Iterator) else answer
+
+
+def tell(request: Request, item: Any) -> Any:
+    """Add what a request has to tell to an answer, or to the chunk that ends a stream."""
+    if isinstance(item, dict) and any(choice.get("finish_reason") for choice in item.get("choices", ())):
+        item |= request.told
+    return item
+
+
+def telling(request: Request, answer: Any) -> Any:
+    """`tell` for an answer of a chat handler, whole or in chunks."""
+    if not isinstance(answer, Generator):
+        return tell(request, answer)
+
+    def chunks() -> Generator[Any, None, None]:
+        with closing(answer):
+            for chunk in answer:
+                yield tell(request, chunk)
+
+    return chunks()
 
 
 WISHES = {"mtp": "bool | None", "draft_length": "DraftLength | None"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -99,15 +100,18 @@ def test_chat(settings: dict[str, Any], mtp: Llama, plain: Llama) -> None:
 
 
 def test_responses_have_the_shape_of_stocks(mtp: Llama, stock: llama_cpp.Llama) -> None:
-    messages = [{"role": "user", "content": "hi"}]
-    for call in (
-        lambda llm: llm(PROMPT, max_tokens=6, **GREEDY),
-        lambda llm: llm(PROMPT, max_tokens=6, echo=True, stop=["x"], **GREEDY),
-        lambda llm: next(iter(list(llm(PROMPT, max_tokens=6, stream=True, **GREEDY)))),
-        lambda llm: llm.create_chat_completion(messages, max_tokens=6, **GREEDY),
-        lambda llm: list(llm.create_chat_completion(messages, max_tokens=6, stream=True, **GREEDY))[1],
+    """With the seed beside it: in an answer, and in the last chunk of a stream."""
+    messages, seed = [{"role": "user", "content": "hi"}], {"seed": "int"}
+    for call, more in (
+        (lambda llm: llm(PROMPT, max_tokens=6, **GREEDY), seed),
+        (lambda llm: llm(PROMPT, max_tokens=6, echo=True, stop=["x"], **GREEDY), seed),
+        (lambda llm: next(iter(list(llm(PROMPT, max_tokens=6, stream=True, **GREEDY)))), {}),
+        (lambda llm: list(llm(PROMPT, max_tokens=6, stream=True, **GREEDY))[-1], seed),
+        (lambda llm: llm.create_chat_completion(messages, max_tokens=6, **GREEDY), seed),
+        (lambda llm: list(llm.create_chat_completion(messages, max_tokens=6, stream=True, **GREEDY))[1], {}),
+        (lambda llm: list(llm.create_chat_completion(messages, max_tokens=6, stream=True, **GREEDY))[-1], seed),
     ):
-        assert shape(call(mtp)) == shape(call(stock))
+        assert shape(call(mtp)) == shape(call(stock)) | more
 
 
 def test_the_signature_of_generate_is_stocks() -> None:
@@ -224,6 +228,38 @@ def test_stats_add_up(mtp: Llama) -> None:
     assert stats.target_passes < stats.tokens
     assert stats.seconds > 0
     assert mtp.total_stats.tokens == before + stats.tokens
+
+
+def test_seconds_are_what_the_user_waits_for(mtp: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only stands still where nothing outside of the loop is done."""
+    now, detokenize = 100.0, mtp.detokenize
+
+    def slow(*args: Any, **kwargs: Any) -> bytes:
+        nonlocal now
+        now += 1.0
+        return detokenize(*args, **kwargs)
+
+    monkeypatch.setattr("gemma_mtp.runtime.stats.perf_counter", lambda: now)
+    monkeypatch.setattr(mtp, "detokenize", slow)
+    made = mtp(PROMPT, max_tokens=32, **GREEDY)["usage"]["completion_tokens"]
+    assert made == 32
+    assert mtp.stats.time_to_first_token == 0.0
+    assert mtp.stats.seconds == now - 100.0 >= made
+    assert mtp.stats.tokens_per_second <= 1.0
+    assert 0 < mtp.stats.loop_seconds < 30 * 60  # by the true clock, which this test does not look at
+    assert f"{mtp.stats.tokens_per_second:.1f} tokens/s" in mtp.stats.line()
+    told = mtp.stats.as_dict()
+    assert told["generation_seconds"] == told["seconds"] == mtp.stats.seconds
+    monkeypatch.setattr(mtp, "detokenize", detokenize)
+    before = mtp.total_stats.seconds
+    for _ in mtp(PROMPT, max_tokens=8, stream=True, **GREEDY):
+        now += 10.0
+    assert mtp.stats.time_to_first_token == 0.0
+    assert mtp.stats.seconds == 80.0  # the reader's time after the last chunk is its own
+    assert mtp.total_stats.seconds == before + 80.0
+    for _ in zip(range(5), mtp.generate(mtp.tokenize(PROMPT.encode()), temp=0.0), strict=False):
+        now += 10.0
+    assert mtp.stats.seconds == 40.0
 
 
 def test_a_follow_up_reuses_the_cache(mtp: Llama) -> None:
@@ -367,6 +403,18 @@ def test_run_prints_text_and_one_line_of_statistics(demo: Pair) -> None:
     found = json.loads(CliRunner().invoke(main, [*command, "--json", "--draft", "2"]).stdout)
     assert found["text"] == done.stdout.removesuffix("\n")
     assert len(found["stats"]["accepted_per_position"]) == 2
+
+
+def test_run_tells_the_seed_it_drew(demo: Pair) -> None:
+    command = ["run", str(demo.target), "-p", PROMPT, "-n", "24", "--temp", "1.5", "-t", "1"]
+    first, second = (CliRunner().invoke(main, command) for _ in range(2))
+    seed, other = (re.search(r", seed (\d+)$", done.stderr) for done in (first, second))
+    assert seed is not None and other is not None
+    assert seed[1] != other[1]
+    again = CliRunner().invoke(main, [*command, "--seed", seed[1], "--json"])
+    assert json.loads(again.stdout)["text"] + "\n" == first.stdout
+    assert json.loads(again.stdout)["stats"]["seed"] == int(seed[1])
+    assert f"seed           {seed[1]}" in CliRunner().invoke(main, [*command, "--seed", seed[1], "--stats"]).stderr
 
 
 def test_run_stats_are_for_people(demo: Pair) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Generator
-from contextlib import ExitStack
+import secrets
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,9 +18,24 @@ from gemma_mtp.convert import link
 from gemma_mtp.runtime import logprobs
 from gemma_mtp.runtime.drafter import Drafter
 from gemma_mtp.runtime.faults import CLOSED, Careful, Closed, check_grammar, explain_decode
-from gemma_mtp.runtime.guard import Guard
+from gemma_mtp.runtime.guard import CALL, STREAM, Guard
 from gemma_mtp.runtime.logprobs import Kept
-from gemma_mtp.runtime.requests import ASKED, Request, ask, per_request, with_keywords, within
+from gemma_mtp.runtime.requests import (
+    ASKED,
+    WISHES,
+    DraftLength,
+    Request,
+    ask,
+    chosen_seed,
+    following_seed,
+    per_request,
+    tell,
+    telling,
+    with_keywords,
+    within,
+)
+from gemma_mtp.runtime.sampling import reading
+from gemma_mtp.runtime.stats import Stats
 from llama_cpp import LogitsProcessorList, llama_chat_format
 from llama_cpp import llama_cpp as lib
 
@@ -64,7 +80,9 @@ class Api(llama_cpp.Llama):
     """What is ours in llama_cpp.Llama's methods, but for generation itself.
 
     Attributes:
-        guard: lets one thread in at a time.
+        guard: lets one thread in at a time; `guard.patience` is how many seconds others wait.
+        stats: counters of the latest request.
+        total_stats: counters of all requests.
     """
 
     # Set by llama_cpp.Llama: how many tokens the KV cache holds, and which they are, [n_ctx].
@@ -72,6 +90,7 @@ class Api(llama_cpp.Llama):
     input_ids: npt.NDArray[np.intc]
     scores: npt.NDArray[np.single]
     _ctx: Any
+    _seed: Any
 
     def prepare(self) -> None:
         """The state of this class; before llama_cpp.Llama's __init__."""
@@ -81,7 +100,9 @@ class Api(llama_cpp.Llama):
         self.request = Request()  # of the completion that runs
         self.kept: Kept | None = None  # its log-probabilities
         self.careful = Careful(())  # the logits processors of the latest sampler
-        self._resets = 0
+        self.stats = Stats()
+        self.total_stats = Stats()
+        self._counting = False
 
     def fit_arrays(self) -> None:
         """Arrays as long as the context that llama.cpp made; after llama_cpp.Llama's __init__.
@@ -108,11 +129,11 @@ class Api(llama_cpp.Llama):
         self,
         *args: Any,
         mtp: bool | None = None,
-        draft_length: int | None = None,
+        draft_length: DraftLength | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As llama_cpp.Llama.create_chat_completion, with three more.
+        """As llama_cpp.Llama.create_chat_completion, with three more; the answer, or a stream's last chunk, has "seed".
 
         Args:
             args: as there.
@@ -131,12 +152,12 @@ class Api(llama_cpp.Llama):
             or llama_chat_format.get_chat_completion_handler(self.chat_format)
         )
         variables = chat_template_kwargs or {}
-        return ask(within(mtp, draft_length), lambda: handler(llama=self, **arguments, **variables))
+        request = within(mtp, draft_length)
+        return telling(request, ask(request, lambda: handler(llama=self, **arguments, **variables)))
 
     create_chat_completion = with_keywords(
         functools.update_wrapper(_chat, Stock.create_chat_completion, assigned=("__name__", "__qualname__")),
-        mtp="bool | None",
-        draft_length="int | None",
+        **WISHES,
         chat_template_kwargs="dict[str, Any] | None",
     )
 
@@ -155,9 +176,9 @@ class Api(llama_cpp.Llama):
             # Stock loses both: it takes the None that list.extend returns for the new list.
             logits_processor, logit_bias = _with_bias(logits_processor, logit_bias), None
         arguments |= {"logit_bias": logit_bias, "logits_processor": logits_processor}
+        arguments["stopping_criteria"] = reading(arguments.get("stopping_criteria"))
         source = self._complete(ASKED.get(), prompt, logprobs, stream, arguments)
-        made: Generator[Any, Any, None] = self.guard.stream(source)
-        return made
+        return self.guard.stream(source, STREAM if stream else CALL)
 
     def _complete(
         self, request: Request, prompt: str | list[int], top: int | None, stream: bool, arguments: dict[str, Any]
@@ -165,17 +186,35 @@ class Api(llama_cpp.Llama):
         kept = None
         if top is not None:
             kept = Kept(top, bool(arguments.get("echo")), [] if prompt else [self.token_bos()])
+        given = arguments.get("seed")
+        seed = following_seed(self._seed) if given is None else chosen_seed(given)
         self.request, self.kept = request, kept
+        request.told["seed"] = seed
         try:
-            source = super()._create_completion(prompt, stream=stream, **arguments)
-            if kept is None:
-                yield from source
-            elif stream:
-                yield from logprobs.attach_chunks(self, kept, prompt, source)
-            else:
-                yield logprobs.attach(self, kept, prompt, next(source))
+            source = super()._create_completion(prompt, stream=stream, **arguments | {"seed": seed})
+            if kept is not None and stream:
+                source = logprobs.attach_chunks(self, kept, prompt, source)
+            with self.counted(seed) as stats, closing(source):
+                for item in source:
+                    if kept is not None and not stream:
+                        item = logprobs.attach(self, kept, prompt, item)
+                    stats.lap()
+                    yield tell(request, item)
         finally:
             self.request, self.kept = Request(), None
+
+    @contextmanager
+    def counted(self, seed: int) -> Iterator[Stats]:
+        """Counters and clock of a request: of a completion, or of tokens that are generated without one."""
+        if self._counting:  # the tokens of a completion
+            yield self.stats
+            return
+        self._counting, self.stats = True, Stats(seed=seed)
+        try:
+            yield self.stats
+        finally:
+            self._counting = False
+            self.total_stats.add(self.stats)
 
     @exclusive
     def eval(self, tokens: Any) -> None:
@@ -201,22 +240,30 @@ class Api(llama_cpp.Llama):
     def reset(self) -> None:
         """Forget all tokens.
 
-        Ids that no token has mark the positions then: an image puts embeddings there, and what an earlier prompt left
-        would make a later one believe that it shares them.
+        An id that no token has, and no other prompt, marks the positions then: an image puts embeddings there, and what
+        an earlier prompt left would make a later one believe that it shares them.
         """
         self.check_open()
         with self.guard.call():
             super().reset()
-            self._resets = self._resets % 1_000_000 + 1
-            self.input_ids[:] = -self._resets
+            self.input_ids[:] = -1 - secrets.randbelow(2**31 - 1)
 
     def _init_sampler(self, *args: Any, logits_processor: Any = None, grammar: Any = None, **kwargs: Any) -> Any:
-        """Stock's sampler chain, with a grammar that llama.cpp can read and processors whose exceptions are kept."""
+        """Stock's sampler chain, with a grammar that llama.cpp can read and processors whose exceptions are kept.
+
+        Within a request its seed is the one that is told, where llama.cpp would draw one and keep it to itself.
+        """
         if grammar is not None:
             check_grammar(self._model.vocab, grammar)
         self.careful = Careful(logits_processor or ())
         careful = [self.careful] if logits_processor is not None else None
-        return super()._init_sampler(*args, logits_processor=careful, grammar=grammar, **kwargs)
+        kept = self._seed
+        if self._counting:
+            self._seed = self.stats.seed
+        try:
+            return super()._init_sampler(*args, logits_processor=careful, grammar=grammar, **kwargs)
+        finally:
+            self._seed = kept
 
     @exclusive
     @functools.wraps(Stock.sample)
@@ -270,7 +317,7 @@ class Api(llama_cpp.Llama):
         """Free drafter and model; a stream still open ends.
 
         Raises:
-            RuntimeError: another thread is using the object.
+            RuntimeError: another thread has been using the object for `guard.patience` seconds.
         """
         with self.guard.call():
             self._stack.close()

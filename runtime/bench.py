@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 from gemma_mtp.convert import link
 from gemma_mtp.patches import build
-from gemma_mtp.runtime import machine
+from gemma_mtp.runtime import machine, native
 from gemma_mtp.runtime.bench_settings import MARGIN, PROMPT_TOKENS, Settings, Step
 from gemma_mtp.runtime.bench_speed import ROUNDS, Speeds
 from gemma_mtp.runtime.bench_worker import Worker
-from llama_cpp import llama_cpp as lib
 
 PASSES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12)
 TIMES = 3  # timings at each visit
@@ -79,7 +78,7 @@ def measure(settings: Settings, step: Step = lambda label, done, total: None) ->
 def _check_memory(settings: Settings) -> None:
     """Refuse what would swap: on a CPU each process copies the weights into the order that its kernels read."""
     free = machine.free_memory()
-    if free is None or lib.llama_supports_gpu_offload():
+    if free is None or native.has_gpu():
         return
     tables = link.read_header(settings.target).tensors.get("per_layer_token_embd.weight")
     weights = settings.target.stat().st_size - (tables.size if tables else 0) + settings.drafter.stat().st_size

@@ -13,11 +13,10 @@ import click
 from gemma_mtp.convert import link
 from gemma_mtp.runtime.bench_settings import PROMPTS, WARM_TOKENS, Chance, Settings
 from gemma_mtp.runtime.pair import resolve
+from gemma_mtp.runtime.requests import checked_length
 
 SHAPES = ("E2B", "E4B", "12B", "26B-A4B", "31B")
 GENERATOR = "gemma_mtp.convert.shapes:generate"
-LONGEST_ROUND = 8  # rounds of up to so many drafted tokens are measured
-
 
 DEFAULT_ACCEPTANCE = "0.35,0.6,0.8,0.95"
 
@@ -43,10 +42,11 @@ class Listed(click.ParamType):
             self.fail(f"{value!r} is not a list of numbers with commas between them: {problem}", param, ctx)
 
 
-def draft_length(text: str) -> int:
-    """A number of tokens to draft."""
-    if not 1 <= (length := int(text)) <= LONGEST_ROUND:
-        raise ValueError(f"each must lie between 1 and {LONGEST_ROUND}.")
+def fixed_length(text: str) -> int:
+    """A number of tokens to draft, 1 at least."""
+    checked_length(length := int(text))
+    if not length:
+        raise ValueError("0 drafts none, and plain generation is measured anyway.")
     return length
 
 
@@ -67,7 +67,7 @@ def draft_length(text: str) -> int:
 )
 @click.option(
     "--draft",
-    type=Listed(draft_length),
+    type=Listed(fixed_length),
     metavar="N,N,...",
     help='Fixed draft lengths to set beside "auto"; of several the best is reported. [default: best by measured costs]',
 )

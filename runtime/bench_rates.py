@@ -39,7 +39,7 @@ class Rates:
 
 
 def rate(runs: Iterable[Mapping[str, Any]]) -> float:
-    """Tokens per second of runs together."""
+    """Tokens per second of runs together, by the clock on the wall."""
     runs = list(runs)
     return float(sum(run["generated"] for run in runs)) / float(sum(run["seconds"] for run in runs))
 
@@ -107,9 +107,9 @@ def _acceptance(runs: Iterable[Mapping[str, Any]]) -> float:
 
 
 def _overhead(runs: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """What a round spends outside llama_decode and the draft call: share of the round, and ms."""
+    """What a round of the loop spends outside llama_decode and the draft call: share of the round, and ms."""
     runs = list(runs)
-    total = sum(run["seconds"] for run in runs)
+    total = sum(run["loop_seconds"] for run in runs)
     outside = total - sum(run["decode_seconds"] + run["draft_seconds"] for run in runs)
     rounds = sum(run["rounds"] for run in runs)
     return {"share": round(outside / total, 4), "ms_per_round": round(outside / rounds * 1e3, 3)} if rounds else {}

@@ -12,8 +12,8 @@ from gemma_mtp.runtime.bench_rates import AUTO, OWN, Rates, rate, report, server
 from gemma_mtp.runtime.bench_server import Run, Server
 from gemma_mtp.runtime.bench_settings import Chance, Settings, Step
 from gemma_mtp.runtime.bench_worker import Worker
-from gemma_mtp.runtime.drafts import DraftLength
 from gemma_mtp.runtime.replay import expected_tokens
+from gemma_mtp.runtime.requests import DraftLength
 
 ROUNDS = (1, 2, 3, 4, 5, 6, 7, 8)  # draft lengths
 SERVER_LENGTHS = (1, 2, 3, 4)  # those that llama-server's best is chosen from

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gemma_mtp.runtime.bench_settings import Chance
-    from gemma_mtp.runtime.drafts import DraftLength
     from gemma_mtp.runtime.llama import Llama
+    from gemma_mtp.runtime.requests import DraftLength
     from gemma_mtp.runtime.stats import Stats
 
 
@@ -154,7 +154,7 @@ class Measure:
         """Know nothing of costs and acceptance, as when a pair is first run on a machine, and keep nothing on disk."""
         from gemma_mtp.runtime.costs import Costs
         from gemma_mtp.runtime.draft_length import Policy
-        from gemma_mtp.runtime.drafts import MOST
+        from gemma_mtp.runtime.requests import MOST
 
         class Forgotten(Costs):
             def save(self, path: Path) -> None:
@@ -219,11 +219,16 @@ class Measure:
         return self._result(self.llm.stats, 1, shares) | {"tokens": made[:n]}
 
     def _result(self, stats: Stats, segments: int, shares: Sequence[float]) -> dict[str, Any]:
-        """Counters, and the seconds by where they went. The first token of a segment is its prompt's."""
+        """Counters, and the seconds by where they went. The first token of a segment is its prompt's.
+
+        "seconds" are the clock's, as a user has them and as llama-server counts them, plain and with MTP alike; the
+        loop's own leave out what this measurement does between two tokens.
+        """
         decode, draft = shares
         return {
             "generated": stats.tokens - segments,
-            "seconds": stats.seconds,
+            "seconds": stats.generation_seconds,
+            "loop_seconds": stats.loop_seconds,
             "decode_seconds": decode,
             "draft_seconds": draft,
             "rounds": stats.target_passes,
@@ -272,7 +277,7 @@ def _open(target: str, drafter: str, **options: Any) -> tuple[Measure, dict[str,
         "features": (llama_cpp.llama_print_system_info() or b"").decode().strip(),
         "load_seconds": round(perf_counter() - clock, 2),
         "n_vocab": llm.n_vocab(),
-        "gpu": bool(llama_cpp.llama_supports_gpu_offload()) and llm.model_params.n_gpu_layers != 0,
+        "gpu": native.has_gpu() and llm.model_params.n_gpu_layers != 0,
     }
     return Measure(llm), about
 

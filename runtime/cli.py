@@ -10,6 +10,7 @@ from contextlib import closing
 from typing import Any
 
 import click
+from gemma_mtp.runtime.requests import LENGTHS, checked_length
 
 # Where each command lives. They are imported when called for, and import what they work with when they run: converting
 # does without libllama, generating without the packages of the extra "convert".
@@ -93,15 +94,10 @@ class DraftLengthType(click.ParamType):
     name = "N|auto"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        if value == "auto":
-            return "auto"
         try:
-            length = int(value)
+            return checked_length(value if value == "auto" else int(value))
         except ValueError:
-            length = -1
-        if length < 0:
-            self.fail(f"{value!r} is neither a number of tokens nor auto", param, ctx)
-        return length
+            self.fail(f"{value!r} is not {LENGTHS}", param, ctx)
 
 
 def loading_options(command: Any) -> Any:

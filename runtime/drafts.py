@@ -6,7 +6,7 @@ import math
 from contextlib import suppress
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from gemma_mtp.runtime import native
@@ -15,14 +15,12 @@ from gemma_mtp.runtime.draft_length import Policy, fitting
 from gemma_mtp.runtime.drafter import DraftSettings
 from gemma_mtp.runtime.lookup import Lookup
 from gemma_mtp.runtime.native import Floats
+from gemma_mtp.runtime.requests import MOST, DraftLength
 from gemma_mtp.runtime.sampling import NoTokenLeft, Sampler
 from llama_cpp import llama_cpp as lib
 
 if TYPE_CHECKING:
     from gemma_mtp.runtime.llama import Llama
-
-DraftLength = int | Literal["auto"]
-MOST = 15  # longest draft that "auto" makes
 
 MTP, LOOKUP, GRAMMAR = "mtp", "lookup", "grammar"
 
@@ -61,7 +59,7 @@ class Drafts:
     Args:
         llm: the target, with or without a drafter.
         sampler: chooses the target's tokens; forked for drafts.
-        length: tokens per draft, or "auto" to go by cost and acceptance.
+        length: tokens per draft, `MOST` at most, or "auto" to go by cost and acceptance.
         policy: what is known of both.
         costs: where passes and draft steps are noted.
         settings: how `sampler` chooses, if that is a matter of logits and position alone: a round is one call then.
@@ -79,7 +77,7 @@ class Drafts:
         self._llm, self._sampler, self._policy, self._costs = llm, sampler, policy, costs
         self._settings = settings if sampler.plain and native.drafts_rounds() else None
         self._length = length
-        self._most = min(MOST, policy.most) if length == "auto" else length
+        self._most = min(MOST, policy.most if length == "auto" else length)
         self._lookup = Lookup() if length == "auto" and llm.drafter else None
         self._read = 0
 

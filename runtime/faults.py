@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from gemma_mtp.runtime.sampling import readable
 from llama_cpp import llama_cpp as lib
 
 CLOSED = "this Llama is closed; load the model again."
@@ -18,10 +19,17 @@ DECODE = {
     -2: "memory ran out; lower n_ctx, n_batch or n_ubatch, or quantize the KV cache (type_k, type_v, flash_attn=True)",
     -3: "a computation failed; verbose=True shows llama.cpp's reason",
 }
-# ggml types that hold keys and values, by their numbers in ggml.h: F32, F16, BF16, then the quantized ones. A type that
-# ggml cannot quantize to on the fly ends the process in an assertion.
-PLAIN_TYPES = {0, 1, 30}
-CACHE_TYPES = PLAIN_TYPES | {2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20}
+# What a KV cache can hold: number in ggml.h, and how many values a block has. Any other type ends the process in an
+# assertion, as ggml cannot make it from floats on the fly, or not read it back.
+PLAIN_TYPES = {"F32": (0, 1), "F16": (1, 1), "BF16": (30, 1)}
+CACHE_TYPES = PLAIN_TYPES | {
+    "Q8_0": (8, 32), "Q5_1": (7, 32), "Q5_0": (6, 32), "Q4_1": (3, 32), "Q4_0": (2, 32), "IQ4_NL": (20, 32),
+    "MXFP4": (39, 32), "NVFP4": (40, 64), "Q2_0": (42, 64), "Q1_0": (41, 128), "Q6_K": (14, 256), "Q5_K": (13, 256),
+    "Q4_K": (12, 256), "Q3_K": (11, 256), "Q2_K": (10, 256), "IQ4_XS": (23, 256), "TQ1_0": (34, 256),
+    "TQ2_0": (35, 256),
+}  # fmt: skip
+BY_NUMBER = {number: (name, block) for name, (number, block) in CACHE_TYPES.items()}
+SMALL_BLOCK = 32  # of which the heads of every Gemma 4 are multiples
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -34,11 +42,10 @@ def check_options(options: Mapping[str, Any]) -> None:
         if options.get(name, least) < least:
             raise ValueError(f"{name} is {options[name]}; it counts tokens, {least} at least.")
     for name in ("type_k", "type_v"):
-        if options.get(name) not in {None, *CACHE_TYPES}:
-            raise ValueError(
-                f"{name} is ggml type {options[name]}, which no KV cache can hold; use llama_cpp.GGML_TYPE_F16, "
-                "_BF16, _F32, _Q8_0, _Q5_1, _Q5_0, _Q4_1, _Q4_0 or _IQ4_NL."
-            )
+        value = options.get(name)
+        if value is not None and (type(value) is not int or value not in BY_NUMBER):
+            known = ", ".join(f"{number} ({each})" for each, (number, _) in CACHE_TYPES.items())
+            raise ValueError(f"{name} is {value!r}; a KV cache holds these types of ggml, by number: {known}.")
 
 
 def check_grammar(vocab: Any, grammar: Any) -> None:
@@ -79,7 +86,7 @@ class Careful:
         if self._raised is None:
             try:
                 for processor in self._processors:
-                    scores = processor(input_ids, scores)
+                    scores = processor(readable(input_ids), scores)
             except BaseException as problem:
                 self._raised = problem
         return scores
@@ -123,8 +130,12 @@ def explaining_load(options: Mapping[str, Any]) -> Iterator[None]:
 
 def _load_hint(text: str, options: Mapping[str, Any]) -> str | None:
     if "create llama_context" in text:
-        if options.get("type_v") not in {None, *PLAIN_TYPES} and not options.get("flash_attn"):
+        types = {key: BY_NUMBER[options[key]] for key in ("type_k", "type_v") if options.get(key) is not None}
+        if "type_v" in types and types["type_v"][0] not in PLAIN_TYPES and not options.get("flash_attn"):
             return "a quantized V cache (type_v) needs flash_attn=True"
+        for key, (name, block) in types.items():
+            if block > SMALL_BLOCK:
+                return f"{key} {name} has blocks of {block} values, of which the heads must be multiples"
         return "if memory is short, lower n_ctx or n_batch; verbose=True shows llama.cpp's reason"
     if "load model from file" in text:
         return "the file is damaged, or of an architecture this llama.cpp does not know; verbose=True shows which"

@@ -16,19 +16,15 @@ from gemma_mtp.runtime.api import Api, exclusive_stream
 from gemma_mtp.runtime.costs import Costs, costs_path
 from gemma_mtp.runtime.draft_length import Policy
 from gemma_mtp.runtime.drafter import DraftSettings, attached
-from gemma_mtp.runtime.drafts import MOST, DraftLength, Drafts
+from gemma_mtp.runtime.drafts import Drafts
 from gemma_mtp.runtime.faults import check_options, explain_decode, explaining_load
 from gemma_mtp.runtime.grammar import Mask, Vocabulary
 from gemma_mtp.runtime.native import Floats
 from gemma_mtp.runtime.pair import Wanted, resolve
-from gemma_mtp.runtime.requests import Request
-from gemma_mtp.runtime.sampling import Sampler
-from gemma_mtp.runtime.stats import Stats
+from gemma_mtp.runtime.requests import MOST, DraftLength, Request, checked_length, chosen_seed
+from gemma_mtp.runtime.sampling import Sampler, reading
 from llama_cpp import llama_cpp as lib
 from llama_cpp._utils import suppress_stdout_stderr
-
-# Tokens that a draft may have where the KV cache forgets keys out of the window.
-LONGEST = 31
 
 
 class Llama(Api):
@@ -42,9 +38,11 @@ class Llama(Api):
         model_path: GGUF file of the target.
         drafter: "auto" (the default) takes the linked drafter in the same folder, if there is one; a path names it;
             None turns multi-token prediction off.
-        draft_length: tokens to draft in a round, or "auto" (the default) to go by what passes cost on this machine and
-            by what is accepted: then drafts also come from the text itself, and there are none where they do not pay.
-        options: everything llama_cpp.Llama takes. flash_attn is True by default where no layer is on a GPU.
+        draft_length: tokens to draft in a round, 15 at most, or "auto" (the default) to go by what passes cost on this
+            machine and by what is accepted: then drafts also come from the text itself, and there are none where they
+            do not pay. It may be set later on.
+        options: everything llama_cpp.Llama takes. flash_attn is True by default where no layer is on a GPU. Without a
+            seed every request draws one, which its answer tells under "seed", and `stats`.
 
     Attributes:
         stats: counters of the latest request.
@@ -65,18 +63,14 @@ class Llama(Api):
         **options: Any,
     ) -> None:
         self.prepare()
-        if draft_length != "auto" and (not isinstance(draft_length, int) or draft_length < 0):
-            raise ValueError(f'draft_length is {draft_length!r}; give a number of tokens, 0 for none, or "auto".')
-        self.stats = Stats()
-        self.total_stats = Stats()
         self.draft_length = draft_length
         self._wanted = drafter
         self._told: set[str] = set()
         check_options(options)
         if options.get("swa_full") is False:
             # A batch longer than n_ubatch may overwrite keys that its rollback needs.
-            options["n_ubatch"] = max(options.get("n_ubatch", 512), LONGEST + 1)
-        if native.patched() and not options.get("n_gpu_layers"):
+            options["n_ubatch"] = max(options.get("n_ubatch", 512), MOST + 1)
+        if native.patched() and not (options.get("n_gpu_layers") and native.has_gpu()):
             # On the CPU the series has attention of a few queries in this form only; stock's default is without.
             options.setdefault("flash_attn", True)
         path = resolve(model_path, drafter)
@@ -85,6 +79,8 @@ class Llama(Api):
             super().__init__(fspath(model_path), **options)
             if self.lora_path and not self._lora_adapter:  # stock lets llama.cpp's null pointer pass
                 raise RuntimeError(f"Failed to initialize LoRA adapter from lora path: {self.lora_path}")
+        if options.get("seed") == 0:  # stock takes it for none
+            self._seed = 0
         self.fit_arrays()
         if path is not None and (reason := self._cannot_draft()):
             self._tell(reason)
@@ -109,6 +105,19 @@ class Llama(Api):
             self._told.add(reason)
             print(f"gemma-mtp: {reason}.", file=sys.stderr)
 
+    @property
+    def draft_length(self) -> DraftLength:
+        """Tokens to draft in a round, or "auto"; for requests that say nothing else.
+
+        Raises:
+            ValueError: on setting it to what is neither.
+        """
+        return self._draft_length
+
+    @draft_length.setter
+    def draft_length(self, value: Any) -> None:
+        self._draft_length = checked_length(value)
+
     @exclusive_stream
     def generate(
         self,
@@ -132,14 +141,14 @@ class Llama(Api):
         grammar: Any = None,
         *,
         mtp: bool | None = None,
-        draft_length: int | None = None,
+        draft_length: DraftLength | None = None,
     ) -> Generator[int, Sequence[int] | None, None]:
         """Generate tokens from a prompt; arguments and behaviour are llama_cpp.Llama.generate's, with two more.
 
         Args:
             tokens: the prompt; all further ones up to `grammar` as there.
             mtp: False generates without drafting.
-            draft_length: tokens to draft in a round.
+            draft_length: tokens to draft in a round, or "auto".
         """
         request = self.request if mtp is None and draft_length is None else Request(mtp, draft_length)
         tokens = list(tokens)
@@ -158,61 +167,45 @@ class Llama(Api):
             "mirostat_eta": mirostat_eta,
             "penalize_nl": penalize_nl,
         }
+        stopping_criteria = reading(stopping_criteria)
         kept = self.kept
-        if kept is not None:
-            kept.begin(self, tokens)
-        if self.draft_model is not None or (mirostat_mode != 0 and temp > 0):
-            if mirostat_mode != 0 and self.drafter is not None:
-                self._tell("mirostat draws its own random numbers: this request runs without MTP")
-            if reset and not self._can_cut(self._shared_with(tokens)):
-                self.reset()
-            source = super().generate(
-                tokens,
-                reset=reset,
-                stopping_criteria=stopping_criteria,
-                logits_processor=logits_processor,
-                grammar=grammar,
-                **settings,
-            )
-            yield from self._counting(source if kept is None else kept.watching(self, source))
-            return
+        seed = chosen_seed(self._seed)
+        with self.counted(seed) as stats:
+            if kept is not None:
+                kept.begin(self, tokens)
+            if self.draft_model is not None or (mirostat_mode != 0 and temp > 0):
+                if mirostat_mode != 0 and self.drafter is not None:
+                    self._tell("mirostat draws its own random numbers: this request runs without MTP")
+                if reset and not self._can_cut(self._shared_with(tokens)):
+                    self.reset()
+                source = super().generate(
+                    tokens,
+                    reset=reset,
+                    stopping_criteria=stopping_criteria,
+                    logits_processor=logits_processor,
+                    grammar=grammar,
+                    **settings,
+                )
+                yield from stats.counting(source if kept is None else kept.watching(self, source))
+                return
 
-        def stop(row: int) -> bool:
-            return stopping_criteria is not None and bool(stopping_criteria(self._input_ids, self.logits(row)))
+            def stop(row: int) -> bool:
+                return stopping_criteria is not None and bool(stopping_criteria(self._input_ids, self.logits(row)))
 
-        self.stats = Stats()
-        sampler = self._choice(settings, logits_processor, grammar)
-        try:
-            left = self._reuse_prefix(tokens, reset)
-            native_round = DraftSettings.of(settings, self._seed)
-            drafts = Drafts(self, sampler, self._length(request), self._policy, self._costs, native_round)
-            choose = sampler if kept is None else kept.recording(sampler)
-            yield from loop.generate(self, left, choose, drafts, stop, self.stats)
-        finally:
-            if self._costs.seen(1):
-                plain_passes = max(self.stats.tokens - 1, 0)
-                self.stats.plain_pass_seconds = plain_passes * self._costs.pass_seconds(1)
-            self._costs.save(self._costs_path)
-            self.total_stats.add(self.stats)
+            sampler = self._choice(settings, seed, logits_processor, grammar)
+            try:
+                left = self._reuse_prefix(tokens, reset)
+                length = request.length(self.draft_length)
+                native_round = DraftSettings.of(settings, seed)
+                drafts = Drafts(self, sampler, length, self._policy, self._costs, native_round)
+                choose = sampler if kept is None else kept.recording(sampler)
+                yield from loop.generate(self, left, choose, drafts, stop, stats)
+            finally:
+                if self._costs.seen(1):
+                    stats.plain_pass_seconds = max(stats.tokens - 1, 0) * self._costs.pass_seconds(1)
+                self._costs.save(self._costs_path)
 
-    def _counting(
-        self, source: Generator[int, Sequence[int] | None, None]
-    ) -> Generator[int, Sequence[int] | None, None]:
-        """Stock's generator of tokens, counted."""
-        self.stats = Stats()
-        sent: Sequence[int] | None = None
-        try:
-            while True:
-                try:
-                    token = source.send(sent)
-                except StopIteration:
-                    return
-                self.stats.tokens += 1
-                sent = yield token
-        finally:
-            self.total_stats.add(self.stats)
-
-    def _choice(self, settings: dict[str, Any], logits_processor: Any, grammar: Any) -> Sampler:
+    def _choice(self, settings: dict[str, Any], seed: int, logits_processor: Any, grammar: Any) -> Sampler:
         """What chooses tokens under these settings: llama.cpp's sampler chain, with our noise for its draw."""
         temp, top_k = settings["temp"], settings["top_k"]
         penalties = (settings["repeat_penalty"], settings["frequency_penalty"], settings["presence_penalty"])
@@ -220,7 +213,7 @@ class Llama(Api):
         return Sampler(
             sampling.without_draw(self._init_sampler(**settings)),
             self._n_vocab,
-            seed=None if temp == 0.0 else self._seed,
+            seed=None if temp == 0.0 else seed,
             keep=keep,
             penalized=0 if penalties == (1.0, 0.0, 0.0) else max(self.last_n_tokens_size, 0),
             mask=Mask.of(grammar, self._vocabulary) if grammar is not None else None,
@@ -258,7 +251,8 @@ class Llama(Api):
         """Keep what the KV cache shares with a prompt; returns the tokens left to decode, at least one.
 
         Raises:
-            ValueError: there is nothing to go on from, or the prompt does not fit the context.
+            ValueError: there is nothing to go on from, the prompt does not fit the context, or it holds an image that
+                the KV cache does not.
         """
         keep = self.n_tokens
         if reset:
@@ -273,9 +267,14 @@ class Llama(Api):
             raise ValueError("the prompt ends with an image or a sound; put text after it.")
         # The last token is always decoded, for its logits and its hidden row.
         keep = min(keep, len(tokens) - 1)
-        if keep and not (self._can_cut(keep) and self._ctx.kv_cache_seq_rm(-1, keep, -1)):
+        if keep and not self._can_cut(keep):
             keep = 0
-        if keep == 0:
+        if min(tokens[keep:]) < 0:
+            raise ValueError(
+                "the image or the sound of this prompt is gone from the KV cache; ask through the chat handler again."
+            )
+        if keep == 0 or not self._ctx.kv_cache_seq_rm(-1, keep, -1):
+            keep = 0
             self.reset()
         self.n_tokens = keep
         return tokens[keep:]
@@ -291,11 +290,6 @@ class Llama(Api):
             return True
         first = lib.llama_memory_seq_pos_min(self._ctx.memory, 0)
         return bool(0 <= first <= max(0, keep - lib.llama_model_n_swa(self._model.model)))
-
-    def _length(self, request: Request) -> Any:
-        """The draft length of a request; with swa_full=False a rollback must stay within one n_ubatch."""
-        length = request.length(self.draft_length)
-        return min(length, LONGEST) if isinstance(length, int) and not self.context_params.swa_full else length
 
     def decode(self, tokens: Sequence[int], draft: Sequence[int]) -> int:
         """Decode tokens and a draft after them; afterwards `n_tokens` counts the tokens, not the draft.

@@ -74,10 +74,16 @@ class Kept:
         return recorded
 
     def begin(self, llm: Llama, tokens: list[int]) -> None:
-        """Note the prompt; if its own tokens are wanted, decode it with logits for all of them, but for the last."""
+        """Note the prompt; if its own tokens are wanted, decode it with logits for all of them, but for the last.
+
+        Raises:
+            ValueError: they are wanted, and not all of them are tokens.
+        """
         self.prompt = tokens
         if not self.echo:
             return
+        if min(tokens, default=0) < 0:
+            raise ValueError("echo with logprobs needs a prompt of text; this one holds an image or a sound.")
         llm.reset()
         step = min(PROMPT_ROWS, llm.n_batch)
         for start in range(0, len(tokens) - 1, step):
@@ -149,7 +155,7 @@ def attach(llm: llama_cpp.Llama, kept: Kept, prompt: str | list[int], answer: di
 
 def attach_chunks(
     llm: llama_cpp.Llama, kept: Kept, prompt: str | list[int], chunks: Iterator[dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Add the log-probabilities to the chunks of a stream that was asked for without them.
 
     A chunk holds one token; or several, where a character is spread over them. (Stock then sends them one by one, and

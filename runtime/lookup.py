@@ -7,6 +7,7 @@ common/ngram-cache.cpp.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import takewhile
 
 GRAM = 3  # tokens that must agree
 TRIED = 8  # earlier places compared for the longest agreement
@@ -14,7 +15,10 @@ LONGEST = 32  # agreement beyond this says nothing more
 
 
 class Lookup:
-    """The tokens of a text, and where each run of three stood before."""
+    """The tokens of a text, and where each run of three stood before.
+
+    Ids below zero stand where an image or a sound is: they equal nothing, each other included, and are never proposed.
+    """
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -27,7 +31,8 @@ class Lookup:
             self.tokens.append(token)
             key = tuple(self.tokens[-GRAM:])
             self._earlier.append(self._latest.get(key, -1))
-            self._latest[key] = len(self.tokens) - 1
+            if min(key) >= 0:
+                self._latest[key] = len(self.tokens) - 1
 
     def find(self, length: int) -> tuple[list[int], int]:
         """What may follow.
@@ -36,8 +41,9 @@ class Lookup:
             length: tokens wanted.
 
         Returns:
-            `length` tokens and how many tokens before them agree with the end of the text; ([], 0) when fewer than
-            three do. Where the earlier place overlaps the end, the text is taken to repeat itself.
+            `length` tokens, or as many as stand before an image or a sound, and how many tokens before them agree with
+            the end of the text; ([], 0) when fewer than three do. Where the earlier place overlaps the end, the text is
+            taken to repeat itself.
         """
         if len(self.tokens) < GRAM:
             return [], 0
@@ -45,18 +51,19 @@ class Lookup:
         for _ in range(TRIED):
             if place < GRAM - 1:
                 break
-            if (agreed := self._agreed(place)) > matched:
+            if self.tokens[place + 1] >= 0 and (agreed := self._agreed(place)) > matched:
                 best, matched = place, agreed
             place = self._earlier[place]
         if best < 0:
             return [], 0
         period = len(self.tokens) - 1 - best
-        return [self.tokens[best + 1 + i % period] for i in range(length)], matched
+        following = (self.tokens[best + 1 + i % period] for i in range(length))
+        return list(takewhile(lambda token: token >= 0, following)), matched
 
     def _agreed(self, place: int) -> int:
         """How many tokens up to and including `place` equal the latest ones."""
         last, tokens = len(self.tokens) - 1, self.tokens
         for back in range(min(place + 1, LONGEST)):
-            if tokens[place - back] != tokens[last - back]:
+            if tokens[place - back] != tokens[last - back] or tokens[last - back] < 0:
                 return back
         return min(place + 1, LONGEST)

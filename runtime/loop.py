@@ -34,7 +34,7 @@ def generate(
         choose: the target's choice for a row of its logits.
         drafts: makes the drafts.
         stop: asked with the batch row of the choice just made; True ends the generation before it is yielded.
-        stats: counts what happens; `seconds` leaves out what the caller does between tokens.
+        stats: counts what happens.
 
     Yields:
         Token ids. Tokens sent in are appended after the one yielded.
@@ -52,7 +52,6 @@ def generate(
             pass_seconds = perf_counter() - begun
             if stats.tokens == 0:
                 stats.prompt_tokens, stats.prompt_seconds = len(tokens), pass_seconds
-                clock = perf_counter()
             else:
                 stats.passed(pass_seconds)
             past = llm.n_tokens
@@ -69,8 +68,9 @@ def generate(
                     stats.accepted_at(i, draft.sources[i])
                 if stop(row + i):
                     return
-                stats.tokens += 1
-                stats.seconds += perf_counter() - clock
+                if stats.tokens:
+                    stats.loop_seconds += perf_counter() - clock
+                stats.token()
                 sent = yield token
                 clock = perf_counter()
                 tokens = [token, *(sent or ())]

@@ -24,6 +24,24 @@ def patched() -> bool:
         return False
 
 
+GPU, IGPU = 1, 2  # of enum ggml_backend_dev_type (ggml-backend.h)
+
+
+@functools.cache
+def has_gpu() -> bool:
+    """Whether there is a device that layers can go to: a build for GPUs on a machine without one has none.
+
+    llama.cpp's own answer also counts the ability to use another machine's devices (RPC), which are none of this one.
+    """
+    if not lib.llama_supports_gpu_offload():  # loads the backends, if nobody did before
+        return False
+    of_type = getattr(lib._lib, "ggml_backend_dev_by_type", None)
+    if of_type is None:
+        return True
+    of_type.restype, of_type.argtypes = ctypes.c_void_p, (ctypes.c_int,)
+    return any(of_type(kind) for kind in (GPU, IGPU))
+
+
 @functools.cache
 def notice_unpatched() -> None:
     """Say, once per process, that the loaded libllama is not ours."""

@@ -4,11 +4,59 @@ from __future__ import annotations
 
 import functools
 import inspect
+import random
+import secrets
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from numbers import Integral
+from typing import Any, Literal
+
+DraftLength = int | Literal["auto"]
+# The longest draft. With the token before it these are 16 rows of a batch: up to there a row's logits are those it has
+# alone, beyond it llama.cpp multiplies with other kernels, and the text would depend on how far was drafted.
+MOST = 15
+LENGTHS = f'a number of tokens, 0 for none and {MOST} at most, or "auto"'
+
+
+def checked_length(value: Any) -> DraftLength:
+    """A draft length, wherever it was given: for an object, for one request, on a command line.
+
+    Raises:
+        ValueError: it is neither a count from 0 to `MOST` nor "auto".
+    """
+    if isinstance(value, str) and value == "auto":
+        return "auto"
+    if not isinstance(value, bool) and isinstance(value, Integral) and 0 <= int(value) <= MOST:
+        return int(value)
+    raise ValueError(f"draft_length is {value!r}; give {LENGTHS}.")
+
+
+# llama.cpp draws a seed where it is given this one, which is -1 in 32 bits.
+DRAWN = 0xFFFFFFFF
+
+
+def chosen_seed(seed: Any) -> int:
+    """The seed that a number stands for, between 0 and 2^32 - 2: its low 32 bits, or one drawn now for -1.
+
+    Raises:
+        ValueError: it is no whole number.
+    """
+    if not isinstance(seed, Integral):
+        raise ValueError(f"seed is {seed!r}; give a whole number, or -1 to have one drawn.")
+    bits = int(seed) & DRAWN
+    return secrets.randbelow(DRAWN) if bits == DRAWN else bits
+
+
+def following_seed(seed: int) -> int:
+    """The seed of a completion that names none, from that of the object: drawn if it has none.
+
+    Else as llama_cpp.Llama has it, so that an object with a seed makes the same sequence of completions again.
+    """
+    if int(seed) & DRAWN == DRAWN:
+        return chosen_seed(seed)
+    return random.Random(int(seed)).randint(0, 2**32) % DRAWN
 
 
 @dataclass(frozen=True)
@@ -17,21 +65,28 @@ class Request:
 
     Attributes:
         mtp: False generates without drafting.
-        draft_length: tokens to draft in a round, or what else the object's own draft_length may be.
+        draft_length: tokens to draft in a round, or "auto".
+        told: what the answer says beside llama_cpp.Llama's keys, for a chat handler passes on only what it knows.
+
+    Raises:
+        ValueError: a wish is not what it may be.
     """
 
     mtp: bool | None = None
-    draft_length: Any = None
+    draft_length: DraftLength | None = None
+    told: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.draft_length, int) and self.draft_length < 0:
-            raise ValueError(f"draft_length is {self.draft_length}; it counts tokens, 0 drafts none.")
+        if not isinstance(self.mtp, bool | None):
+            raise ValueError(f"mtp is {self.mtp!r}; give True, False or None.")
+        if self.draft_length is not None:
+            checked_length(self.draft_length)
 
-    def length(self, default: Any) -> Any:
+    def length(self, default: DraftLength) -> DraftLength:
         """The draft length of this request, 0 when it wants no drafts."""
         if self.mtp is False:
             return 0
-        return default if self.draft_length is None else self.draft_length
+        return default if self.draft_length is None else checked_length(self.draft_length)
 
 
 NOTHING = Request()
@@ -56,6 +111,7 @@ def within(mtp: bool | None, draft_length: Any) -> Request:
     return Request(
         mtp=around.mtp if mtp is None else mtp,
         draft_length=around.draft_length if draft_length is None else draft_length,
+        told={} if around is NOTHING else around.told,
     )
 
 
@@ -81,6 +137,29 @@ def ask(request: Request, call: Callable[[], Any]) -> Any:
     return _stepping(request, answer) if isinstance(answer, Iterator) else answer
 
 
+def tell(request: Request, item: Any) -> Any:
+    """Add what a request has to tell to an answer, or to the chunk that ends a stream."""
+    if isinstance(item, dict) and any(choice.get("finish_reason") for choice in item.get("choices", ())):
+        item |= request.told
+    return item
+
+
+def telling(request: Request, answer: Any) -> Any:
+    """`tell` for an answer of a chat handler, whole or in chunks."""
+    if not isinstance(answer, Generator):
+        return tell(request, answer)
+
+    def chunks() -> Generator[Any, None, None]:
+        with closing(answer):
+            for chunk in answer:
+                yield tell(request, chunk)
+
+    return chunks()
+
+
+WISHES = {"mtp": "bool | None", "draft_length": "DraftLength | None"}
+
+
 def per_request(stock: Callable[..., Any]) -> Callable[..., Any]:
     """Give a method of llama_cpp.Llama the keyword arguments of a Request; everything else stays as it is."""
 
@@ -88,7 +167,7 @@ def per_request(stock: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: Any, *args: Any, mtp: bool | None = None, draft_length: Any = None, **kwargs: Any) -> Any:
         return ask(within(mtp, draft_length), lambda: stock(self, *args, **kwargs))
 
-    return with_keywords(method, mtp="bool | None", draft_length="int | None")
+    return with_keywords(method, **WISHES)
 
 
 def with_keywords(method: Callable[..., Any], **kinds: str) -> Callable[..., Any]:

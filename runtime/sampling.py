@@ -40,6 +40,17 @@ class NoTokenLeft(RuntimeError):
     """Grammar, processors and biases together leave no token to choose."""
 
 
+def readable(ids: npt.NDArray[np.intc]) -> npt.NDArray[np.intc]:
+    """Token ids that processors and criteria may use: padding, token 0, stands where an image or a sound has none."""
+    made: npt.NDArray[np.intc] = np.maximum(ids, 0)
+    return made
+
+
+def reading(criteria: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    """Stopping criteria, shown `readable` ids."""
+    return None if criteria is None else lambda ids, logits: criteria(readable(ids), logits)
+
+
 def mix(word: int) -> int:
     """SplitMix64's finalizer on one 64-bit word (Steele, Lea and Flood, OOPSLA 2014)."""
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & MASK
@@ -205,8 +216,9 @@ class Sampler:
             made[changed] += by
             return made
         made = logits.copy()
+        ids = readable(self._input_ids()) if self._input_ids else None
         for processor in self._processors:
-            made[:] = processor(self._input_ids() if self._input_ids else None, made)
+            made[:] = processor(ids, made)
         changed = np.flatnonzero(made != logits)
         # A processor that changes nearly everything says nothing about another row.
         self._bias = (changed, made[changed] - logits[changed]) if len(changed) <= self.n_vocab // 8 else None

@@ -42,6 +42,8 @@ def application(
         """The server takes its arguments from its own settings, and lets one request in at a time."""
 
         def __init__(self, *args: Any, **options: Any) -> None:
+            if "flash_attn" not in settings.model_fields_set:
+                del options["flash_attn"]  # the server's own default, which nobody asked for
             super().__init__(*args, drafter=drafter, draft_length=draft_length, **options)
             self.guard.serialized = True
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from time import perf_counter
 from typing import Any
 
 
 @dataclass
 class Stats:
-    """Counters of one request, or of several added up.
+    """Counters of one request, or of several added up; one request is timed from when its object is made.
 
     Attributes:
+        seed: what the random numbers of the request came from: given with the same arguments it makes the same tokens.
+            None in a sum.
         tokens: tokens handed to the caller.
         drafts: rounds with a draft.
         drafted: tokens proposed.
@@ -24,13 +27,19 @@ class Stats:
         target_passes: decodes of the target after the prompt.
         prompt_tokens: prompt tokens that were decoded, not taken from the cache.
         prompt_seconds: time for these.
-        seconds: time for everything after the prompt, the caller's own time between tokens left out.
+        seconds: by the clock on the wall, from the start of the request until its last token, or its whole answer, was
+            handed over: what the user waits for, with tokenizing, detokenizing and whatever a reader of a stream does
+            between two items.
+        time_to_first_token: by the same clock, until the first token was made.
+        loop_seconds: after the first token, time in the loop that drafts and verifies; what is done between two tokens
+            outside of it is left out.
         pass_seconds: of these, time in target passes.
         draft_seconds: of these, time spent drafting.
         plain_pass_seconds: what the passes would have taken with one token each, by the passes over one token that were
             measured; 0.0 where none was.
     """
 
+    seed: int | None = None
     tokens: int = 0
     drafts: int = 0
     drafted: int = 0
@@ -43,9 +52,14 @@ class Stats:
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
     seconds: float = 0.0
+    time_to_first_token: float = 0.0
+    loop_seconds: float = 0.0
     pass_seconds: float = 0.0
     draft_seconds: float = 0.0
     plain_pass_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._begun = perf_counter()
 
     @property
     def acceptance(self) -> float:
@@ -58,9 +72,14 @@ class Stats:
         return max(self.tokens - 1, 0) / self.target_passes if self.target_passes else 0.0
 
     @property
+    def generation_seconds(self) -> float:
+        """By the clock on the wall, from the first token to the last."""
+        return max(self.seconds - self.time_to_first_token, 0.0)
+
+    @property
     def tokens_per_second(self) -> float:
-        """Tokens after the first per second of generation."""
-        return max(self.tokens - 1, 0) / self.seconds if self.seconds > 0 else 0.0
+        """Tokens after the first per second of `generation_seconds`, as the user gets them."""
+        return max(self.tokens - 1, 0) / self.generation_seconds if self.generation_seconds > 0 else 0.0
 
     @property
     def mean_accepted(self) -> float:
@@ -69,10 +88,25 @@ class Stats:
 
     @property
     def speedup(self) -> float | None:
-        """Speed over plain generation, by the passes over one token that were measured; None where none was."""
-        if not self.plain_pass_seconds or not self.seconds:
+        """Speed over plain generation, by the passes over one token that were measured; None where none was.
+
+        Both by the clock on the wall: what is outside of passes and drafts would take as long without drafts.
+        """
+        if not self.plain_pass_seconds or not self.generation_seconds:
             return None
-        return (self.seconds - self.pass_seconds - self.draft_seconds + self.plain_pass_seconds) / self.seconds
+        rest = self.generation_seconds - self.pass_seconds - self.draft_seconds
+        return (rest + self.plain_pass_seconds) / self.generation_seconds
+
+    def lap(self) -> None:
+        """Something is handed over now: a token, or a part of the answer."""
+        self.seconds = perf_counter() - self._begun
+
+    def token(self) -> None:
+        """Count a token that is handed over now."""
+        self.tokens += 1
+        self.lap()
+        if self.tokens == 1:
+            self.time_to_first_token = self.seconds
 
     def drafted_round(self, sources: Sequence[str], seconds: float = 0.0) -> None:
         """Count one draft: where each of its tokens came from, and what it took; an empty one only took time."""
@@ -96,9 +130,22 @@ class Stats:
         self.target_passes += 1
         self.pass_seconds += seconds
 
+    def counting(
+        self, source: Generator[int, Sequence[int] | None, None]
+    ) -> Generator[int, Sequence[int] | None, None]:
+        """The same generator of tokens, counted."""
+        sent: Sequence[int] | None = None
+        while True:
+            try:
+                token = source.send(sent)
+            except StopIteration:
+                return
+            self.token()
+            sent = yield token
+
     def add(self, other: Stats) -> None:
         """Add another request's counters to these."""
-        for name, value in vars(other).items():
+        for name, value in ((each.name, getattr(other, each.name)) for each in fields(other) if each.name != "seed"):
             if isinstance(value, list):
                 mine: list[int] = getattr(self, name)
                 grow(mine, len(value))
@@ -113,27 +160,32 @@ class Stats:
 
     def as_dict(self) -> dict[str, Any]:
         """Counters and the ratios derived from them, ready for JSON."""
-        ratios = ("acceptance", "mean_accepted", "tokens_per_target_pass", "tokens_per_second", "speedup")
+        ratios = (
+            "acceptance", "mean_accepted", "tokens_per_target_pass",
+            "generation_seconds", "tokens_per_second", "speedup",
+        )  # fmt: skip
         values = ((name, getattr(self, name)) for name in ratios)
         return asdict(self) | {name: value if value is None else round(value, 4) for name, value in values}
 
     def line(self) -> str:
         """One line for people."""
         text = f"{self.tokens} tokens, {self.tokens_per_second:.1f} tokens/s"
+        seed = "" if self.seed is None else f", seed {self.seed}"
         if not self.drafts:
-            return f"{text}, without MTP"
+            return f"{text}, without MTP{seed}"
         places = " ".join(
             f"{hit / of:.2f}" for hit, of in zip(self.accepted_per_position, self.drafted_per_position, strict=True)
         )
         return (
             f"{text}, {self.tokens_per_target_pass:.2f} tokens per target pass, "
-            f"accepted {self.accepted} of {self.drafted} drafted ({self.acceptance:.0%}; by position {places})"
+            f"accepted {self.accepted} of {self.drafted} drafted ({self.acceptance:.0%}; by position {places}){seed}"
         )
 
     def report(self) -> str:
         """Several lines for people: what was drafted and accepted, and what it brought."""
         rows = [
-            ("tokens", f"{self.tokens}, {self.tokens_per_second:.1f} per second"),
+            ("tokens", f"{self.tokens} in {self.seconds:.2f} s"),
+            ("first token", f"after {self.time_to_first_token:.2f} s, then {self.tokens_per_second:.1f} per second"),
             ("prompt", f"{self.prompt_tokens} tokens read in {self.prompt_seconds:.2f} s"),
             ("target passes", f"{self.target_passes}, {self.tokens_per_target_pass:.2f} tokens each"),
         ]
@@ -148,11 +200,15 @@ class Stats:
             (f"from {source}", f"{self.accepted_from.get(source, 0)} of {count} accepted")
             for source, count in self.drafted_from.items()
         ]
-        shares = [f"{part / self.seconds:.0%}" for part in (self.pass_seconds, self.draft_seconds) if self.seconds]
-        if shares:
-            rows.append(("time", f"target {shares[0]}, drafting {shares[1]}"))
+        if self.target_passes and (whole := self.generation_seconds):
+            parts = {"target": self.pass_seconds, "drafting": self.draft_seconds}
+            parts["choosing tokens"] = self.loop_seconds - sum(parts.values())
+            parts["text and the rest"] = whole - self.loop_seconds
+            rows.append(("time", ", ".join(f"{name} {part / whole:.0%}" for name, part in parts.items())))
         gain = "not measured: no pass over one token" if self.speedup is None else f"{self.speedup:.2f} times plain"
         rows.append(("speed", gain))
+        if self.seed is not None:
+            rows.append(("seed", str(self.seed)))
         return "\n".join(f"{name:<14} {value}" for name, value in rows)
 
 

@@ -255,6 +255,72 @@ def test_wishes_pass_a_handler_that_knows_nothing_of_them(demo: Pair) -> None:
                 assert len(llm.stats.drafted_per_position) == count
 
 
+def asked(llm: Llama, mode: str, **given: Any) -> tuple[str, int]:
+    """The text of a drawn answer to a prompt that is read afresh, and the seed that it tells."""
+    llm.reset()
+    settings = {"temperature": 1.0, "max_tokens": 32, "top_k": 64, "min_p": 0.0} | given
+    if mode == "mirostat":
+        settings["mirostat_mode"] = 2
+    stream = "stream" in mode
+    if mode.startswith("chat"):
+        answer = llm.create_chat_completion(MESSAGES, stream=stream, **settings)
+    else:
+        answer = llm.create_completion(PROMPT, stream=stream, **settings)
+    chunks = list(answer) if stream else [answer]
+    assert not [chunk for chunk in chunks[:-1] if "seed" in chunk]
+    choices = [chunk["choices"][0] for chunk in chunks]
+    parts = [choice.get("delta") or choice.get("message") or {"content": choice.get("text")} for choice in choices]
+    return "".join(part.get("content") or "" for part in parts), chunks[-1]["seed"]
+
+
+@pytest.mark.parametrize("given", [{}, {"seed": -1}, {"seed": 2**32 - 1}], ids=str)
+@pytest.mark.parametrize("mode", ["completion", "stream", "chat", "chat stream", "mirostat"])
+def test_the_seed_that_was_used_is_told(mode: str, given: dict[str, int], mtp: Llama) -> None:
+    """Given back, it makes the same text, with drafts and without."""
+    first = asked(mtp, mode, **given)
+    assert mtp.stats.seed == first[1]
+    assert asked(mtp, mode, **given)[1] != first[1]
+    assert asked(mtp, mode, seed=first[1]) == first
+    assert asked(mtp, mode, seed=first[1], mtp=False) == first
+    assert asked(mtp, mode, seed=first[1] - 2**32) == first  # as llama.cpp takes it, in 32 bits
+
+
+def test_without_a_seed_every_request_draws_one(demo: Pair) -> None:
+    seeds: list[int | None] = []
+    for options in ({}, {"seed": -1}, {"seed": None}):
+        with closing(Llama(demo.target, **OPTIONS, **options)) as llm:
+            tokens = []
+            for _ in range(2):
+                tokens.append([t for t, _ in zip(llm.generate([2, 5], temp=1.5), range(20), strict=False)])
+                seeds.append(llm.stats.seed)
+            llm.set_seed(llm.stats.seed)
+            assert [t for t, _ in zip(llm.generate([2, 5], temp=1.5), range(20), strict=False)] == tokens[1]
+        with closing(Llama(demo.target, **OPTIONS, **options)) as llm:
+            seeds += [llm(PROMPT, max_tokens=1)["seed"] for _ in range(2)]
+    assert len(set(seeds)) == len(seeds) == 12
+    assert all(isinstance(seed, int) and 0 <= seed < 2**32 - 1 for seed in seeds)
+
+
+def test_an_object_with_a_seed_makes_the_same_sequence_again(demo: Pair) -> None:
+    """Its completions take the seeds that stock's take; what `generate` makes is the same each time, as stock's is."""
+    made = []
+    for kind, seed in ((Llama, 7), (Llama, 7), (Llama, 0), (Llama, 0), (llama_cpp.Llama, 7)):
+        with closing(kind(str(demo.target), **OPTIONS | {"seed": seed})) as llm:
+            tokens = [[t for t, _ in zip(llm.generate([2, 5], temp=1.5), range(8), strict=False)] for _ in range(2)]
+            assert tokens[0] == tokens[1]
+            answers = [(llm(PROMPT, temperature=1.5)["choices"][0]["text"], llm._seed) for _ in range(3)]
+            made.append((tokens, answers))
+    assert made[0] == made[1] != made[2] == made[3]
+    assert [seed for _, seed in made[0][1]] == [seed for _, seed in made[4][1]]
+    assert len({seed for _, seed in made[0][1]}) == 3
+
+
+def test_a_seed_is_a_whole_number(mtp: Llama) -> None:
+    for seed in ("x", 2.5, []):
+        with pytest.raises(ValueError, match=r"seed is .+; give a whole number"):
+            mtp(PROMPT, seed=seed)
+
+
 def test_thinking_on_and_off(mtp: Llama) -> None:
     asked = []
     template = mtp._chat_handlers["chat_template.default"]

@@ -17,16 +17,15 @@ from click.testing import CliRunner
 from gemma_mtp.convert import Pair, link, shapes
 from gemma_mtp.convert.verify import verify_files
 from gemma_mtp.patches import build
-from gemma_mtp.runtime import Llama, bench, drafts, machine
+from gemma_mtp.runtime import Llama, bench, drafts, machine, native
 from gemma_mtp.runtime.bench_settings import Chance, Settings
 from gemma_mtp.runtime.bench_speed import best_length
 from gemma_mtp.runtime.bench_worker import Measure, Worker
 from gemma_mtp.runtime.cli import main
 from gemma_mtp.runtime.draft_length import Policy
-from gemma_mtp.runtime.drafts import MOST
 from gemma_mtp.runtime.lookup import Lookup
 from gemma_mtp.runtime.replay import Replay, expected_tokens
-from llama_cpp import llama_cpp as lib
+from gemma_mtp.runtime.requests import MOST
 from test_drafts import paying
 
 STOCK = build.stock_dir()
@@ -248,7 +247,8 @@ def test_every_shape_is_planned_whole_and_shortened(shape: str) -> None:
         (["--shape", "E2B", "-q", "Q9"], "unknown format 'Q9'"),
         (["--shape", "E2B", "--acceptance", "1.2"], "between 0 and 1"),
         (["--shape", "E2B", "--draft", "a"], "not a list of numbers"),
-        (["--shape", "E2B", "--draft", "9"], "between 1 and 8"),
+        (["--shape", "E2B", "--draft", "3,16"], "15 at most"),
+        (["--shape", "E2B", "--draft", "0"], "plain generation is measured anyway"),
         (["--shape", "E2B", "--acceptance", "0.5:8"], "take turns"),
         (["."], "must hold one target"),
         (["--shape", "E2B", "--plot", "none/bench.png"], "there is no folder"),
@@ -272,7 +272,7 @@ def test_a_worker_that_cannot_load_says_why(tmp_path: Path) -> None:
 
 def test_too_little_memory_is_refused_before_anything_is_loaded(demo: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "free_memory", lambda: 1000)
-    monkeypatch.setattr(lib, "llama_supports_gpu_offload", lambda: False)
+    monkeypatch.setattr(native, "has_gpu", lambda: False)
     settings = Settings(demo.target, demo.drafter)
     with pytest.raises(RuntimeError, match="processes need about"):
         bench.measure(settings)

@@ -22,7 +22,8 @@ from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import Llama, Stats, loop
 from gemma_mtp.runtime.costs import Costs
 from gemma_mtp.runtime.draft_length import Policy
-from gemma_mtp.runtime.drafts import MOST, Drafts
+from gemma_mtp.runtime.drafts import Drafts
+from gemma_mtp.runtime.requests import MOST
 from gemma_mtp.runtime.sampling import Sampler
 from gemma_mtp.runtime.verify import verify
 from tiny import PAIR

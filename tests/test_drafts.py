@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import islice
 from typing import Any
 
 import llama_cpp
@@ -14,10 +15,11 @@ from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import Llama, Stats
 from gemma_mtp.runtime.costs import STEP, Costs
 from gemma_mtp.runtime.draft_length import Policy
-from gemma_mtp.runtime.drafts import MOST
 from gemma_mtp.runtime.grammar import Mask
 from gemma_mtp.runtime.lookup import Lookup
+from gemma_mtp.runtime.requests import MOST
 from gemma_mtp.runtime.sampling import NoTokenLeft, Sampler, draw, gumbel, largest, lowest_best
+from test_kv import see
 
 OPTIONS: dict[str, Any] = {"n_ctx": 512, "verbose": False, "flash_attn": True, "n_threads": 1, "n_threads_batch": 1}
 PROMPT = "import os\nimport sys\n\ndef main("
@@ -114,6 +116,112 @@ def test_lookup_finds_the_longest_agreement() -> None:
     circle = Lookup()
     circle.extend([1, 2, 3] * 3)
     assert circle.find(7)[0] == [1, 2, 3, 1, 2, 3, 1]
+
+
+def test_lookup_never_copies_an_image() -> None:
+    """Ids below zero stand where it is: nothing equals them, and what is proposed ends before them."""
+    lookup = Lookup()
+    lookup.extend([1, 2, 3, 4, *[-9] * 6, 7, 1, 2, 3])
+    assert lookup.find(5) == ([4], 3)
+    lookup.extend([4])
+    assert lookup.find(5) == ([], 0)
+    lookup.extend([5, 1, 2, 3, 4])
+    assert lookup.find(3) == ([5, 1, 2], 4)  # of two places the one that text follows
+    inside = Lookup()
+    inside.extend([1, 2, -9, -9, -9, -9, 3, 4, -9, -9])
+    assert inside.find(4) == ([], 0)
+    after = Lookup()
+    after.extend([1, 2, -7, 8, 8, 8, 1, 2, -7, 8, 8, 8])
+    assert after.find(3) == ([1, 2], 3)
+
+
+LINES = ["import os\n", "import sys\n", "import re\n", "import json\n"]
+
+
+def look(llm: Llama, seed: int = 0) -> list[int]:
+    """Read lines, an image, and all lines but the last again, as a handler for images does; the ids of all that."""
+    llm.reset()
+    llm._ctx.kv_cache_clear()
+    llm.eval(llm.tokenize("".join(LINES).encode()))
+    see(llm, 20, seed)
+    llm.eval(llm.tokenize("".join(LINES[:-1]).encode(), add_bos=False))
+    ids: list[int] = llm.input_ids[: llm.n_tokens].tolist()
+    assert min(ids) < 0
+    return ids
+
+
+@pytest.fixture
+def eager(mtp: Llama) -> Iterator[Llama]:
+    """The pair, with costs under which "auto" always drafts."""
+    mtp._costs = paying()
+    mtp._policy = Policy(mtp._costs, MOST)
+    yield mtp
+    del mtp._costs, mtp._policy
+
+
+def test_drafts_hold_no_image(eager: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the text stood before, one followed. A draft is tokens, and no more than a pass can verify."""
+    batches, decode, cut, find = [], eager.decode, [], Lookup.find
+
+    def noted(tokens: Any, draft: Any) -> int:
+        batches.append((len(tokens), list(draft)))
+        return decode(tokens, draft)
+
+    def watched(self: Lookup, length: int) -> tuple[list[int], int]:
+        found = find(self, length)
+        cut.append(0 < len(found[0]) < length)
+        return found
+
+    monkeypatch.setattr(eager, "decode", noted)
+    monkeypatch.setattr(Lookup, "find", watched)
+    ids, made = look(eager), {}
+    for length in (0, "auto", MOST):
+        made[length] = list(islice(eager.generate(ids, temp=0.0, draft_length=length), 60))
+        assert eager.stats.prompt_tokens == 1  # the image is still there
+    assert any(cut)
+    assert made["auto"] == made[MOST] == made[0]
+    assert all(min(draft, default=0) >= 0 for _, draft in batches)
+    assert max(tokens + len(draft) for tokens, draft in batches if draft) == MOST + 1
+
+
+def test_an_image_is_padding_to_processors_and_criteria(mtp: Llama) -> None:
+    """As many ids as positions, each of which a row of logits has, in our loop and in stock's."""
+    seen = []
+
+    def processor(ids: Any, scores: Any) -> Any:
+        seen.append(ids.tolist())
+        scores[ids] -= 0.5
+        return scores
+
+    def criterion(ids: Any, logits: Any) -> bool:
+        seen.append(ids.tolist())
+        return False
+
+    text = [max(token, 0) for token in look(mtp)]
+    for settings in ({"temp": 0.0}, {"temp": 1.0}, {"temp": 1.0, "mirostat_mode": 2}):
+        ids = look(mtp)
+        hooks = {
+            "logits_processor": llama_cpp.LogitsProcessorList([processor]),
+            "stopping_criteria": llama_cpp.StoppingCriteriaList([criterion]),
+        }
+        list(islice(mtp.generate(ids, **settings, **hooks), 6))
+        mtp.create_completion(ids, max_tokens=6, temperature=settings["temp"], **hooks)
+    assert len(seen) > 60
+    assert all(each[: len(text)] == text and min(each) >= 0 for each in seen)
+
+
+def test_an_image_that_is_gone_is_an_error(mtp: Llama) -> None:
+    """Its ids are not enough to see it again; and it has no text of which log-probabilities could be told."""
+    ids = look(mtp)
+    assert mtp.input_ids[len(ids)] == min(ids)
+    other = look(mtp, 1)
+    assert min(other) != min(ids)  # another image never passes for it
+    with pytest.raises(ValueError, match="ask through the chat handler again"):
+        next(mtp.generate(ids))
+    with pytest.raises(ValueError, match="needs a prompt of text"):
+        mtp.create_completion(other, logprobs=1, echo=True)
+    assert mtp.create_completion(other, max_tokens=2, logprobs=1)["choices"][0]["logprobs"]["tokens"]
+    assert mtp.stats.prompt_tokens == 1
 
 
 def test_lookup_helps_where_the_text_repeats_itself(mtp: Llama) -> None:

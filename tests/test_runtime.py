@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +100,18 @@ def test_chat(settings: dict[str, Any], mtp: Llama, plain: Llama) -> None:
 
 
 def test_responses_have_the_shape_of_stocks(mtp: Llama, stock: llama_cpp.Llama) -> None:
-    messages = [{"role": "user", "content": "hi"}]
-    for call in (
-        lambda llm: llm(PROMPT, max_tokens=6, **GREEDY),
-        lambda llm: llm(PROMPT, max_tokens=6, echo=True, stop=["x"], **GREEDY),
-        lambda llm: next(iter(list(llm(PROMPT, max_tokens=6, stream=True, **GREEDY)))),
-        lambda llm: llm.create_chat_completion(messages, max_tokens=6, **GREEDY),
-        lambda llm: list(llm.create_chat_completion(messages, max_tokens=6, stream=True, **GREEDY))[1],
+    """With the seed beside it: in an answer, and in the last chunk of a stream."""
+    messages, seed = [{"role": "user", "content": "hi"}], {"seed": "int"}
+    for call, more in (
+        (lambda llm: llm(PROMPT, max_tokens=6, **GREEDY), seed),
+        (lambda llm: llm(PROMPT, max_tokens=6, echo=True, stop=["x"], **GREEDY), seed),
+        (lambda llm: next(iter(list(llm(PROMPT, max_tokens=6, stream=True, **GREEDY)))), {}),
+        (lambda llm: list(llm(PROMPT, max_tokens=6, stream=True, **GREEDY))[-1], seed),
+        (lambda llm: llm.create_chat_completion(messages, max_tokens=6, **GREEDY), seed),
+        (lambda llm: list(llm.create_chat_completion(messages, max_tokens=6, stream=True, **GREEDY))[1], {}),
+        (lambda llm: list(llm.create_chat_completion(messages, max_tokens=6, stream=True, **GREEDY))[-1], seed),
     ):
-        assert shape(call(mtp)) == shape(call(stock))
+        assert shape(call(mtp)) == shape(call(stock)) | more
 
 
 def test_the_signature_of_generate_is_stocks() -> None:
@@ -167,13 +172,47 @@ def test_stops(mtp: Llama, plain: Llama) -> None:
     assert word not in ours["text"]
 
 
-@pytest.mark.parametrize("length", [0, 1, 2, 5, 8])
+@pytest.mark.parametrize("length", [0, 1, 2, 5, 8, 15])
 def test_any_draft_length_gives_the_same_text(length: int, demo: Pair, plain: Llama) -> None:
     wanted = plain(PROMPT, max_tokens=48, **GREEDY)["choices"][0]["text"]
     with closing(Llama(demo.target, draft_length=length, **OPTIONS)) as llm:
         assert llm(PROMPT, max_tokens=48, **GREEDY)["choices"][0]["text"] == wanted
         assert len(llm.stats.drafted_per_position) == length
         assert (llm.stats.drafted > 0) == (length > 0)
+
+
+WRONG_LENGTHS = [-1, 16, 2.5, True, "3", "long", [3]]
+
+
+def test_a_draft_length_is_checked_wherever_it_is_given(demo: Pair) -> None:
+    """One rule, which names what is allowed: beyond it the text would depend on how far was drafted."""
+    allowed = r'is .+; give a number of tokens, 0 for none and 15 at most, or "auto"\.$'
+    for length in WRONG_LENGTHS:
+        with pytest.raises(ValueError, match=f"^draft_length {allowed}"):
+            Llama(demo.target, draft_length=length, **OPTIONS)
+    messages = [{"role": "user", "content": "x"}]
+    with closing(Llama(demo.target, draft_length=3, **OPTIONS)) as llm:
+        ways: list[Callable[[Any], Any]] = [
+            lambda length: setattr(llm, "draft_length", length),
+            lambda length: llm(PROMPT, draft_length=length),
+            lambda length: list(llm(PROMPT, draft_length=length, stream=True)),
+            lambda length: llm.create_chat_completion(messages, draft_length=length),
+            lambda length: next(llm.generate([2, 5], draft_length=length)),
+        ]
+        for way, length in product(ways, WRONG_LENGTHS):
+            with pytest.raises(ValueError, match=f"^draft_length {allowed}"):
+                way(length)
+        for mtp in ("no", 0, 1, []):
+            for call in (llm, llm.create_completion, lambda prompt, mtp: next(llm.generate([2, 5], mtp=mtp))):
+                with pytest.raises(ValueError, match=r"^mtp is .+; give True, False or None\.$"):
+                    call(PROMPT, mtp=mtp)
+        llm.draft_length = np.int64(4)
+        assert (llm.draft_length, type(llm.draft_length)) == (4, int)
+        assert llm(PROMPT, max_tokens=2, draft_length="auto")["choices"]
+    for length in ("16", "-1", "2.5", "few"):
+        wrong = CliRunner().invoke(main, ["run", str(demo.target), "-p", "x", "--draft", length])
+        assert wrong.exit_code == 2
+        assert 'a number of tokens, 0 for none and 15 at most, or "auto"' in wrong.stderr.replace("\n", " ")
 
 
 def test_stats_add_up(mtp: Llama) -> None:
@@ -189,6 +228,38 @@ def test_stats_add_up(mtp: Llama) -> None:
     assert stats.target_passes < stats.tokens
     assert stats.seconds > 0
     assert mtp.total_stats.tokens == before + stats.tokens
+
+
+def test_seconds_are_what_the_user_waits_for(mtp: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only stands still where nothing outside of the loop is done."""
+    now, detokenize = 100.0, mtp.detokenize
+
+    def slow(*args: Any, **kwargs: Any) -> bytes:
+        nonlocal now
+        now += 1.0
+        return detokenize(*args, **kwargs)
+
+    monkeypatch.setattr("gemma_mtp.runtime.stats.perf_counter", lambda: now)
+    monkeypatch.setattr(mtp, "detokenize", slow)
+    made = mtp(PROMPT, max_tokens=32, **GREEDY)["usage"]["completion_tokens"]
+    assert made == 32
+    assert mtp.stats.time_to_first_token == 0.0
+    assert mtp.stats.seconds == now - 100.0 >= made
+    assert mtp.stats.tokens_per_second <= 1.0
+    assert 0 < mtp.stats.loop_seconds < 30 * 60  # by the true clock, which this test does not look at
+    assert f"{mtp.stats.tokens_per_second:.1f} tokens/s" in mtp.stats.line()
+    told = mtp.stats.as_dict()
+    assert told["generation_seconds"] == told["seconds"] == mtp.stats.seconds
+    monkeypatch.setattr(mtp, "detokenize", detokenize)
+    before = mtp.total_stats.seconds
+    for _ in mtp(PROMPT, max_tokens=8, stream=True, **GREEDY):
+        now += 10.0
+    assert mtp.stats.time_to_first_token == 0.0
+    assert mtp.stats.seconds == 80.0  # the reader's time after the last chunk is its own
+    assert mtp.total_stats.seconds == before + 80.0
+    for _ in zip(range(5), mtp.generate(mtp.tokenize(PROMPT.encode()), temp=0.0), strict=False):
+        now += 10.0
+    assert mtp.stats.seconds == 40.0
 
 
 def test_a_follow_up_reuses_the_cache(mtp: Llama) -> None:
@@ -230,12 +301,61 @@ def test_no_array_of_all_logits(demo: Pair) -> None:
         assert not llm._logits_all
 
 
-@pytest.mark.skipif(not native.patched(), reason="the default without our series is stock's")
-def test_flash_attention_is_the_default_on_a_cpu(demo: Pair) -> None:
-    for given, wanted in (({}, True), ({"flash_attn": False}, False), ({"n_gpu_layers": 1}, False)):
-        with closing(Llama(demo.target, drafter=None, **OPTIONS, **given)) as llm:
-            enabled = llm.context_params.flash_attn_type == lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
-            assert enabled is wanted, given
+ON, OFF = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED, lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+LAYERS: list[dict[str, Any]] = [{}, {"n_gpu_layers": 0}, {"n_gpu_layers": -1}, {"n_gpu_layers": 99}]
+needs_series = pytest.mark.skipif(not native.patched(), reason="the default without our series is stock's")
+
+
+@needs_series
+@pytest.mark.parametrize("given", LAYERS, ids=str)
+def test_flash_attention_is_the_default_on_a_cpu(
+    given: dict[str, Any], demo: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever number of layers is to go to a GPU: what counts is whether there is one."""
+    for gpu in (False, True):
+        monkeypatch.setattr(native, "has_gpu", lambda gpu=gpu: gpu)
+        default = OFF if gpu and given.get("n_gpu_layers") else ON
+        for asked, wanted in (({}, default), ({"flash_attn": False}, OFF), ({"flash_attn": True}, ON)):
+            with closing(Llama(demo.target, drafter=None, **OPTIONS, **given, **asked)) as llm:
+                assert llm.context_params.flash_attn_type == wanted, (gpu, asked)
+
+
+@needs_series
+@pytest.mark.parametrize("command", ["run", "chat", "serve"])
+def test_flash_attention_in_the_commands(command: str, demo: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    class Noted(Llama):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            made.append(self.context_params.flash_attn_type)
+
+    monkeypatch.setattr(native, "has_gpu", lambda: False)
+    monkeypatch.setattr("gemma_mtp.runtime.llama.Llama", Noted)
+    monkeypatch.setattr(llama_cpp, "Llama", llama_cpp.Llama)  # which the server exchanges
+    monkeypatch.setattr("uvicorn.run", lambda app, **_: None)
+    arguments = {"run": ["-p", "x", "-n", "2"], "chat": ["-n", "2"], "serve": []}[command]
+    for asked, wanted in (([], ON), (["-ngl", "99"], ON), (["-ngl", "0"], ON)):
+        done = CliRunner().invoke(main, [command, str(demo.target), "-t", "1", *arguments, *asked], input="x\n")
+        assert done.exit_code == 0, done.output
+        assert made.pop() == wanted
+        assert not made
+    if command == "serve":
+        from gemma_mtp.runtime.serve import application
+        from llama_cpp.server import app
+
+        application(demo.target, None, 0, flash_attn=False, verbose=False)
+        monkeypatch.setenv("FLASH_ATTN", "0")
+        application(demo.target, None, 0, verbose=False)
+        assert made == [OFF, OFF]
+        app._llama_proxy.free()
+
+
+def test_a_gpu_is_a_device_not_an_ability_of_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build for GPUs, or for devices of another machine, where there are none."""
+    there = any(lib._lib.ggml_backend_dev_by_type(kind) for kind in (native.GPU, native.IGPU))
+    monkeypatch.setattr(lib, "llama_supports_gpu_offload", lambda: True)
+    assert native.has_gpu.__wrapped__() == there
 
 
 def test_an_abandoned_stream_leaves_a_usable_state(mtp: Llama, plain: Llama) -> None:
@@ -270,9 +390,6 @@ def test_a_wrong_drafter_is_refused(demo: Pair, tiny_f32: Pair) -> None:
         Llama(demo.target, drafter=demo.target, **OPTIONS)
     with pytest.raises(link.MtpError, match="No such file"):
         Llama(demo.target, drafter="nowhere.gguf", **OPTIONS)
-    for length in (-1, "long", 2.5):
-        with pytest.raises(ValueError, match="draft_length"):
-            Llama(demo.target, draft_length=length, **OPTIONS)
 
 
 def test_run_prints_text_and_one_line_of_statistics(demo: Pair) -> None:
@@ -288,15 +405,24 @@ def test_run_prints_text_and_one_line_of_statistics(demo: Pair) -> None:
     assert len(found["stats"]["accepted_per_position"]) == 2
 
 
+def test_run_tells_the_seed_it_drew(demo: Pair) -> None:
+    command = ["run", str(demo.target), "-p", PROMPT, "-n", "24", "--temp", "1.5", "-t", "1"]
+    first, second = (CliRunner().invoke(main, command) for _ in range(2))
+    seed, other = (re.search(r", seed (\d+)$", done.stderr) for done in (first, second))
+    assert seed is not None and other is not None
+    assert seed[1] != other[1]
+    again = CliRunner().invoke(main, [*command, "--seed", seed[1], "--json"])
+    assert json.loads(again.stdout)["text"] + "\n" == first.stdout
+    assert json.loads(again.stdout)["stats"]["seed"] == int(seed[1])
+    assert f"seed           {seed[1]}" in CliRunner().invoke(main, [*command, "--seed", seed[1], "--stats"]).stderr
+
+
 def test_run_stats_are_for_people(demo: Pair) -> None:
     command = ["run", str(demo.target), "-p", PROMPT, "-n", "24", "--temp", "0", "--stats"]
     told = CliRunner().invoke(main, [*command, "--draft", "3"]).stderr
     for heading in ("target passes", "accepted", "by position", "from mtp", "time", "speed"):
         assert heading in told
     assert "from mtp" not in CliRunner().invoke(main, [*command, "--no-mtp"]).stderr
-    wrong = CliRunner().invoke(main, [*command, "--draft", "few"])
-    assert wrong.exit_code == 2
-    assert "neither a number of tokens nor auto" in wrong.stderr
 
 
 def test_the_default_length_goes_by_cost(demo: Pair, plain: Llama) -> None:

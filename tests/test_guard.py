@@ -14,6 +14,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
+from children import GUARD
 from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import Llama, native
 from gemma_mtp.runtime.guard import Guard
@@ -64,7 +65,7 @@ def in_thread(call: Callable[[], Any]) -> Any:
 
     thread = threading.Thread(target=run)
     thread.start()
-    thread.join(30)
+    thread.join(GUARD)
     return found[0]
 
 
@@ -109,7 +110,7 @@ def test_many_threads_at_once(demo: Pair, wanted: str) -> None:
     with closing(Llama(demo.target, **OPTIONS)) as llm:
 
         def ask() -> None:
-            start.wait(30)
+            start.wait(GUARD)
             for _ in range(8):
                 try:
                     made.append(llm(PROMPT, **GREEDY)["choices"][0]["text"])
@@ -121,7 +122,7 @@ def test_many_threads_at_once(demo: Pair, wanted: str) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(GUARD)
     assert len(made) == 48
     assert {text for text in made if text is not None} == {wanted}
 

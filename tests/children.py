@@ -25,6 +25,11 @@ STOPPING = (
 )
 
 
+def environment(folder: Path, **more: str) -> dict[str, str]:
+    """What a program finds around it whose cache is a folder: what it learns of costs stays out of the user's."""
+    return {**os.environ, "GEMMA_MTP_CACHE": str(folder), **more}
+
+
 def until(found: Callable[[], Any], process: subprocess.Popen[str] | None = None) -> Any:
     """Ask again and again for what nothing tells of, until it is true; returns that.
 

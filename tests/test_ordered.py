@@ -25,6 +25,7 @@ from llama_cpp import llama_cpp as lib
 from llama_cpp import llama_cpp_ext as ext
 from tiny import PAIR
 
+OPTIONS: dict[str, Any] = {"n_ctx": 512, "verbose": False, "n_threads": 1, "n_threads_batch": 1}
 PROMPT = "import os\nimport sys\n\ndef main("
 SAMPLED = DraftSettings(temp=1.0, top_k=64, top_p=0.95, min_p=0.02, seed=11)
 # Of the largest logit. The products round the hidden state to what the type is multiplied with: 16 bits, or 8.
@@ -127,7 +128,7 @@ def test_candidates_are_those_of_numpy(quant: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def llm(demo: Pair) -> Iterator[Llama]:
-    with closing(Llama(demo.target, n_ctx=512, verbose=False)) as opened:
+    with closing(Llama(demo.target, **OPTIONS)) as opened:
         yield opened
 
 
@@ -201,7 +202,7 @@ def with_tensors(drafter: Path, path: Path, ordering: Any) -> Path:
 @pytest.mark.parametrize("ordering", [np.int32, np.int64, np.float32])
 def test_tables_in_tensors_are_read_too(ordering: Any, demo: Pair, llm: Llama, tmp_path: Path) -> None:
     path = with_tensors(demo.drafter, tmp_path / "drafter.gguf", ordering)
-    with closing(Llama(demo.target, drafter=path, n_ctx=512, verbose=False)) as other:
+    with closing(Llama(demo.target, drafter=path, **OPTIONS)) as other:
         assert rounds(other, 3, DraftSettings()) == rounds(llm, 3, DraftSettings())
 
 

@@ -14,7 +14,7 @@ from subprocess import DEVNULL, PIPE
 from typing import Any
 
 import pytest
-from children import GUARD, MAIN, STOPPING, Terminal, alone, ended, said, started, until
+from children import GUARD, MAIN, STOPPING, Terminal, alone, ended, environment, said, started, until
 from gemma_mtp.convert import Pair
 from hub import serving
 
@@ -26,7 +26,7 @@ CONVERT = ["-q", "F32", "--drafter-quant", "F32"]
 def place(tmp_path: Path) -> dict[str, Any]:
     """Options of a program whose temporary files and cache lie below tmp_path."""
     (tmp_path / "temporary").mkdir()
-    env = {**os.environ, "TMPDIR": str(tmp_path / "temporary"), "GEMMA_MTP_CACHE": str(tmp_path / "cache")}
+    env = environment(tmp_path / "cache", TMPDIR=str(tmp_path / "temporary"))
     return {"env": env, "stdin": PIPE, "stdout": PIPE, "stderr": PIPE}
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import urllib.request
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from children import GUARD, serving
+from children import GUARD, environment, serving
 from gemma_mtp.convert import Pair, convert_pair
 from gemma_mtp.patches import build
 from tiny import SIZES
@@ -74,7 +73,7 @@ def test_a_chat_request_is_answered_with_accepted_drafts(server: str) -> None:
     print(json.dumps({"draft_n": timings["draft_n"], "draft_n_accepted": timings["draft_n_accepted"]}))
 
 
-def test_the_runtime_works_on_the_unpatched_library(demo: Any) -> None:
+def test_the_runtime_works_on_the_unpatched_library(demo: Any, tmp_path: Path) -> None:
     """In its own process, where llama_cpp loads the unpatched libllama: same tokens, drafts accepted, one notice."""
     code = """
 import json, sys, warnings
@@ -82,7 +81,7 @@ from gemma_mtp.runtime import Llama, native
 assert not native.patched()
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
-    llm = Llama(sys.argv[1], n_ctx=512, draft_length=3, verbose=False)
+    llm = Llama(sys.argv[1], n_ctx=512, n_threads=1, n_threads_batch=1, draft_length=3, verbose=False)
     Llama(sys.argv[1], n_ctx=512, verbose=False).close()
 made = llm(sys.argv[2], max_tokens=64, temperature=0.0)["choices"][0]["text"]
 told = [str(w.message) for w in said if "patches" in str(w.message)]
@@ -93,7 +92,8 @@ print(json.dumps({"text": made, "accepted": llm.stats.accepted, "notices": len(t
     for name, env in (("stock", {"LLAMA_CPP_LIB_PATH": str(STOCK)}), ("ours", {})):
         text = code if env else code.replace("assert not", "assert")
         command = [sys.executable, "-c", text, demo.target, prompt]
-        done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+        around = environment(tmp_path, **env)
+        done = subprocess.run(command, env=around, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         made[name] = json.loads(done.stdout.splitlines()[-1])
     assert made["stock"]["text"] == made["ours"]["text"]

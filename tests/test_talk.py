@@ -18,7 +18,7 @@ from typing import Any
 import llama_cpp
 import pytest
 import uvicorn
-from children import GUARD, MAIN, Terminal, started, until
+from children import GUARD, MAIN, Terminal, environment, started, until
 from click.testing import CliRunner
 from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import Llama
@@ -73,10 +73,9 @@ def test_interrupt_stops_the_answer_and_not_the_program(demo: Pair, tmp_path: Pa
     """In a terminal: Ctrl-C in an answer, Ctrl-C at the prompt, and it still answers."""
     ours, theirs = pty.openpty()
     program = [sys.executable, "-c", MAIN, "chat", demo.target, *CHAT]
-    environment = {**os.environ, "GEMMA_MTP_CACHE": str(tmp_path)}
     terminal = Terminal(ours)
     try:
-        with started(program, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
+        with started(program, stdin=theirs, stdout=theirs, stderr=theirs, env=environment(tmp_path)) as process:
             terminal.until("> ")
             terminal.type("def first(\n")
             terminal.until("first(")

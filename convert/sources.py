@@ -6,7 +6,9 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -130,10 +132,26 @@ def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
         ) from None
     if not sys.stderr.isatty():
         disable_progress_bars()
+    wanted = {"revision": revision, "allow_patterns": list(patterns), "ignore_patterns": list(NOT)}
     with _explained(name, revision):
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(NOT))
-        )
+        return Path(_aside(lambda: snapshot_download(name, **wanted)))
+
+
+def _aside(work: Callable[[], str]) -> str:
+    """What a function returns or raises, from a thread of its own.
+
+    huggingface_hub, when it is interrupted, first waits for the files that its threads are downloading.
+    """
+    done: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as problem:
+            done.set_exception(problem)
+
+    threading.Thread(target=run, daemon=True).start()
+    return done.result()
 
 
 @contextmanager

@@ -53,7 +53,10 @@ def staging(folder: Path, names: Sequence[str], n_bytes: int, force: bool) -> It
             held.callback(os.close, _lock(hidden))
             yield hidden
             hidden = hidden.replace(hidden.with_name(hidden.name + COMPLETE))
-            _move(hidden, folder)
+            try:
+                _move(hidden, folder)
+            finally:
+                _move(hidden, folder)  # what an interrupt left there: some of the files are worse than all or none
         made = []
     except OSError as problem:
         need = f"{n_bytes:,} bytes are needed; " if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""

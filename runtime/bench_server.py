@@ -7,7 +7,8 @@ accepts at random. Backend sampling of drafts is off: on a CPU it is a top-k ove
 from __future__ import annotations
 
 import json
-import socket
+import os
+import re
 import subprocess
 import tempfile
 import time
@@ -67,12 +68,8 @@ class Server:
         flash_attn: bool,
     ) -> None:
         self._length = length if drafter is not None else 0
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
         layers = ["all"] if gpu_layers < 0 else [str(gpu_layers)]
-        command = [str(binary), "-m", str(target), "--host", "127.0.0.1", "--port", str(port), "-c", str(n_ctx)]
+        command = [str(binary), "-m", str(target), "--host", "127.0.0.1", "--port", "0", "-c", str(n_ctx)]
         command += ["-np", "1", "-t", str(threads), "-fa", "on" if flash_attn else "off", "--no-webui", "-ngl", *layers]
         if drafter is not None:
             command += ["--spec-type", "draft-mtp", "--spec-draft-model", str(drafter), "--spec-draft-ngl", *layers]
@@ -85,7 +82,7 @@ class Server:
             command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT, text=True
         )
         try:
-            self._wait()
+            self.url = self._wait()
         except BaseException:
             self.close()
             raise
@@ -96,18 +93,18 @@ class Server:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _wait(self) -> None:
+    def _wait(self) -> str:
+        """The address at which it listens, once the model is loaded."""
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end:
+            # Not by seeking: the server writes at the place where this file stands.
+            told = os.pread(self._log.fileno(), 1 << 20, 0).decode(errors="replace")
+            if found := re.search(r"listening on (http://\S+)\n", told):
+                return found[1]
             if self._process.poll() is not None:
-                self._log.seek(0)
-                tail = " / ".join(self._log.read().strip().splitlines()[-3:])
+                tail = " / ".join(told.strip().splitlines()[-3:])
                 raise RuntimeError(f"llama-server ended with status {self._process.returncode}: {tail}")
-            try:
-                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
-                return
-            except OSError:
-                time.sleep(0.1)
+            time.sleep(0.1)
         raise RuntimeError(f"llama-server was not ready after {START_SECONDS} seconds; try fewer --layers.")
 
     def run(self, tokens: list[int], n: int, seed: int, temp: float = 0.0, ignore_eos: bool = True) -> Run:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,7 @@ class Worker:
         env = dict(os.environ, PYTHONWARNINGS="ignore")
         if library is not None:
             env["LLAMA_CPP_LIB_PATH"] = str(library)
+        self._busy = False
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in close)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "gemma_mtp.runtime.bench_worker"],
@@ -57,12 +58,14 @@ class Worker:
 
     def _ask(self, request: dict[str, Any]) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None
+        self._busy = True
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
             answer = self._process.stdout.readline()
         except BrokenPipeError:
             answer = ""
+        self._busy = False
         if not answer:
             self._log.seek(0)
             tail = " / ".join(self._log.read().strip().splitlines()[-3:])
@@ -73,8 +76,11 @@ class Worker:
         return parsed["answer"]
 
     def close(self) -> None:
+        if self._busy:  # interrupted: nobody waits for the answer any more
+            self._process.kill()
         if self._process.stdin is not None:
-            self._process.stdin.close()
+            with suppress(BrokenPipeError):  # what was written last was never read
+                self._process.stdin.close()
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import os
+import signal
 import sys
-from contextlib import closing
-from typing import Any
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from typing import Any, NoReturn
 
 import click
 from gemma_mtp.runtime.requests import LENGTHS, checked_length
@@ -36,6 +40,72 @@ def imported(where: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
+# What asks a program to end, beside Ctrl-C, and what is said then. Windows has no SIGHUP.
+ENDS = {"SIGTERM": "terminated", "SIGHUP": "hung up"}
+
+
+class Ended(BaseException):
+    """A signal asked the program to end. Like KeyboardInterrupt it undoes on its way what is half done.
+
+    Args:
+        number: the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP raise `Ended`, unless who started the program has them ignored.
+
+    Only the first counts, and none after it to the end of the program: `timeout` and terminals send two, and the second
+    would stop the tidying up.
+    """
+    asked = False
+
+    def end(number: int, frame: Any) -> None:
+        nonlocal asked
+        del frame
+        if not asked:
+            asked = True
+            raise Ended(number)
+
+    def lost(raised: Any) -> None:
+        """What is raised while llama.cpp calls Python, for its log, gets no further: raise it again a little later."""
+        nonlocal asked
+        if isinstance(raised.exc_value, Ended):
+            number, asked = raised.exc_value.number, False
+        elif isinstance(raised.exc_value, KeyboardInterrupt):
+            number = signal.SIGINT
+        else:
+            kept_hook(raised)
+            return
+        threading.Timer(0.05, signal.raise_signal, (number,)).start()
+
+    kept, kept_hook = {}, sys.unraisablehook
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name) for name in ENDS if hasattr(signal, name)]
+        kept = {each: signal.signal(each, end) for each in numbers if signal.getsignal(each) is signal.SIG_DFL}
+        sys.unraisablehook = lost
+    try:
+        yield
+    finally:
+        sys.unraisablehook = kept_hook
+        for number, handler in kept.items():
+            signal.signal(number, signal.SIG_IGN if asked else handler)
+
+
+def leave(status: int, words: str) -> NoReturn:
+    """End the program at once; sys.exit would wait for threads that download."""
+    with suppress(OSError):  # the terminal may be gone
+        click.echo(words, err=True)
+    with suppress(OSError):
+        sys.stdout.flush()
+    os._exit(status)
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported on first use (pattern from click's documentation)."""
 
@@ -51,7 +121,8 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; an error that a user can cause becomes one line on stderr and an exit status."""
         try:
-            return super().invoke(ctx)
+            with ending():
+                return super().invoke(ctx)
         except (click.exceptions.Exit, click.Abort, click.ClickException, BrokenPipeError):
             raise  # click's own way out
         except (ValueError, RuntimeError, OSError) as problem:
@@ -70,8 +141,9 @@ class LazyGroup(click.Group):
             click.echo(f"error: unexpected {what}; run again with --debug and report it.", err=True)
             sys.exit(1)
         except KeyboardInterrupt:
-            click.echo("\ninterrupted", err=True)
-            sys.exit(130)
+            leave(130, "\ninterrupted")
+        except Ended as asked:
+            leave(128 + asked.number, ENDS[signal.Signals(asked.number).name])
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -50,6 +50,7 @@ class Llama(Api):
 
     Raises:
         gemma_mtp.convert.link.MtpError: a file is damaged, or the drafter is not the target's.
+        RuntimeError: the library was built for another CPU, or llama.cpp cannot load the model.
         ValueError: as llama_cpp.Llama, for instance when model_path does not exist; or draft_length is neither a count
             nor "auto".
     """
@@ -67,6 +68,7 @@ class Llama(Api):
         self._wanted = drafter
         self._told: set[str] = set()
         check_options(options)
+        native.check_cpu()
         if options.get("swa_full") is False:
             # A batch longer than n_ubatch may overwrite keys that its rollback needs.
             options["n_ubatch"] = max(options.get("n_ubatch", 512), MOST + 1)

@@ -24,6 +24,29 @@ def patched() -> bool:
         return False
 
 
+def missing_feature() -> str | None:
+    """An instruction set that libggml was built with and this CPU lacks, None where it can run."""
+    ask = getattr(lib._lib, "ggml_cpu_missing", None)
+    if ask is None:
+        return None
+    ask.restype = ctypes.c_char_p
+    missing = ask()
+    return missing.decode() if missing else None
+
+
+def check_cpu() -> None:
+    """Refuse a library that would end in an illegal instruction.
+
+    Raises:
+        RuntimeError: it was built for another CPU.
+    """
+    if missing := missing_feature():
+        raise RuntimeError(
+            f"llama-cpp-python was built for a CPU with {missing}, which this one lacks or a hypervisor hides; build it "
+            "here: python patches/build.py install in a checkout of gemma-mtp (docs/threads.md)."
+        )
+
+
 GPU, IGPU = 1, 2  # of enum ggml_backend_dev_type (ggml-backend.h)
 
 

@@ -29,13 +29,14 @@ def costs_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def upstream() -> Path:
     """The pinned llama.cpp's converter (convert_hf_to_gguf.py, conversion/, gguf-py/), unpacked once into the cache."""
     kept = build.cache_dir() / "upstream" / build.upstream().sha256[:16]
-    if not kept.exists():
-        work = kept.with_suffix(".part")
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        parts = (f"{build.VENDORED}/{part}" for part in ("conversion/", "gguf-py/", "convert_hf_to_gguf.py"))
-        (build.unpack(work, *parts) / build.VENDORED).rename(kept)
-        shutil.rmtree(work)
+    with build.building("upstream"):  # or wait for other tests that do
+        if not kept.exists():
+            work = kept.with_suffix(".part")
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+            parts = (f"{build.VENDORED}/{part}" for part in ("conversion/", "gguf-py/", "convert_hf_to_gguf.py"))
+            (build.unpack(work, *parts) / build.VENDORED).rename(kept)
+            shutil.rmtree(work)
     return kept
 
 

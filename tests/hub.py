@@ -16,6 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
+from children import GUARD, MAIN
+
 # What can be asked: about a repository (1), its revision or files (2, 3); or a file of a repository (4, 5, 6).
 ASKED = re.compile(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?|/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
@@ -23,7 +25,8 @@ ASKED = re.compile(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?|/([^
 class Hub(ThreadingHTTPServer):
     """`repositories`: org/name to folder. `gated`: names that want the token "let-me-in". `requests`: method, path and
     range of each. `sent`: bytes of each file that were sent. `cut`: where the first transfer of a file breaks off.
-    `whole`: it does not know ranges. `broken`: the status of every answer."""
+    `held`: files that do not come before an event. `whole`: it does not know ranges. `broken`: the status of every
+    answer."""
 
     daemon_threads = True
 
@@ -33,6 +36,7 @@ class Hub(ThreadingHTTPServer):
         self.requests: list[tuple[str, str, str | None]] = []
         self.sent: Counter[str] = Counter()
         self.cut: dict[str, int] = {}
+        self.held: dict[str, threading.Event] = {}
         self.whole = False
         self.broken: int | None = None
 
@@ -103,6 +107,8 @@ class Answer(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
+            if path.name in self.server.held:
+                self.server.held[path.name].wait(GUARD)
             self.server.sent[path.name] += len(body[:cut])
             self.wfile.write(body[:cut])
         if cut is not None:
@@ -132,8 +138,9 @@ def run_against(hub: Hub, folder: Path, *command: str | Path, **environment: str
     """Run a command of gemma-mtp, or "resolve" and a source, in a folder, with a hub and a cache in that folder."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1",
-                "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}  # fmt: skip
-    code = "from gemma_mtp.runtime.cli import main; main()"
+                "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_ETAG_TIMEOUT": str(GUARD),
+                "HF_HUB_DOWNLOAD_TIMEOUT": str(GUARD), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}  # fmt: skip
+    code = MAIN
     if command[0] == "resolve":
         code = "import sys; from gemma_mtp.convert.sources import resolve; print(resolve(sys.argv[2]))"
     return subprocess.run(

@@ -12,6 +12,7 @@ from threading import Event, Thread
 
 import llama_cpp
 import pytest
+from children import GUARD
 from gemma_mtp.patches import build
 
 
@@ -105,9 +106,9 @@ def test_the_same_is_built_once_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
     with build.building("key"):
         other = Thread(target=second)
         other.start()
-        assert waiting.wait(20)
+        assert waiting.wait(GUARD)
         done.append("first")
-    other.join(20)
+    other.join(GUARD)
     assert done == ["first", "second"]
 
 

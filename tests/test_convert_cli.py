@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from children import GUARD, MAIN
 from click.testing import CliRunner, Result
 from gemma_mtp.convert import Pair, convert_pair, link, verify, write
 from gemma_mtp.convert.modelfile import modelfile
@@ -57,7 +58,7 @@ def test_hashes_are_made_while_writing(tiny: dict[str, Path], tmp_path: Path, mo
     def late(rows: Any, *arguments: Any) -> Any:
         """The first piece of the embeddings is made after the others that may be begun."""
         if rows.name == "token_embd.weight" and rows.start == 0:
-            made.acquire(timeout=60)
+            made.acquire(timeout=GUARD)
         done = piece(rows, *arguments)
         if rows.name == "token_embd.weight" and rows.start > 0:
             made.release()
@@ -190,7 +191,7 @@ def test_help_has_an_example(command: list[str]) -> None:
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    program = [sys.executable, "-c", "from gemma_mtp.runtime.cli import main; main()"]
+    program = [sys.executable, "-c", MAIN]
     command = ["inspect", str(tmp_path / "none.gguf")]
     quiet, loud = (
         subprocess.run([*program, *options, *command], capture_output=True, text=True, check=False)

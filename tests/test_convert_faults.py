@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import signal
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
 import torch
+from children import MAIN, STOPPING, ended, said, started
 from click.testing import CliRunner
 from gemma_mtp.convert import checkpoint, link
+from gemma_mtp.convert.staging import PREFIX
 from gemma_mtp.runtime.cli import main
 from safetensors.torch import load_file, save_file
 from tiny import make_drafter, make_target
@@ -225,25 +226,16 @@ def test_too_little_room(pair: Folders, tmp_path: Path, monkeypatch: pytest.Monk
     refused(*pair, tmp_path / "out", "1,000 free", "make room")
 
 
-def convert_slowly(pair: Folders, out: Path, setup: str = "") -> list[str]:
-    """A command that converts as gemma-mtp does, with 50 ms for each piece of work."""
-    code = (
-        f"import time; from gemma_mtp.convert import write as w; real = w._piece; {setup}\n"
-        "w._piece = lambda *a: (time.sleep(0.05), real(*a))[1]\n"
-        "from gemma_mtp.runtime.cli import main; main()"
-    )
-    return [sys.executable, "-c", code, "convert", *map(str, pair), "-o", str(out), "-q", "F32"]
+def converting(pair: Folders, out: Path, code: str) -> list[object]:
+    """A conversion to F32 by a program that runs `main`."""
+    return [sys.executable, "-c", code, "convert", *pair, "-o", out, "-q", "F32"]
 
 
 def test_a_full_disk(pair: Folders, tmp_path: Path) -> None:
     """The file system refuses to go on in the middle of the weights."""
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
-
     out = tmp_path / "out"
-    command = convert_slowly(pair, out)
-    done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))\n"
+    done = subprocess.run([*map(str, converting(pair, out, limit + MAIN))], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: cannot write into {out}: File too large; ")
     assert "bytes are needed" in done.stderr
@@ -255,18 +247,12 @@ def test_ctrl_c(pair: Folders, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    process = subprocess.Popen(convert_slowly(pair, out), stderr=subprocess.PIPE, text=True)
-    for _ in range(600):
-        if any(path.stat().st_size > 1000 for path in out.glob(".gemma-mtp-*/*.gguf")):
-            break
-        time.sleep(0.05)
-    else:
-        process.kill()
-        pytest.fail("the conversion never began to write")
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert said.split() == ["interrupted"]
+    with started(converting(pair, out, STOPPING), stdin=PIPE, stdout=PIPE, stderr=PIPE) as process:
+        said(process.stdout, "at work")
+        assert list(out.glob(f"{PREFIX}*/*.gguf"))
+        status, _, told = ended(process, signal.SIGINT)
+    assert status == 130
+    assert told.split() == ["interrupted"]
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
 
 

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
 import pytest
+from children import GUARD, environment
 from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import Llama, native
 from gemma_mtp.runtime import guard as guard_module
@@ -67,7 +69,7 @@ def in_thread(call: Callable[[], Any]) -> Any:
 
     thread = threading.Thread(target=run)
     thread.start()
-    thread.join(30)
+    thread.join(GUARD)
     return found[0]
 
 
@@ -233,7 +235,7 @@ def test_many_threads_at_once(demo: Pair, wanted: str) -> None:
         llm.guard.patience = 3600.0
 
         def ask() -> None:
-            start.wait(30)
+            start.wait(GUARD)
             for _ in range(8):
                 made.append(llm(PROMPT, **GREEDY)["choices"][0]["text"])
 
@@ -241,7 +243,7 @@ def test_many_threads_at_once(demo: Pair, wanted: str) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(600)
+            thread.join(GUARD)
     assert made == [wanted] * 48
 
 
@@ -437,19 +439,24 @@ LOADS: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("case", LOADS)
-def test_nothing_reaches_an_assertion_inside_llama_cpp(case: str, demo: Pair) -> None:
+def test_nothing_reaches_an_assertion_inside_llama_cpp(case: str, demo: Pair, tmp_path: Path) -> None:
     """In a process of its own, as an assertion would end it: one line with the next step instead."""
     arguments, hint = LOADS[case]
     code = f"""
 import resource, sys
+from pathlib import Path
 from gemma_mtp.runtime import Llama, native
-resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+taken = Path("/proc/self/statm")  # much where there are many cores
+limit = (4 << 30) + (int(taken.read_text().split()[0]) * resource.getpagesize() if taken.exists() else 0)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+options = dict(n_ctx=512, verbose=False, n_threads=1, n_threads_batch=1, flash_attn=True)
 try:
-    Llama(sys.argv[1], **dict(n_ctx=512, verbose=False, n_threads=1, flash_attn=True) | dict({arguments}))("x")
+    Llama(sys.argv[1], **options | dict({arguments}))("x")
 except (ValueError, RuntimeError) as problem:
     print(problem)
 """
-    done = subprocess.run([sys.executable, "-c", code, demo.target], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code, demo.target]
+    done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert hint in done.stdout
     assert done.stdout.count("\n") == 1

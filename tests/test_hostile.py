@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import torch
+from children import MAIN, STOPPING, ended, said, started
 from click.testing import CliRunner
 from gemma_mtp.convert import link, plan
 from gemma_mtp.convert.checkpoint import open_checkpoint
@@ -24,7 +24,7 @@ from gemma_mtp.convert.safetensors_file import read_entries
 from gemma_mtp.convert.staging import PREFIX
 from gemma_mtp.runtime.cli import main
 from safetensors.torch import save_file
-from test_convert_faults import Folders, convert_slowly, edit_config, edit_weights, pair, refused
+from test_convert_faults import Folders, converting, edit_config, edit_weights, pair, refused
 from tiny import make_target
 
 __all__ = ["pair"]  # a fixture
@@ -223,13 +223,10 @@ def test_a_disk_that_fills_up(pair: Folders, mounted: Callable[[str], Path]) -> 
     """Room for the weights but not for the metadata before them: the write itself fails."""
     disk = mounted("size=8m")
     out = disk / "out"
-    code = (
-        "import shutil; real = shutil.disk_usage\n"
-        "shutil.disk_usage = lambda p: real(p)._replace(free=10**12)\n"
-        "from gemma_mtp.runtime.cli import main; main()"
+    room = (
+        "import shutil; real = shutil.disk_usage\nshutil.disk_usage = lambda p: real(p)._replace(free=10**12)\n" + MAIN
     )
-    command = [sys.executable, "-c", code, "convert", *map(str, pair), "-o", str(out), "-q", "F32"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run([*map(str, converting(pair, out, room))], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "No space left on device" in done.stderr
     assert "bytes are needed" in done.stderr
@@ -254,42 +251,55 @@ def test_an_output_that_is_a_file(pair: Folders, tmp_path: Path) -> None:
 FILES = ["Modelfile", "drafter-Q8_0.gguf", "target-F32.gguf"]
 
 
+# Converts again and again, and is killed before that call of the system whose number it reads; 0 for none.
+KILLED = """
+import itertools, os, signal, sys
+from gemma_mtp.convert import checkpoint, convert_pair, plan, vocab, write
+
+def counted(call):
+    def counting(*args, **named):
+        if next(calls) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args, **named)
+    return counting
+
+for name in ("mkdir", "open", "ftruncate", "pwrite", "fsync"):
+    setattr(os, name, counted(getattr(os, name)))
+for line in sys.stdin:
+    calls, last = itertools.count(1), int(line)
+    child = os.fork()
+    if child == 0:
+        convert_pair(*sys.argv[1:4], "F32")
+        print(next(calls), flush=True)
+        os._exit(0)
+    if os.waitpid(child, 0)[1] == signal.SIGKILL:
+        print("killed", flush=True)
+"""
+
+
 def test_killed_at_any_moment(pair: Folders, tmp_path: Path) -> None:
-    """kill -9 at 20 random moments: no output file, and nothing left after the next run."""
-    out = tmp_path / "out"
+    """kill -9 at 20 moments from first to last: no output file, and nothing left after the next run."""
+    out, moments, left = tmp_path / "out", 20, 0
+
+    def converted(folder: Path, moments: list[int]) -> Iterator[str]:
+        """What became of a conversion at each moment."""
+        with started([sys.executable, "-c", KILLED, *pair, folder], stdin=PIPE, stdout=PIPE) as process:
+            assert process.stdin is not None and process.stdout is not None
+            for moment in moments:
+                process.stdin.write(f"{moment}\n")
+                process.stdin.flush()
+                yield process.stdout.readline().strip()
+
+    (calls,) = map(int, converted(tmp_path / "whole", [0]))
+    assert calls > 3 * moments
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    chance, left = random.Random(7), 0
-    fork = "\n".join([
-        "import os, time",
-        "from gemma_mtp.convert import convert_pair, write as w",
-        "from gemma_mtp.convert import checkpoint, plan, vocab",
-        "real = w._piece",
-        "w._piece = lambda *a: (time.sleep(0.02), real(*a))[1]",
-        "import sys",
-        "while sys.stdin.readline():",
-        "    child = os.fork()",
-        "    if child == 0:",
-        f"        convert_pair({str(pair[0])!r}, {str(pair[1])!r}, {str(out)!r}, 'F32')",
-        "        os._exit(0)",
-        "    print(child, flush=True)",
-        "    os.waitpid(child, 0)",
-    ])  # fmt: skip
-    server = subprocess.Popen([sys.executable, "-c", fork], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert server.stdin and server.stdout
-    for _ in range(20):
-        server.stdin.write("go\n")
-        server.stdin.flush()
-        child = int(server.stdout.readline())
-        time.sleep(chance.uniform(0, 0.5))
-        os.kill(child, signal.SIGKILL)
-        time.sleep(0.05)
+    for became in converted(out, [1 + calls * each // moments for each in range(moments)]):
+        assert became == "killed"
         found = sorted(path.name for path in out.iterdir() if path.name != "notes.txt")
         assert not [name for name in found if not name.startswith(PREFIX)], found
         left += bool(found)
-    server.stdin.close()
-    assert server.wait(timeout=60) == 0
-    assert left, "no moment was in the middle of writing"
+    assert left > moments / 2
     done = CliRunner().invoke(main, ["convert", *map(str, pair), "-o", str(out), "-q", "F32"])
     assert done.exit_code == 0, done.output
     assert sorted(path.name for path in out.iterdir()) == sorted([*FILES, "notes.txt"])
@@ -317,12 +327,11 @@ def test_killed_between_two_moves(pair: Folders, tmp_path: Path) -> None:
 
 def test_two_at_once_leave_each_other_alone(pair: Folders, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    first = subprocess.Popen(convert_slowly(pair, out), stderr=subprocess.PIPE)
-    for _ in range(600):
-        if out.exists() and list(out.glob(f"{PREFIX}*")):
-            break
-        time.sleep(0.05)
-    done = CliRunner().invoke(main, ["convert", *map(str, pair), "-o", str(out), "-q", "F32", "--name", "other"])
-    assert done.exit_code == 0, done.output
-    assert first.wait(timeout=60) == 0
+    with started(converting(pair, out, STOPPING), stdin=PIPE, stdout=PIPE, stderr=PIPE) as first:
+        said(first.stdout, "at work")
+        done = CliRunner().invoke(main, ["convert", *map(str, pair), "-o", str(out), "-q", "F32", "--name", "other"])
+        assert done.exit_code == 0, done.output
+        assert len(list(out.glob(f"{PREFIX}*"))) == 1
+        status, _, told = ended(first)
+        assert (status, told) == (0, "")
     assert {*FILES, "other-F32.gguf", "other-assistant-Q8_0.gguf"} == {path.name for path in out.iterdir()}

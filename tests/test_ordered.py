@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import json
-import socket
-import subprocess
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 from typing import Any
 
 import gguf
 import llama_cpp
 import numpy as np
 import pytest
+from children import GUARD, ended, serving, started
 from gemma_mtp.convert import Pair, convert_pair, link
 from gemma_mtp.patches import build
 from gemma_mtp.runtime import Llama, native
@@ -26,6 +25,7 @@ from llama_cpp import llama_cpp as lib
 from llama_cpp import llama_cpp_ext as ext
 from tiny import PAIR
 
+OPTIONS: dict[str, Any] = {"n_ctx": 512, "verbose": False, "n_threads": 1, "n_threads_batch": 1}
 PROMPT = "import os\nimport sys\n\ndef main("
 SAMPLED = DraftSettings(temp=1.0, top_k=64, top_p=0.95, min_p=0.02, seed=11)
 # Of the largest logit. The products round the hidden state to what the type is multiplied with: 16 bits, or 8.
@@ -128,7 +128,7 @@ def test_candidates_are_those_of_numpy(quant: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def llm(demo: Pair) -> Iterator[Llama]:
-    with closing(Llama(demo.target, n_ctx=512, verbose=False)) as opened:
+    with closing(Llama(demo.target, **OPTIONS)) as opened:
         yield opened
 
 
@@ -202,18 +202,24 @@ def with_tensors(drafter: Path, path: Path, ordering: Any) -> Path:
 @pytest.mark.parametrize("ordering", [np.int32, np.int64, np.float32])
 def test_tables_in_tensors_are_read_too(ordering: Any, demo: Pair, llm: Llama, tmp_path: Path) -> None:
     path = with_tensors(demo.drafter, tmp_path / "drafter.gguf", ordering)
-    with closing(Llama(demo.target, drafter=path, n_ctx=512, verbose=False)) as other:
+    with closing(Llama(demo.target, drafter=path, **OPTIONS)) as other:
         assert rounds(other, 3, DraftSettings()) == rounds(llm, 3, DraftSettings())
 
 
-def server(*arguments: Any) -> list[Any]:
-    return [Path(llama_cpp.__file__).parent / "lib" / "llama-server", *arguments, "-c", "512", "-np", "1"]
+SERVER = Path(llama_cpp.__file__).parent / "lib" / "llama-server"
+
+
+def refused(*arguments: Any) -> str:
+    """What llama-server says when it does not start."""
+    command = [SERVER, *arguments, "-c", "512", "-np", "1", "-t", "1", "--port", "0"]
+    with started(command, stdout=PIPE, stderr=STDOUT) as process:
+        status, told, _ = ended(process)
+    assert status > 0
+    return told
 
 
 def test_a_drafter_alone_says_what_it_is(demo: Pair) -> None:
-    done = subprocess.run(server("-m", demo.drafter), capture_output=True, text=True, timeout=120, check=False)
-    told = done.stdout + done.stderr
-    assert done.returncode != 0
+    told = refused("-m", demo.drafter)
     assert "is an MTP drafter (gemma4-assistant)" in told
     assert "cannot run alone" in told
     assert "--spec-draft-model" in told
@@ -221,35 +227,18 @@ def test_a_drafter_alone_says_what_it_is(demo: Pair) -> None:
 
 def test_a_drafter_of_another_target_is_refused(demo: Pair, tiny: dict[str, Path], tmp_path: Path) -> None:
     narrow = convert_pair(tiny["narrow"], tiny["narrow drafter"], tmp_path, "F32", "F32")
-    command = server("-m", narrow.target, "--spec-draft-model", demo.drafter, "--spec-type", "draft-mtp")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert "for another target than" in done.stdout + done.stderr
-    assert done.returncode > 0
+    told = refused("-m", narrow.target, "--spec-draft-model", demo.drafter, "--spec-type", "draft-mtp")
+    assert "for another target than" in told
 
 
 @pytest.mark.parametrize("backend", [True, False], ids=["backend sampling", "server's sampler"])
 def test_llama_server_drafts_with_it(backend: bool, demo: Pair, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     sampling = "--spec-draft-backend-sampling" if backend else "--no-spec-draft-backend-sampling"
-    command = server("-m", demo.target, "--spec-draft-model", demo.drafter, "--spec-type", "draft-mtp", sampling)
-    log = tmp_path / "log"
-    with log.open("w") as out, subprocess.Popen([*command, "--port", port], stdout=out, stderr=out) as process:
-        try:
-            body = json.dumps({"prompt": PROMPT, "n_predict": 64, "temperature": 0.0}).encode()
-            request = urllib.request.Request(
-                f"http://127.0.0.1:{port}/completion", body, {"Content-Type": "application/json"}
-            )
-            for _ in range(200):
-                assert process.poll() is None, log.read_text()[-3000:]
-                try:
-                    timings = json.load(urllib.request.urlopen(request, timeout=120))["timings"]
-                    break
-                except OSError:
-                    time.sleep(0.3)
-        finally:
-            process.terminate()
+    options = "--spec-draft-model", demo.drafter, "--spec-type", "draft-mtp", sampling, "-c", 512
+    with serving(SERVER, tmp_path / "log", "-m", demo.target, *options) as url:
+        body = json.dumps({"prompt": PROMPT, "n_predict": 64, "temperature": 0.0}).encode()
+        request = urllib.request.Request(f"{url}/completion", body, {"Content-Type": "application/json"})
+        timings = json.load(urllib.request.urlopen(request, timeout=GUARD))["timings"]
     assert timings["draft_n_accepted"] > timings["draft_n"] / 3 > 0
 
 

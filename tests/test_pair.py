@@ -16,7 +16,8 @@ from gemma_mtp.runtime import Llama, Stats
 from gemma_mtp.runtime.sampling import gumbel
 from tiny import PAIR
 
-OPTIONS: dict[str, Any] = {"n_ctx": 1024, "verbose": False, "flash_attn": True}
+# One thread: with two, a loaded machine makes every batch wait.
+OPTIONS: dict[str, Any] = {"n_ctx": 1024, "verbose": False, "flash_attn": True, "n_threads": 1, "n_threads_batch": 1}
 GREEDY: dict[str, Any] = {"temperature": 0.0}
 SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_k": 64, "top_p": 0.95, "min_p": 0.0}
 PROMPTS, TOKENS = 20, 128

@@ -67,7 +67,7 @@ def test_a_split_pair_holds_the_same_and_runs_with_its_drafter(
     assert link.find_drafter(split.target) == split.drafter
     texts = []
     for path in (whole.target, split.target):
-        with closing(Llama(path, n_ctx=256, draft_length=3, verbose=False)) as llm:
+        with closing(Llama(path, n_ctx=256, draft_length=3, n_threads=1, n_threads_batch=1, verbose=False)) as llm:
             texts.append(llm("import os\n", max_tokens=16, temperature=0.0)["choices"][0]["text"])
             assert llm.stats.drafted > 0
     assert texts[0] == texts[1]

@@ -18,13 +18,14 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
+from children import MAIN
 from click.testing import CliRunner
 from gemma_mtp.convert import Pair, link
 from gemma_mtp.runtime import Llama, native, open_pair
 from gemma_mtp.runtime.cli import main
 from llama_cpp import llama_cpp as lib
 
-OPTIONS: dict[str, Any] = {"n_ctx": 512, "verbose": False}
+OPTIONS: dict[str, Any] = {"n_ctx": 512, "verbose": False, "n_threads": 1, "n_threads_batch": 1}
 PROMPT = "import os\nimport sys\n\ndef main("
 SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_k": 64, "top_p": 0.95, "min_p": 0.0, "seed": 11}
 GREEDY: dict[str, Any] = {"temperature": 0.0}
@@ -275,7 +276,7 @@ def test_a_follow_up_reuses_the_cache(mtp: Llama) -> None:
 def test_the_context_runs_out(n_ctx: int, demo: Pair) -> None:
     made = {}
     for name, drafter in (("mtp", "auto"), ("plain", None)):
-        with closing(Llama(demo.target, drafter=drafter, draft_length=3, n_ctx=n_ctx, verbose=False)) as llm:
+        with closing(Llama(demo.target, drafter=drafter, draft_length=3, **OPTIONS | {"n_ctx": n_ctx})) as llm:
             made[name] = llm(PROMPT, max_tokens=None, **GREEDY)["choices"][0]
             assert llm.n_tokens <= llm.n_ctx()
             with pytest.raises(ValueError, match=r"context window of \d+|raise n_ctx"):
@@ -289,13 +290,13 @@ def test_a_prompt_longer_than_a_batch(demo: Pair) -> None:
     text = "import os\nimport sys\n" * 20
     made = []
     for drafter in ("auto", None):
-        with closing(Llama(demo.target, drafter=drafter, draft_length=3, n_ctx=512, n_batch=32, verbose=False)) as llm:
+        with closing(Llama(demo.target, drafter=drafter, draft_length=3, n_batch=32, **OPTIONS)) as llm:
             made.append(llm(text, max_tokens=24, **GREEDY)["choices"][0]["text"])
     assert made[0] == made[1]
 
 
 def test_no_array_of_all_logits(demo: Pair) -> None:
-    with closing(Llama(demo.target, n_ctx=2048, verbose=False)) as llm:
+    with closing(Llama(demo.target, **OPTIONS | {"n_ctx": 2048})) as llm:
         llm(PROMPT, max_tokens=16, **GREEDY)
         assert llm.scores.shape[0] <= llm.n_batch
         assert not llm._logits_all
@@ -393,7 +394,7 @@ def test_a_wrong_drafter_is_refused(demo: Pair, tiny_f32: Pair) -> None:
 
 
 def test_run_prints_text_and_one_line_of_statistics(demo: Pair) -> None:
-    command = ["run", str(demo.target), "-p", PROMPT, "-n", "24", "--temp", "0", "--draft", "3"]
+    command = ["run", str(demo.target), "-p", PROMPT, "-n", "24", "--temp", "0", "--draft", "3", "-t", "1"]
     done, without = (CliRunner().invoke(main, [*command, *more]) for more in ([], ["--no-mtp"]))
     assert done.exit_code == without.exit_code == 0, done.output
     assert done.stdout == without.stdout
@@ -418,7 +419,7 @@ def test_run_tells_the_seed_it_drew(demo: Pair) -> None:
 
 
 def test_run_stats_are_for_people(demo: Pair) -> None:
-    command = ["run", str(demo.target), "-p", PROMPT, "-n", "24", "--temp", "0", "--stats"]
+    command = ["run", str(demo.target), "-p", PROMPT, "-n", "24", "--temp", "0", "--stats", "-t", "1"]
     told = CliRunner().invoke(main, [*command, "--draft", "3"]).stderr
     for heading in ("target passes", "accepted", "by position", "from mtp", "time", "speed"):
         assert heading in told
@@ -439,8 +440,7 @@ def test_run_names_what_is_wrong_in_one_line(demo: Pair, tmp_path: Path) -> None
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(demo.target.read_bytes()[:-50000])
     for target in (tmp_path / "none.gguf", cut, demo.drafter):
-        program = [sys.executable, "-c", "from gemma_mtp.runtime.cli import main; main()"]
-        command = [*program, "run", target, "-p", "x"]
+        command = [sys.executable, "-c", MAIN, "run", target, "-p", "x"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 1
         assert done.stderr.startswith("error: "), done.stderr

@@ -16,7 +16,10 @@ from transformers import Gemma4ForConditionalGeneration
 from transformers.models.gemma4_unified import Gemma4UnifiedForConditionalGeneration
 
 # F32 cache and no flash attention leave the least to differ.
-EXACT: dict[str, Any] = {"n_ctx": 256, "verbose": False, "flash_attn": False, "type_k": 0, "type_v": 0}
+EXACT: dict[str, Any] = {
+    "n_ctx": 256, "verbose": False, "flash_attn": False, "type_k": 0, "type_v": 0,
+    "n_threads": 1, "n_threads_batch": 1,
+}  # fmt: skip
 # The models' logits have a spread of several units; llama.cpp rounds its GELU to 16 bits.
 CLOSE = 0.15
 # Rows of 80 in which the router's choice of experts may be so close that rounding decides it.

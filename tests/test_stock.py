@@ -6,18 +6,16 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from children import GUARD, environment, serving
 from gemma_mtp.convert import Pair, convert_pair
 from gemma_mtp.patches import build
 from tiny import SIZES
@@ -31,38 +29,21 @@ pytestmark = [
 
 def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as answer:
+    with urllib.request.urlopen(request, timeout=GUARD) as answer:
         parsed: dict[str, Any] = json.load(answer)
     return parsed
 
 
-@contextmanager
-def serving(pair: Pair, log: Path, *options: str) -> Iterator[str]:
+def drafting(pair: Pair, log: Path, *options: str) -> AbstractContextManager[str]:
     """The unpatched llama-server, started with the arguments that Ollama gives it for a model with a drafter."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [STOCK / "llama-server", "-m", pair.target, "--spec-draft-model", pair.drafter]
-    command += ["--spec-type", "draft-mtp", "--spec-draft-backend-sampling", "--spec-draft-n-max", "4"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "-np", "1", *options]
-    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
-        url = f"http://127.0.0.1:{port}"
-        try:
-            for _ in range(120):
-                try:
-                    urllib.request.urlopen(f"{url}/health", timeout=5).close()
-                    break
-                except OSError:
-                    assert process.poll() is None, log.read_text()[-3000:]
-                    time.sleep(0.5)
-            yield url
-        finally:
-            process.terminate()
+    files = "-m", pair.target, "--spec-draft-model", pair.drafter
+    drafts = "--spec-type", "draft-mtp", "--spec-draft-backend-sampling", "--spec-draft-n-max", "4"
+    return serving(STOCK / "llama-server", log, *files, *drafts, *options)
 
 
 @pytest.fixture(scope="module")
 def server(demo: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with serving(demo, tmp_path_factory.mktemp("server") / "log", "-c", "2048") as url:
+    with drafting(demo, tmp_path_factory.mktemp("server") / "log", "-c", "2048") as url:
         yield url
 
 
@@ -75,7 +56,7 @@ def test_every_size_drafts(
     folders = sizes[size] if size in sizes else (tiny["target"], tiny["dense"])
     pair = convert_pair(*folders, tmp_path, quant, quant)
     body = {"prompt": "import os\nimport sys\n\ndef main(", "n_predict": 24, "temperature": 0, "ignore_eos": True}
-    with serving(pair, tmp_path / "log", "-c", "512", "-t", "1") as url:
+    with drafting(pair, tmp_path / "log", "-c", "512") as url:
         answer = post(f"{url}/completion", body)
     assert answer["tokens_predicted"] == 24
     assert answer["timings"]["draft_n"] > 0
@@ -92,7 +73,7 @@ def test_a_chat_request_is_answered_with_accepted_drafts(server: str) -> None:
     print(json.dumps({"draft_n": timings["draft_n"], "draft_n_accepted": timings["draft_n_accepted"]}))
 
 
-def test_the_runtime_works_on_the_unpatched_library(demo: Any) -> None:
+def test_the_runtime_works_on_the_unpatched_library(demo: Any, tmp_path: Path) -> None:
     """In its own process, where llama_cpp loads the unpatched libllama: same tokens, drafts accepted, one notice."""
     code = """
 import json, sys, warnings
@@ -100,7 +81,7 @@ from gemma_mtp.runtime import Llama, native
 assert not native.patched()
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
-    llm = Llama(sys.argv[1], n_ctx=512, draft_length=3, verbose=False)
+    llm = Llama(sys.argv[1], n_ctx=512, n_threads=1, n_threads_batch=1, draft_length=3, verbose=False)
     Llama(sys.argv[1], n_ctx=512, verbose=False).close()
 made = llm(sys.argv[2], max_tokens=64, temperature=0.0)["choices"][0]["text"]
 told = [str(w.message) for w in said if "patches" in str(w.message)]
@@ -111,7 +92,8 @@ print(json.dumps({"text": made, "accepted": llm.stats.accepted, "notices": len(t
     for name, env in (("stock", {"LLAMA_CPP_LIB_PATH": str(STOCK)}), ("ours", {})):
         text = code if env else code.replace("assert not", "assert")
         command = [sys.executable, "-c", text, demo.target, prompt]
-        done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+        around = environment(tmp_path, **env)
+        done = subprocess.run(command, env=around, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         made[name] = json.loads(done.stdout.splitlines()[-1])
     assert made["stock"]["text"] == made["ours"]["text"]

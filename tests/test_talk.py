@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pty
-import select
 import signal
 import socket
-import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -21,13 +18,13 @@ from typing import Any
 import llama_cpp
 import pytest
 import uvicorn
+from children import GUARD, MAIN, Terminal, environment, started, until
 from click.testing import CliRunner
 from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import Llama
 from gemma_mtp.runtime.cli import main
 from gemma_mtp.runtime.serve import application
 
-CODE = "from gemma_mtp.runtime.cli import main; main()"
 CHAT = ["-t", "1", "--temp", "0", "--draft", "3"]
 
 
@@ -72,32 +69,13 @@ def test_a_conversation_that_fills_the_context(demo: Pair) -> None:
     assert "/new" in done.stderr
 
 
-class Terminal:
-    """Our end of a terminal."""
-
-    def __init__(self, end: int) -> None:
-        self.end, self.seen = end, ""
-
-    def until(self, wanted: str, seconds: float = 60) -> None:
-        """Read until something stands there; what comes after it is left for the next call."""
-        last = time.monotonic() + seconds
-        while wanted not in self.seen:
-            assert time.monotonic() < last, self.seen
-            if select.select([self.end], [], [], 0.1)[0]:
-                self.seen += os.read(self.end, 4096).decode(errors="replace")
-        self.seen = self.seen.split(wanted, 1)[1]
-
-    def type(self, text: str) -> None:
-        os.write(self.end, text.encode())
-
-
-def test_interrupt_stops_the_answer_and_not_the_program(demo: Pair) -> None:
+def test_interrupt_stops_the_answer_and_not_the_program(demo: Pair, tmp_path: Path) -> None:
     """In a terminal: Ctrl-C in an answer, Ctrl-C at the prompt, and it still answers."""
     ours, theirs = pty.openpty()
-    program = [sys.executable, "-c", CODE, "chat", str(demo.target), *CHAT]
+    program = [sys.executable, "-c", MAIN, "chat", demo.target, *CHAT]
     terminal = Terminal(ours)
-    with subprocess.Popen(program, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as process:
-        try:
+    try:
+        with started(program, stdin=theirs, stdout=theirs, stderr=theirs, env=environment(tmp_path)) as process:
             terminal.until("> ")
             terminal.type("def first(\n")
             terminal.until("first(")
@@ -105,15 +83,13 @@ def test_interrupt_stops_the_answer_and_not_the_program(demo: Pair) -> None:
             process.send_signal(signal.SIGINT)
             terminal.until("tokens/s")
             terminal.until("> ")
-            time.sleep(1)  # the prompt stands there before the terminal is read
-            process.send_signal(signal.SIGINT)
-            terminal.until("> ")
+            # The prompt stands there before the terminal is read, and only then Python's readline notices a signal.
+            until(lambda: process.send_signal(signal.SIGINT) or terminal.until("> ", seconds=10), process)
             terminal.type("/exit\n")
-            assert process.wait(30) == 0
-        finally:
-            process.kill()
-            os.close(theirs)
-            os.close(ours)
+            assert process.wait(GUARD) == 0
+    finally:
+        os.close(theirs)
+        os.close(ours)
 
 
 @pytest.fixture(scope="module")
@@ -122,19 +98,17 @@ def server(demo: Pair) -> Iterator[str]:
     from llama_cpp.server import app
 
     stock = llama_cpp.Llama
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     try:
         made = application(demo.target, "auto", 3, "secret", n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False)
-        running = uvicorn.Server(uvicorn.Config(made, host="127.0.0.1", port=port, log_level="error"))
-        thread = threading.Thread(target=running.run)
-        thread.start()
-        while not running.started:
-            time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}"
-        running.should_exit = True
-        thread.join(30)
+        running = uvicorn.Server(uvicorn.Config(made, log_level="error"))
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            thread = threading.Thread(target=running.run, args=([listening],))
+            thread.start()
+            until(lambda: running.started or not thread.is_alive())
+            assert running.started
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+            running.should_exit = True
+            thread.join(GUARD)
         app._llama_proxy.free()
     finally:
         llama_cpp.Llama = stock
@@ -143,7 +117,7 @@ def server(demo: Pair) -> Iterator[str]:
 def post(url: str, key: str = "secret", **body: Any) -> Any:
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    return urllib.request.urlopen(request, timeout=60)
+    return urllib.request.urlopen(request, timeout=GUARD)
 
 
 def test_the_server_answers_with_mtp(server: str, demo: Pair) -> None:
@@ -189,6 +163,6 @@ def test_several_clients_at_once(server: str) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(GUARD)
     assert sorted(texts) == [0, 1, 2, 3]
     assert all(len(found) == 1 for found in texts.values())

@@ -22,7 +22,10 @@ from transformers import Gemma4ForConditionalGeneration, GenerationConfig
 from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
 from transformers.models.gemma4_assistant import Gemma4AssistantForCausalLM
 
-EXACT: dict[str, Any] = {"n_ctx": 1024, "verbose": False, "flash_attn": False, "type_k": 0, "type_v": 0}
+EXACT: dict[str, Any] = {
+    "n_ctx": 1024, "verbose": False, "flash_attn": False, "type_k": 0, "type_v": 0,
+    "n_threads": 1, "n_threads_batch": 1,
+}  # fmt: skip
 DRAFTED = 5
 # Two tokens whose logits are this close may change places between two implementations.
 NEAR_TIE = 0.02

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from children import environment
 from gemma_mtp.convert import Pair
 from gemma_mtp.patches import build
 
@@ -31,11 +31,11 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tree
 
 
-def test_their_tests_pass_with_ours(demo: Pair, sdist: Path) -> None:
+def test_their_tests_pass_with_ours(demo: Pair, sdist: Path, tmp_path: Path) -> None:
     here = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "tests", "-q", "-p", "with_ours", "-p", "no:cacheprovider"]
     command += ["--rootdir", sdist, "-k", f"not ({' or '.join(LEFT_OUT)})"]
-    env = os.environ | {"PYTHONPATH": str(here), "GEMMA_MTP_TARGET": str(demo.target), "HF_HUB_OFFLINE": "1"}
+    env = environment(tmp_path, PYTHONPATH=str(here), GEMMA_MTP_TARGET=str(demo.target), HF_HUB_OFFLINE="1")
     done = subprocess.run([*map(str, command)], cwd=sdist, env=env, capture_output=True, text=True, check=False)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -111,7 +110,7 @@ def fixed_length(text: str) -> int:
     show_default=True,
     help="Of random weights, prompts, noise and acceptance.",
 )
-@click.option("-t", "--threads", type=click.IntRange(1), help="CPU threads. [default: half]")
+@click.option("-t", "--threads", type=click.IntRange(1), help="CPU threads. [default: one for each core]")
 @click.option("-ngl", "--gpu-layers", type=int, default=-1, show_default=True, help="Layers on the GPU, -1 for all.")
 @click.option("--flash-attn/--no-flash-attn", default=True, show_default=True, help="Whether to use flash attention.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.png", help="Draw the result.")
@@ -154,6 +153,7 @@ def bench(
         raise click.ClickException(f"--plot {plot}: there is no folder {plot.absolute().parent}; make it first.")
     from gemma_mtp.runtime import bench_report
     from gemma_mtp.runtime.bench import measure
+    from gemma_mtp.runtime.machine import physical_cores
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -178,7 +178,7 @@ def bench(
         texts = [text for text in prompts.read().split("\n\n") if text.strip()] if prompts else PROMPTS
         settings = Settings(
             target, found, acceptance=acceptance, own=shape is None, draft=draft or (), prompts=tuple(texts),
-            threads=threads or max((os.cpu_count() or 2) // 2, 1), **rest,
+            threads=threads or physical_cores(), **rest,
         )  # fmt: skip
         result = measure(settings, step)
     bench_report.show(result, Console(highlight=False))

@@ -177,9 +177,11 @@ def loading_options(command: Any) -> Any:
 
     @functools.wraps(command)
     def loaded(*arguments: Any, n_threads: int | None, **others: Any) -> Any:
-        # A pass over a draft is a batch to llama.cpp: -t is for both, as in its own tools.
-        threads = {} if n_threads is None else {"n_threads": n_threads, "n_threads_batch": n_threads}
-        return command(*arguments, **threads, **others)
+        from gemma_mtp.runtime.machine import physical_cores
+
+        # A pass over a draft is a batch to llama.cpp: -t is for both, as in its own tools; so is their default.
+        threads = n_threads or physical_cores()
+        return command(*arguments, n_threads=threads, n_threads_batch=threads, **others)
 
     for option in (
         click.option("--drafter", metavar="FILE", help="Drafter to use instead of the linked one beside the target."),
@@ -187,7 +189,8 @@ def loading_options(command: Any) -> Any:
                      help="Tokens to draft in a round; auto goes by cost and acceptance."),
         click.option("-c", "--ctx", "n_ctx", type=click.IntRange(1), default=4096, show_default=True,
                      help="Context length in tokens."),
-        click.option("-t", "--threads", "n_threads", type=click.IntRange(1), help="CPU threads. [default: half]"),
+        click.option("-t", "--threads", "n_threads", type=click.IntRange(1),
+                     help="CPU threads. [default: one for each core]"),
         click.option("-ngl", "--gpu-layers", "n_gpu_layers", type=int, default=-1, show_default=True,
                      help="Layers on the GPU, -1 for all."),
         click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),

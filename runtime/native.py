@@ -42,8 +42,8 @@ def check_cpu() -> None:
     """
     if missing := missing_feature():
         raise RuntimeError(
-            f"llama-cpp-python was built for a CPU with {missing}, which this one lacks or a hypervisor hides; build it "
-            "here: python patches/build.py install in a checkout of gemma-mtp (docs/threads.md)."
+            f"llama-cpp-python was built for a CPU with {missing}, which this one lacks or a hypervisor hides; build "
+            "it here: python patches/build.py install in a checkout of gemma-mtp (docs/threads.md)."
         )
 
 

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAIR = ROOT / "tests" / "pair"
 OUT = ROOT / "build" / "demo"
 PROMPTS, TOKENS, DRAFT = 20, 128, 3
-# A format whose kernels give one token the same logits alone and in a batch (docs/measurements.md, "Same seed, same tokens").
+# A format whose kernels give one token the same logits alone and in a batch (docs/measurements.md).
 QUANT = "Q8_0"
 SHAPE = "E2B"
 # Layers of that shape to measure, all if they fit, and the GB of the files (Q4_0).
@@ -102,13 +102,12 @@ def layers_that_fit(folder: Path) -> tuple[int, str]:
     """Layers of the shape that memory and disk hold, 0 for too few of them, and what they lack if not all fit."""
     folder.mkdir(parents=True, exist_ok=True)
     memory, disk = machine.free_memory(), shutil.disk_usage(folder).free
-    for layers, size in LAYERS.items():
-        if (memory is None or memory > (size + SPARE) * 1e9) and disk > 1.2 * size * 1e9:
-            break
-    else:
-        layers = 0
+    fitting = [
+        layers for layers, size in LAYERS.items()
+        if (memory is None or memory > (size + SPARE) * 1e9) and disk > 1.2 * size * 1e9
+    ]  # fmt: skip
     rooms = [f"{disk / 1e9:.1f} GB of disk"] + ([] if memory is None else [f"{memory / 1e9:.1f} GB of memory"])
-    return layers, f"{' and '.join(rooms)} are free"
+    return max(fitting, default=0), f"{' and '.join(rooms)} are free"
 
 
 def felt(chance: float) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ from click.testing import CliRunner
 from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import Llama
 from gemma_mtp.runtime.cli import main
+from gemma_mtp.runtime.machine import physical_cores
 from gemma_mtp.runtime.serve import application
 
 CHAT = ["-t", "1", "--temp", "0", "--draft", "3"]
@@ -47,7 +48,7 @@ def test_a_conversation_without_a_terminal(demo: Pair) -> None:
 
 
 def test_threads_are_for_drafts_and_prompts_too(demo: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pass over a draft is a batch to llama.cpp, so -t sets both numbers; without it they are Llama's own."""
+    """A pass over a draft is a batch to llama.cpp, so -t sets both numbers; without it there is one for each core."""
     given: list[tuple[Any, Any]] = []
 
     def refusing(*arguments: Any, **options: Any) -> None:
@@ -57,7 +58,7 @@ def test_threads_are_for_drafts_and_prompts_too(demo: Pair, monkeypatch: pytest.
     monkeypatch.setattr("gemma_mtp.runtime.llama.Llama", refusing)
     for arguments in (["-t", "3"], []):
         CliRunner().invoke(main, ["run", str(demo.target), "-p", "x", *arguments])
-    assert given == [(3, 3), (None, None)]
+    assert given == [(3, 3), (physical_cores(), physical_cores())]
 
 
 def test_a_conversation_that_fills_the_context(demo: Pair) -> None:

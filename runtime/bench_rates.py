@@ -68,7 +68,9 @@ def report(plain: Rates, found: Mapping[str, Rates]) -> dict[str, Any]:
         "auto": {name: _auto(rates) for name, rates in found.items()},
         "overhead": _overhead(every),
         "replayed": [name for name in found if name != OWN],
-        "left_record": sum(run.get("left_record", 0) for run in every),
+        "left_record": sum(
+            run.get("left_record", 0) for rates in found.values() for runs in rates.runs.values() for run in runs
+        ),
     }
     if OWN in found:
         once = found[OWN].plain_tokens

@@ -152,8 +152,8 @@ def felt(chance: float) -> dict[str, Any] | None:
     some = "" if layers == depth else f" with {layers} of its {depth} layers ({reason})"
     same = ", same tokens" if found["identical"] else ""
     console.print(
-        f"{SHAPE}'s shape{some}, random weights in Q4_0, {found['threads']} threads of {found['cpu']}; drafts are accepted "
-        f"as those above were ({found['acceptance']:.0%} of those compared), their length is the default, auto:"
+        f"{SHAPE}'s shape{some}, random weights in Q4_0, {found['threads']} threads of {found['cpu']}; drafts are "
+        f"accepted as those above were ({found['acceptance']:.0%} of those compared), their length is the default, auto:"
     )
     console.print(
         f"[bold]{found['plain']:.1f} → {found['mtp']:.1f} tokens/s, {found['speedup']:.1f} times{same}[/bold]"

@@ -153,7 +153,7 @@ def felt(chance: float) -> dict[str, Any] | None:
     same = ", same tokens" if found["identical"] else ""
     console.print(
         f"{SHAPE}'s shape{some}, random weights in Q4_0, {found['threads']} threads of {found['cpu']}; drafts are "
-        f"accepted as those above were ({found['acceptance']:.0%} of those compared), their length is the default, auto:"
+        f"accepted as those above were ({found['acceptance']:.0%} compared), their length is auto, the default:"
     )
     console.print(
         f"[bold]{found['plain']:.1f} → {found['mtp']:.1f} tokens/s, {found['speedup']:.1f} times{same}[/bold]"

@@ -43,7 +43,7 @@ def application(
 
         def __init__(self, *args: Any, **options: Any) -> None:
             if "flash_attn" not in settings.model_fields_set:
-                del options["flash_attn"]  # the server's own default, which nobody asked for
+                options.pop("flash_attn", None)  # the server's own default, which nobody asked for
             super().__init__(*args, drafter=drafter, draft_length=draft_length, **options)
             self.guard.serialized = True
 

@@ -56,7 +56,12 @@ def measure(settings: Settings, step: Step = lambda label, done, total: None) ->
             if "stock" in binaries:
                 worker = Worker(settings.target, settings.drafter, binaries["stock"].parent, **settings.loading)
                 workers["stock"] = others.enter_context(closing(worker))
-            found = costs(workers, prompt, settings.repeat, step)
+            if settings.speeds:
+                step("filling the context", 0, 1)
+                ours.call("fill", tokens=prompt)
+                found: dict[str, dict[str, Any]] = {"ours": {}}
+            else:
+                found = costs(workers, prompt, settings.repeat, step)
         result |= found["ours"]
         against: dict[str, Any] = {name: found.get(name, {}) for name in binaries}
         for name, other in found.items():

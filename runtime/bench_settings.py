@@ -90,6 +90,7 @@ class Settings:
         flash_attn: whether to use flash attention.
         against: other builds: "stock", "patched-server".
         passes: whether to stop after target passes and draft rounds.
+        speeds: whether to leave these out; `draft` must then say which lengths to compare.
     """
 
     target: Path
@@ -109,6 +110,7 @@ class Settings:
     flash_attn: bool = True
     against: tuple[str, ...] = ()
     passes: bool = False
+    speeds: bool = False
 
     @property
     def recorded(self) -> int:

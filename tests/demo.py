@@ -35,7 +35,7 @@ QUANT = "Q8_0"
 SHAPE = "E2B"
 # Layers of that shape to measure, all if they fit, and the GB of the files (Q4_0).
 LAYERS = {35: 2.7, 20: 1.7, 10: 1.0}
-SPARE = 1.5  # GB of memory that stay free beside the weights
+SPARE = 2.5  # GB of memory beside the files: the weights as the kernels read them, and room for others
 
 console = Console(stderr=True, highlight=False)
 
@@ -71,7 +71,7 @@ def progress() -> Iterator[Step]:
             nonlocal said
             bar.update(task, description=label, completed=done, total=total)
             if not console.is_terminal and label != said:
-                console.print(label)
+                console.print(label, soft_wrap=True)
             said = label
 
         yield step
@@ -131,8 +131,8 @@ def felt(chance: float) -> dict[str, Any] | None:
                 progress=lambda done, total: step(making, done, total), **formats,
             )  # fmt: skip
             settings = Settings(
-                *files, ctx_filled=64, acceptance=(acceptance,), own=False, draft=(DRAFT,), tokens=64, warm_tokens=128,
-                repeat=2, threads=machine.physical_cores(),
+                *files, ctx_filled=64, acceptance=(acceptance,), own=False, draft=(DRAFT,), tokens=48, warm_tokens=96,
+                repeat=1, threads=machine.physical_cores(), speeds=True,
             )  # fmt: skip
             result = measure(settings, step)
     except (MtpError, RuntimeError) as problem:
@@ -153,7 +153,8 @@ def felt(chance: float) -> dict[str, Any] | None:
     same = ", same tokens" if found["identical"] else ""
     console.print(
         f"{SHAPE}'s shape{some}, random weights in Q4_0, {found['threads']} threads of {found['cpu']}; drafts are "
-        f"accepted as those above were ({found['acceptance']:.0%} compared), their length is auto, the default:"
+        f"accepted as those above were ({found['acceptance']:.0%}), their length is auto, the default:",
+        soft_wrap=True,
     )
     console.print(
         f"[bold]{found['plain']:.1f} → {found['mtp']:.1f} tokens/s, {found['speedup']:.1f} times{same}[/bold]"

@@ -78,6 +78,17 @@ def test_passes_alone(demo: Pair) -> None:
     assert "tokens_per_s" not in found
 
 
+def test_speeds_alone(demo: Pair) -> None:
+    settings = Settings(
+        demo.target, demo.drafter, acceptance=(Chance((0.8,)),), own=False, draft=(3,), tokens=16, warm_tokens=16,
+        repeat=1, ctx_filled=40, threads=1, speeds=True,
+    )  # fmt: skip
+    found = bench.measure(settings)
+    assert "target_pass_ms" not in found
+    assert min(found["tokens_per_s"]["plain"], found["auto"]["0.8"]["speedup"]) > 0
+    assert found["left_record"] == 0
+
+
 @needs_stock
 def test_bench_beside_stock(demo: Pair, tmp_path: Path) -> None:
     picture = tmp_path / "bench.png"

@@ -194,7 +194,7 @@ class Llama(Api):
             def stop(row: int) -> bool:
                 return stopping_criteria is not None and bool(stopping_criteria(self._input_ids, self.logits(row)))
 
-            sampler = self._choice(settings, seed, logits_processor, grammar)
+            sampler = self._choice(settings, logits_processor, grammar, seed)
             try:
                 left = self._reuse_prefix(tokens, reset)
                 length = request.length(self.draft_length)
@@ -207,7 +207,7 @@ class Llama(Api):
                     stats.plain_pass_seconds = max(stats.tokens - 1, 0) * self._costs.pass_seconds(1)
                 self._costs.save(self._costs_path)
 
-    def _choice(self, settings: dict[str, Any], seed: int, logits_processor: Any, grammar: Any) -> Sampler:
+    def _choice(self, settings: dict[str, Any], logits_processor: Any, grammar: Any, seed: int) -> Sampler:
         """What chooses tokens under these settings: llama.cpp's sampler chain, with our noise for its draw."""
         temp, top_k = settings["temp"], settings["top_k"]
         penalties = (settings["repeat_penalty"], settings["frequency_penalty"], settings["presence_penalty"])

@@ -98,9 +98,8 @@ class Replay:
 
 
 def sampler_of(llm: Llama, temp: float, settings: dict[str, Any], seed: int) -> Sampler:
-    llm.set_seed(seed)
     neutral = {"repeat_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "min_p": 0.0, "typical_p": 1.0}
-    return llm._choice({"temp": temp, **settings, **neutral}, None, None)
+    return llm._choice({"temp": temp, **settings, **neutral}, None, None, seed)
 
 
 def places(replay: Replay, temp: float, settings: dict[str, Any], draws: int) -> npt.NDArray[np.float64]:

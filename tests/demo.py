@@ -34,7 +34,7 @@ PROMPTS, TOKENS, DRAFT = 20, 128, 3
 QUANT = "Q8_0"
 SHAPE = "E2B"
 # Layers of that shape to measure, all if they fit, and the GB of the files (Q4_0).
-LAYERS = {35: 2.7, 20: 1.7, 10: 1.0}
+LAYERS = {35: 3.4, 20: 2.1, 10: 1.2}
 SPARE = 2.5  # GB of memory beside the files: the weights as the kernels read them, and room for others
 
 console = Console(stderr=True, highlight=False)

@@ -132,6 +132,16 @@ def test_tools_are_installed_with_the_package(tool: str) -> None:
     assert "usage" in (done.stdout + done.stderr).lower()
 
 
+def test_each_library_is_there_once() -> None:
+    """Links to versioned names become copies in a wheel, and llama.cpp's own rules install them beside the package."""
+    package = Path(llama_cpp.__file__).parent
+    libraries = sorted(path.name for path in (package / "lib").iterdir() if "lib" in path.name)
+    stems = [name.removeprefix("lib").split(".")[0] for name in libraries]
+    assert "llama" in stems and "ggml-cpu" in stems
+    assert len(stems) == len(set(stems)), libraries
+    assert not list(package.parent.glob("lib/*llama*")), "beside the package"
+
+
 def test_the_runtime_binds_plain_c_names() -> None:
     lib = llama_cpp.llama_cpp._lib
     for name in (

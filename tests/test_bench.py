@@ -292,4 +292,4 @@ def test_too_little_memory_is_refused_before_anything_is_loaded(demo: Pair, monk
 def test_the_machine_is_described() -> None:
     found = machine.describe(1)
     assert found["cpu"] and found["cores"] >= 1
-    assert found["read_gb_per_s"] is None or found["read_gb_per_s"] > 0.1
+    assert found["read_gb_per_s"] is None or found["read_gb_per_s"] >= 0

@@ -80,6 +80,7 @@ def several(pair: Pair, texts: list[list[int]]) -> Iterator[tuple[Any, Any, Any]
     models = [lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params()) for path in files]
     params = lib.llama_context_default_params()
     params.n_ctx, params.n_seq_max, params.swa_full, params.kv_unified = 1024, len(texts), True, True
+    params.n_threads = params.n_threads_batch = 1
     target = lib.llama_init_from_model(models[0], params)
     params.ctx_type, params.ctx_other, params.cb_eval = lib.LLAMA_CONTEXT_TYPE_MTP, target, capture.callback
     ctx = lib.llama_init_from_model(models[1], params)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from gemma_mtp.convert import link
-from gemma_mtp.patches import build
+from gemma_mtp.patches import stock
 from gemma_mtp.runtime import machine, native
 from gemma_mtp.runtime.bench_settings import MARGIN, PROMPT_TOKENS, Settings, Step
 from gemma_mtp.runtime.bench_speed import ROUNDS, Speeds
@@ -40,7 +40,7 @@ def measure(settings: Settings, step: Step = lambda label, done, total: None) ->
     Raises:
         RuntimeError: a process could not load the pair, or ended.
         gemma_mtp.convert.link.MtpError: a GGUF file is damaged.
-        gemma_mtp.patches.build.BuildError: the stock build is wanted and cannot be made.
+        gemma_mtp.patches.source.BuildError: the stock build is wanted and cannot be made.
     """
     header = link.read_header(settings.target)
     _check_memory(settings)
@@ -98,8 +98,8 @@ def _check_memory(settings: Settings) -> None:
 def _binary(name: str) -> Path:
     """llama-server of the stock build, made if need be, or of the installed one."""
     if name == "stock":
-        build.build_stock()
-        return build.stock_dir() / "llama-server"
+        stock.build_stock()
+        return stock.stock_dir() / "llama-server"
     import llama_cpp
 
     binary = Path(llama_cpp.__file__).parent / "lib" / "llama-server"

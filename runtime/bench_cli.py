@@ -190,14 +190,14 @@ def bench(
 
 def _random(shape: str, seed: int, step: Any, **formats: Any) -> tuple[Path, Path]:
     """A pair of a shape with random weights, from the cache folder or made now."""
-    from gemma_mtp.patches import build
+    from gemma_mtp.patches import source
     from gemma_mtp.runtime.cli import imported
 
     def progress(done: int, total: int) -> None:
         step(f"making random weights of {shape}", done, total)
 
     generate = imported(GENERATOR)
-    made: tuple[Path, Path] = generate(shape, build.cache_dir() / "shapes", seed=seed, progress=progress, **formats)
+    made: tuple[Path, Path] = generate(shape, source.cache_dir() / "shapes", seed=seed, progress=progress, **formats)
     return made
 
 

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from gemma_mtp.patches import build
+from gemma_mtp.patches import source
 
 FORMAT = 1
 STEP = 0  # the place of a draft step in the table; places from 1 on are target passes over so many tokens
@@ -124,4 +124,4 @@ def costs_path(**what: Any) -> Path:
 
 def costs_dir() -> Path:
     """The folder of all tables."""
-    return build.cache_dir() / "costs"
+    return source.cache_dir() / "costs"

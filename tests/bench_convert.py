@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import llama_cpp
 from bench_checkpoint import SCALES, make
-from gemma_mtp.patches import build
+from gemma_mtp.patches import source
 
 FORMATS = ("BF16", "Q8_0", "Q4_0", "Q4_K_M")
 OURS = "from gemma_mtp.runtime.cli import main; main()"
@@ -57,7 +57,7 @@ def ours(folders: tuple[Path, Path], quant: str, out: Path) -> tuple[Run, float]
 
 
 def upstream(folder: Path, quant: str, out: Path) -> Run:
-    kept = build.cache_dir() / "upstream" / build.upstream().sha256[:16] / "convert_hf_to_gguf.py"
+    kept = source.cache_dir() / "upstream" / source.upstream().sha256[:16] / "convert_hf_to_gguf.py"
     first = run(sys.executable, kept, folder, "--outtype", "bf16", "--outfile", out / "upstream-BF16.gguf")
     if quant == "BF16":
         return first

@@ -10,7 +10,7 @@ import llama_cpp
 import pytest
 from demo import QUANT
 from gemma_mtp.convert import Pair, convert_pair
-from gemma_mtp.patches import build
+from gemma_mtp.patches import source
 from gemma_mtp.runtime import costs
 from tiny import PAIR, SIZES, make_drafter, make_pair, make_target
 from upstream import Upstream
@@ -28,14 +28,14 @@ def costs_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def upstream() -> Path:
     """The pinned llama.cpp's converter (convert_hf_to_gguf.py, conversion/, gguf-py/), unpacked once into the cache."""
-    kept = build.cache_dir() / "upstream" / build.upstream().sha256[:16]
-    with build.building("upstream"):  # or wait for other tests that do
+    kept = source.cache_dir() / "upstream" / source.upstream().sha256[:16]
+    with source.building("upstream"):  # or wait for other tests that do
         if not kept.exists():
             work = kept.with_suffix(".part")
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
-            parts = (f"{build.VENDORED}/{part}" for part in ("conversion/", "gguf-py/", "convert_hf_to_gguf.py"))
-            (build.unpack(work, *parts) / build.VENDORED).rename(kept)
+            parts = (f"{source.VENDORED}/{part}" for part in ("conversion/", "gguf-py/", "convert_hf_to_gguf.py"))
+            (source.unpack(work, *parts) / source.VENDORED).rename(kept)
             shutil.rmtree(work)
     return kept
 

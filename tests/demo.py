@@ -18,7 +18,7 @@ from typing import Any
 
 from gemma_mtp.convert import MtpError, convert_pair
 from gemma_mtp.convert.shapes import generate
-from gemma_mtp.patches import build
+from gemma_mtp.patches import source
 from gemma_mtp.runtime import Llama, Stats, machine
 from gemma_mtp.runtime.bench import measure
 from gemma_mtp.runtime.bench_settings import Chance, Settings, Step
@@ -115,7 +115,7 @@ def felt(chance: float) -> dict[str, Any] | None:
 
     None where the machine is too small for it.
     """
-    cache = build.cache_dir() / "shapes"
+    cache = source.cache_dir() / "shapes"
     layers, reason = layers_that_fit(cache)
     depth = max(LAYERS)
     if not layers:

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 from gemma_mtp.convert import Pair, link, shapes
 from gemma_mtp.convert.verify import verify_files
-from gemma_mtp.patches import build
+from gemma_mtp.patches import stock
 from gemma_mtp.runtime import Llama, bench, drafts, machine, native
 from gemma_mtp.runtime.bench_settings import Chance, Settings
 from gemma_mtp.runtime.bench_speed import best_length
@@ -28,7 +28,7 @@ from gemma_mtp.runtime.replay import Replay, expected_tokens
 from gemma_mtp.runtime.requests import MOST
 from test_drafts import paying
 
-STOCK = build.stock_dir()
+STOCK = stock.stock_dir()
 needs_stock = pytest.mark.skipif(not STOCK.exists(), reason="no unpatched llama.cpp here; make check-stock builds it")
 PNG = b"\x89PNG\r\n"
 

@@ -13,12 +13,12 @@ from threading import Event, Thread
 import llama_cpp
 import pytest
 from children import GUARD
-from gemma_mtp.patches import build
+from gemma_mtp.patches import build, source, wheel
 
 
 def test_missing_tools_are_named_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(build.BuildError) as told:
-        build.check_tools({"PATH": str(tmp_path)})
+    with pytest.raises(source.BuildError) as told:
+        wheel.check_tools({"PATH": str(tmp_path)})
     message = str(told.value)
     assert "\n" not in message
     for tool in ("C compiler", "C++ compiler", "cmake", "git"):
@@ -38,7 +38,7 @@ def test_missing_tool_stops_before_the_download(tmp_path: Path) -> None:
 
 
 def test_tools_here_are_enough() -> None:
-    build.check_tools()
+    wheel.check_tools()
 
 
 def fake(folder: Path, name: str, text: str) -> None:
@@ -50,36 +50,36 @@ def fake(folder: Path, name: str, text: str) -> None:
 def test_cuda_needs_a_gpu_and_nvcc(tmp_path: Path) -> None:
     path = f"{tmp_path}{os.pathsep}{Path(shutil.which('sh') or '/bin/sh').parent}"
     only = {"PATH": str(tmp_path)}
-    assert not build.use_cuda(only)
+    assert not wheel.use_cuda(only)
     fake(tmp_path, "nvidia-smi", "echo 'GPU 0: some device'")
-    assert not build.use_cuda(only)
+    assert not wheel.use_cuda(only)
     fake(tmp_path, "nvcc", "exit 0")
-    assert build.use_cuda({"PATH": path})
-    assert not build.use_cuda({"PATH": path, "GEMMA_MTP_CUDA": "0"})
+    assert wheel.use_cuda({"PATH": path})
+    assert not wheel.use_cuda({"PATH": path, "GEMMA_MTP_CUDA": "0"})
     fake(tmp_path, "nvidia-smi", "echo 'no devices found'; exit 6")
-    assert not build.use_cuda({"PATH": path})
-    assert build.use_cuda({"PATH": path, "GEMMA_MTP_CUDA": "1"})
-    with pytest.raises(build.BuildError, match="GEMMA_MTP_CUDA"):
-        build.use_cuda({"PATH": path, "GEMMA_MTP_CUDA": "yes"})
+    assert not wheel.use_cuda({"PATH": path})
+    assert wheel.use_cuda({"PATH": path, "GEMMA_MTP_CUDA": "1"})
+    with pytest.raises(source.BuildError, match="GEMMA_MTP_CUDA"):
+        wheel.use_cuda({"PATH": path, "GEMMA_MTP_CUDA": "yes"})
 
 
 def test_cmake_args_of_the_user_come_last() -> None:
-    flags = build.cmake_args({"PATH": "", "GEMMA_MTP_CUDA": "1", "CMAKE_ARGS": "-DGGML_NATIVE=OFF -DX=1"})
+    flags = wheel.cmake_args({"PATH": "", "GEMMA_MTP_CUDA": "1", "CMAKE_ARGS": "-DGGML_NATIVE=OFF -DX=1"})
     assert "-DGGML_CUDA=ON" in flags
     assert flags[-2:] == ["-DGGML_NATIVE=OFF", "-DX=1"]
 
 
 def test_key_depends_on_flags_and_series(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = build.build_key(["-DA=1"])
-    assert plain == build.build_key(["-DA=1"])
-    assert plain != build.build_key(["-DA=2"])
-    monkeypatch.setattr(build, "series", list)
-    assert plain != build.build_key(["-DA=1"])
+    plain = wheel.build_key(["-DA=1"])
+    assert plain == wheel.build_key(["-DA=1"])
+    assert plain != wheel.build_key(["-DA=2"])
+    monkeypatch.setattr(wheel, "series", list)
+    assert plain != wheel.build_key(["-DA=1"])
 
 
 def test_wrong_sdist_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of the right name with other contents is neither used from the cache nor accepted from pip."""
-    name = f"llama_cpp_python-{build.upstream().version}.tar.gz"
+    name = f"llama_cpp_python-{source.upstream().version}.tar.gz"
     monkeypatch.setenv("GEMMA_MTP_CACHE", str(tmp_path))
     (tmp_path / "sdist").mkdir()
     (tmp_path / "sdist" / name).write_bytes(b"half a download")
@@ -88,22 +88,22 @@ def test_wrong_sdist_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (Path(arguments[arguments.index("--dest") + 1]) / name).write_bytes(b"something else")
         return ""
 
-    monkeypatch.setattr(build, "pip", download)
-    with pytest.raises(build.BuildError, match=build.upstream().sha256):
-        build.fetch_sdist()
+    monkeypatch.setattr(source, "pip", download)
+    with pytest.raises(source.BuildError, match=source.upstream().sha256):
+        source.fetch_sdist()
 
 
 def test_the_same_is_built_once_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("fcntl")
     monkeypatch.setenv("GEMMA_MTP_CACHE", str(tmp_path))
     waiting, done = Event(), []
-    monkeypatch.setattr(build, "say", lambda text: waiting.set())
+    monkeypatch.setattr(source, "say", lambda text: waiting.set())
 
     def second() -> None:
-        with build.building("key"):
+        with source.building("key"):
             done.append("second")
 
-    with build.building("key"):
+    with source.building("key"):
         other = Thread(target=second)
         other.start()
         assert waiting.wait(GUARD)
@@ -113,16 +113,16 @@ def test_the_same_is_built_once_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_series_is_well_formed() -> None:
-    assert build.series()
-    for number, patch in enumerate(build.series(), 1):
+    assert source.series()
+    for number, patch in enumerate(source.series(), 1):
         assert patch.name.startswith(f"{number:04d}-")
-        for trailer in ("Upstream-Base: " + build.upstream().llama_cpp, "Forwarded: ", "Remove-When: "):
+        for trailer in ("Upstream-Base: " + source.upstream().llama_cpp, "Forwarded: ", "Remove-When: "):
             assert re.search(rf"^{trailer}", patch.read_text(), re.MULTILINE), (patch.name, trailer)
 
 
 def test_installed_build_is_ours() -> None:
-    assert llama_cpp.__version__ == f"{build.upstream().version}+mtp.{len(build.series())}"
-    assert build.installed_key() == build.build_key(build.cmake_args())
+    assert llama_cpp.__version__ == f"{source.upstream().version}+mtp.{len(source.series())}"
+    assert wheel.installed_key() == wheel.build_key(wheel.cmake_args())
 
 
 @pytest.mark.parametrize("tool", ["llama-server", "llama-quantize"])

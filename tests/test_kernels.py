@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 from gemma_mtp.convert import Pair, convert_pair
 from gemma_mtp.convert.shapes import generate
-from gemma_mtp.patches import build
+from gemma_mtp.patches import check, source, wheel
 from gemma_mtp.runtime import Llama
 from tiny import PAIR
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 VARIANTS = {"installed": Path(llama_cpp.__file__).parent / "lib"}
-VARIANTS |= {name: build.kernels_dir(name) for name in build.KERNEL_VARIANTS}
+VARIANTS |= {name: check.kernels_dir(name) for name in check.KERNEL_VARIANTS}
 # How many rows our kernels serve.
 MOST = {"Q4_0": 16, "Q4_K": 16, "Q5_K": 9, "Q6_K": 16, "Q8_0": 16}
 SHAPES = [(256, 8), (512, 64), (1536, 264), (2048, 1000)]
@@ -35,7 +35,7 @@ def library(variant: str) -> Path:
     """The folder of libggml built for an instruction set; skips where there is none, or it would not run."""
     if not VARIANTS[variant].exists():
         pytest.skip(f"no {variant} build here; make check-kernels builds it")
-    if (needed := build.KERNEL_NEEDS.get(variant)) and needed not in build.cpu_features().split():
+    if (needed := check.KERNEL_NEEDS.get(variant)) and needed not in wheel.cpu_features().split():
         pytest.skip(f"this CPU has no {needed}")
     return VARIANTS[variant]
 
@@ -83,7 +83,7 @@ def test_the_tile_configuration_of_amx_is_stored() -> None:
         assert {0, 16, 48} <= set(stored), lines[place - 60 : place + 1]
 
 
-@pytest.mark.skipif("avx2" not in build.cpu_features().split(), reason="Q4_0 is repacked for AVX2")
+@pytest.mark.skipif("avx2" not in wheel.cpu_features().split(), reason="Q4_0 is repacked for AVX2")
 def test_weights_stay_where_our_kernels_read_them(tmp_path: Path) -> None:
     """On a CPU with AMX llama.cpp would put them into a layout that has kernels for one row and for sixteen."""
     pair = convert_pair(PAIR / "gemma-4-demo", PAIR / "gemma-4-demo-assistant", tmp_path, "Q4_0", "Q4_0")
@@ -96,7 +96,7 @@ def test_weights_stay_where_our_kernels_read_them(tmp_path: Path) -> None:
 
     assert "CPU_REPACK model buffer" in (said := log())
     assert "AMX model buffer" not in said
-    if "amx_int8" in build.cpu_features().split():
+    if "amx_int8" in wheel.cpu_features().split():
         assert "AMX model buffer" in log(GGML_AMX="1")
 
 
@@ -231,7 +231,7 @@ def test_two_hundred_tokens_alone_and_in_batches(weights: str, quant: str, tmp_p
         target = pair.target
     else:
         target, _ = generate(
-            "E2B", build.cache_dir() / "shapes", quant=quant, drafter_quant="Q4_0", drafter_head="Q4_0"
+            "E2B", source.cache_dir() / "shapes", quant=quant, drafter_quant="Q4_0", drafter_head="Q4_0"
         )
         text = b""
     with closing(Llama(target, drafter=None, n_ctx=4096, n_threads=2, verbose=False)) as llm:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from children import GUARD, ended, serving, started
 from gemma_mtp.convert import Pair, convert_pair, link
-from gemma_mtp.patches import build
+from gemma_mtp.patches import source
 from gemma_mtp.runtime import Llama, native
 from gemma_mtp.runtime.drafter import DraftSettings
 from gemma_mtp.runtime.sampling import gumbel
@@ -246,7 +246,7 @@ def test_llama_server_drafts_with_it(backend: bool, demo: Pair, tmp_path: Path) 
 def test_metal_supports_every_operation_of_the_head(tmp_path: Path) -> None:
     """Read in the pinned source: Metal itself has not been run."""
     file = "ggml/src/ggml-metal/ggml-metal-device.m"
-    source = (build.unpack(tmp_path, f"{build.VENDORED}/{file}") / build.VENDORED / file).read_text()
-    supports = source[source.index("bool ggml_metal_device_supports_op") :]
+    text = (source.unpack(tmp_path, f"{source.VENDORED}/{file}") / source.VENDORED / file).read_text()
+    supports = text[text.index("bool ggml_metal_device_supports_op") :]
     for operation in ("MUL_MAT", "MUL_MAT_ID", "TOP_K", "GET_ROWS", "CONT"):
         assert f"case GGML_OP_{operation}:" in supports, operation

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 from children import GUARD, environment, serving
 from gemma_mtp.convert import Pair, convert_pair
-from gemma_mtp.patches import build
+from gemma_mtp.patches import stock
 from tiny import SIZES
 
-STOCK = build.stock_dir()
+STOCK = stock.stock_dir()
 pytestmark = [
     pytest.mark.stock,
     pytest.mark.skipif(not STOCK.exists(), reason="no unpatched llama.cpp here; make check-stock builds it"),

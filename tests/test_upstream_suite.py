@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from children import environment
 from gemma_mtp.convert import Pair
-from gemma_mtp.patches import build
+from gemma_mtp.patches import source
 
 # Left out, in pytest's -k notation, and why.
 LEFT_OUT = {
@@ -26,7 +26,7 @@ VOCAB = "vendor/llama.cpp/models/ggml-vocab-llama-spm.gguf"
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tests, and the vocabulary that they name."""
     work = tmp_path_factory.mktemp("sdist")
-    tree = build.unpack(work, "tests/", VOCAB)
+    tree = source.unpack(work, "tests/", VOCAB)
     assert (tree / VOCAB).exists()
     return tree
 

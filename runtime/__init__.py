@@ -25,7 +25,14 @@ else:
     def __getattr__(name):
         if name not in HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        found = globals()[name] = getattr(import_module(f"{__name__}.{HOMES[name]}"), name)
+        try:
+            found = globals()[name] = getattr(import_module(f"{__name__}.{HOMES[name]}"), name)
+        except ModuleNotFoundError as problem:
+            if problem.name != "llama_cpp":
+                raise
+            raise ModuleNotFoundError(
+                "llama-cpp-python is not installed; run: gemma-mtp build", name="llama_cpp"
+            ) from None
         return found
 
     def __dir__():

@@ -104,7 +104,7 @@ def _binary(name: str) -> Path:
 
     binary = Path(llama_cpp.__file__).parent / "lib" / "llama-server"
     if not binary.exists():
-        raise RuntimeError(f"{binary} is not there; `make native` in a checkout of gemma-mtp installs it.")
+        raise RuntimeError(f"{binary} is not there; `gemma-mtp build` installs it.")
     return binary
 
 

@@ -280,6 +280,7 @@ def _open(target: str, drafter: str, **options: Any) -> tuple[Measure, dict[str,
     about = {
         "llama_cpp": llama_cpp.__version__,
         "patched": native.patched(),
+        "cpu_library": Path(native.cpu_library() or "").name,
         "features": (llama_cpp.llama_print_system_info() or b"").decode().strip(),
         "load_seconds": round(perf_counter() - clock, 2),
         "n_vocab": llm.n_vocab(),

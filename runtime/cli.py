@@ -29,9 +29,11 @@ COMMANDS = {
     "chat": "gemma_mtp.runtime.chat:chat",
     "serve": "gemma_mtp.runtime.serve:serve",
     "bench": "gemma_mtp.runtime.bench_cli:bench",
+    "build": "gemma_mtp.runtime.build_cli:build",
 }
-# What the extra "convert" brings: generating needs none of it.
-CONVERT = ("gguf", "huggingface_hub", "rich")
+# What brings a package that is not there: generating needs nothing of the extra "convert", and llama_cpp is built here.
+INSTALLS = dict.fromkeys(("gguf", "huggingface_hub", "rich"), "pip install 'gemma-mtp[convert]'")
+INSTALLS["llama_cpp"] = "gemma-mtp build"
 
 
 def imported(where: str) -> Any:
@@ -133,9 +135,9 @@ class LazyGroup(click.Group):
         except Exception as problem:
             if ctx.params["debug"]:
                 raise
-            if isinstance(problem, ModuleNotFoundError) and problem.name in CONVERT:
+            if isinstance(problem, ModuleNotFoundError) and problem.name in INSTALLS:
                 needs = f"{ctx.invoked_subcommand} needs {problem.name}"
-                click.echo(f"error: {needs}; run: pip install 'gemma-mtp[convert]'", err=True)
+                click.echo(f"error: {needs}; run: {INSTALLS[problem.name]}", err=True)
                 sys.exit(1)
             what = f"{type(problem).__name__}: {problem}".replace("\n", " ")
             click.echo(f"error: unexpected {what}; run again with --debug and report it.", err=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import warnings
 from typing import Any
 
@@ -43,8 +44,32 @@ def check_cpu() -> None:
     if missing := missing_feature():
         raise RuntimeError(
             f"llama-cpp-python was built for a CPU with {missing}, which this one lacks or a hypervisor hides; build "
-            "it here: python patches/build.py install in a checkout of gemma-mtp (docs/threads.md)."
+            "it here: gemma-mtp build (docs/threads.md)."
         )
+
+
+class DlInfo(ctypes.Structure):
+    """What dladdr tells of an address (dlfcn.h)."""
+
+    _fields_ = (("file", ctypes.c_char_p), ("base", ctypes.c_void_p), ("name", ctypes.c_char_p),
+                ("address", ctypes.c_void_p))  # fmt: skip
+
+
+@functools.cache
+def cpu_library() -> str | None:
+    """Path of the library whose kernels the CPU runs: of a portable build the variant that was chosen.
+
+    None on Windows, and where no CPU backend could be loaded.
+    """
+    lib.llama_backend_init()  # loads the backends, if nobody did before
+    by_name = getattr(lib._lib, "ggml_backend_reg_by_name", None)
+    dladdr = None if os.name == "nt" else ctypes.CDLL(None).dladdr
+    if by_name is None or dladdr is None:
+        return None
+    by_name.restype, by_name.argtypes = ctypes.c_void_p, (ctypes.c_char_p,)
+    dladdr.argtypes = ctypes.c_void_p, ctypes.POINTER(DlInfo)
+    found, told = by_name(b"CPU"), DlInfo()
+    return os.fsdecode(told.file) if found and dladdr(found, ctypes.byref(told)) else None
 
 
 GPU, IGPU = 1, 2  # of enum ggml_backend_dev_type (ggml-backend.h)
@@ -71,7 +96,7 @@ def notice_unpatched() -> None:
     if not patched():
         warnings.warn(
             "this llama-cpp-python lacks gemma-mtp's patches: MTP works, with one decode per draft token and the "
-            "drafter's dense head. `make native` in a checkout of gemma-mtp installs the patched build.",
+            "drafter's dense head. `gemma-mtp build` installs the patched build.",
             stacklevel=2,
         )
 

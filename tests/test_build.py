@@ -13,12 +13,12 @@ from threading import Event, Thread
 import llama_cpp
 import pytest
 from children import GUARD
-from gemma_mtp.patches import build, source, wheel
+from gemma_mtp.patches import build, source, toolchain, wheel
 
 
 def test_missing_tools_are_named_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(source.BuildError) as told:
-        wheel.check_tools({"PATH": str(tmp_path)})
+        toolchain.check_tools({"PATH": str(tmp_path)})
     message = str(told.value)
     assert "\n" not in message
     for tool in ("C compiler", "C++ compiler", "cmake", "git"):
@@ -38,7 +38,7 @@ def test_missing_tool_stops_before_the_download(tmp_path: Path) -> None:
 
 
 def test_tools_here_are_enough() -> None:
-    wheel.check_tools()
+    toolchain.check_tools()
 
 
 def fake(folder: Path, name: str, text: str) -> None:
@@ -50,17 +50,17 @@ def fake(folder: Path, name: str, text: str) -> None:
 def test_cuda_needs_a_gpu_and_nvcc(tmp_path: Path) -> None:
     path = f"{tmp_path}{os.pathsep}{Path(shutil.which('sh') or '/bin/sh').parent}"
     only = {"PATH": str(tmp_path)}
-    assert not wheel.use_cuda(only)
+    assert not toolchain.use_cuda(only)
     fake(tmp_path, "nvidia-smi", "echo 'GPU 0: some device'")
-    assert not wheel.use_cuda(only)
+    assert not toolchain.use_cuda(only)
     fake(tmp_path, "nvcc", "exit 0")
-    assert wheel.use_cuda({"PATH": path})
-    assert not wheel.use_cuda({"PATH": path, "GEMMA_MTP_CUDA": "0"})
+    assert toolchain.use_cuda({"PATH": path})
+    assert not toolchain.use_cuda({"PATH": path, "GEMMA_MTP_CUDA": "0"})
     fake(tmp_path, "nvidia-smi", "echo 'no devices found'; exit 6")
-    assert not wheel.use_cuda({"PATH": path})
-    assert wheel.use_cuda({"PATH": path, "GEMMA_MTP_CUDA": "1"})
+    assert not toolchain.use_cuda({"PATH": path})
+    assert toolchain.use_cuda({"PATH": path, "GEMMA_MTP_CUDA": "1"})
     with pytest.raises(source.BuildError, match="GEMMA_MTP_CUDA"):
-        wheel.use_cuda({"PATH": path, "GEMMA_MTP_CUDA": "yes"})
+        toolchain.use_cuda({"PATH": path, "GEMMA_MTP_CUDA": "yes"})
 
 
 def test_cmake_args_of_the_user_come_last() -> None:
@@ -122,7 +122,7 @@ def test_series_is_well_formed() -> None:
 
 def test_installed_build_is_ours() -> None:
     assert llama_cpp.__version__ == f"{source.upstream().version}+mtp.{len(source.series())}"
-    assert wheel.installed_key() == wheel.build_key(wheel.cmake_args())
+    assert wheel.installed()[1] == wheel.build_key(wheel.cmake_args())
 
 
 @pytest.mark.parametrize("tool", ["llama-server", "llama-quantize"])

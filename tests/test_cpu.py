@@ -48,7 +48,7 @@ def test_a_command_names_what_is_missing(place: int, used: list[str], demo: Pair
     assert done.returncode == 1, done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert used[place] in done.stderr
-    assert "build.py install" in done.stderr
+    assert "gemma-mtp build" in done.stderr
     assert not done.stdout
     assert run(sys.executable, "-c", code, *command, hide="nothing").returncode == 0
 

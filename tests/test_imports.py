@@ -47,6 +47,10 @@ main()
 """
 
 
+# What the extra "convert" brings.
+CONVERT = tuple(name for name in cli.INSTALLS if name != "llama_cpp")
+
+
 def run(missing: tuple[str, ...], *command: str | Path) -> tuple[subprocess.CompletedProcess[str], list[str], set[str]]:
     """Run a command without some packages: how it ended, what it asked for of them, and what it imported."""
     line = [sys.executable, "-c", RUN, json.dumps(missing), *map(str, command)]
@@ -58,7 +62,7 @@ def run(missing: tuple[str, ...], *command: str | Path) -> tuple[subprocess.Comp
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in cli.COMMANDS), ("ollama", "create")], ids=" ".join)
 def test_help_needs_neither_libllama_nor_torch_nor_an_extra(command: tuple[str, ...]) -> None:
-    done, asked, _ = run((*HEAVY, *cli.CONVERT, "safetensors", "uvicorn", "matplotlib"), *command, "--help")
+    done, asked, _ = run((*HEAVY, *cli.INSTALLS, "safetensors", "uvicorn", "matplotlib"), *command, "--help")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Usage: ")
     assert asked == []
@@ -127,9 +131,17 @@ def required(name: str) -> list[str]:
 
 @pytest.mark.parametrize("command", [("verify", "{out}"), ("bench", "{out}"), ("inspect", FOLDERS[0])])
 def test_a_missing_package_is_one_line(command: tuple[str | Path, ...], demo: Pair) -> None:
-    done, _, _ = run(cli.CONVERT, *(str(word).format(out=demo.target.parent) for word in command))
+    done, _, _ = run(CONVERT, *(str(word).format(out=demo.target.parent) for word in command))
     assert done.returncode == 1
     assert re.fullmatch(rf"error: {command[0]} needs \w+; run: pip install 'gemma-mtp\[convert\]'\n", done.stderr)
+
+
+def test_without_llama_cpp_python_the_next_step_is_to_build_it(demo: Pair) -> None:
+    done, _, _ = run(("llama_cpp",), "run", demo.target)
+    assert (done.returncode, done.stderr) == (1, "error: run needs llama_cpp; run: gemma-mtp build\n")
+    code = "import sys; sys.modules['llama_cpp'] = None; from gemma_mtp.runtime import Llama"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.endswith("ModuleNotFoundError: llama-cpp-python is not installed; run: gemma-mtp build\n")
 
 
 def test_serving_without_the_server(demo: Pair) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from gemma_mtp.convert import Pair, convert_pair
 from gemma_mtp.convert.shapes import generate
-from gemma_mtp.patches import check, source, wheel
+from gemma_mtp.patches import check, source, toolchain
 from gemma_mtp.runtime import Llama
 from tiny import PAIR
 
@@ -35,7 +35,7 @@ def library(variant: str) -> Path:
     """The folder of libggml built for an instruction set; skips where there is none, or it would not run."""
     if not VARIANTS[variant].exists():
         pytest.skip(f"no {variant} build here; make check-kernels builds it")
-    if (needed := check.KERNEL_NEEDS.get(variant)) and needed not in wheel.cpu_features().split():
+    if (needed := check.KERNEL_NEEDS.get(variant)) and needed not in toolchain.cpu_features().split():
         pytest.skip(f"this CPU has no {needed}")
     return VARIANTS[variant]
 
@@ -83,7 +83,7 @@ def test_the_tile_configuration_of_amx_is_stored() -> None:
         assert {0, 16, 48} <= set(stored), lines[place - 60 : place + 1]
 
 
-@pytest.mark.skipif("avx2" not in wheel.cpu_features().split(), reason="Q4_0 is repacked for AVX2")
+@pytest.mark.skipif("avx2" not in toolchain.cpu_features().split(), reason="Q4_0 is repacked for AVX2")
 def test_weights_stay_where_our_kernels_read_them(tmp_path: Path) -> None:
     """On a CPU with AMX llama.cpp would put them into a layout that has kernels for one row and for sixteen."""
     pair = convert_pair(PAIR / "gemma-4-demo", PAIR / "gemma-4-demo-assistant", tmp_path, "Q4_0", "Q4_0")
@@ -96,7 +96,7 @@ def test_weights_stay_where_our_kernels_read_them(tmp_path: Path) -> None:
 
     assert "CPU_REPACK model buffer" in (said := log())
     assert "AMX model buffer" not in said
-    if "amx_int8" in wheel.cpu_features().split():
+    if "amx_int8" in toolchain.cpu_features().split():
         assert "AMX model buffer" in log(GGML_AMX="1")
 
 

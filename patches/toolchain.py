@@ -36,6 +36,9 @@ ELSEWHERE = {
     "glslc": "the Vulkan SDK (vulkan.lunarg.com)",
 }
 
+# Where the CUDA toolkit goes unless told otherwise; it leaves the PATH to the user.
+TOOLKIT = Path("/usr/local/cuda")
+
 
 def found(name: str, env: Mapping[str, str] = os.environ) -> str | None:
     """Path of a program, None where it is not on the PATH."""
@@ -44,7 +47,7 @@ def found(name: str, env: Mapping[str, str] = os.environ) -> str | None:
 
 def nvcc(env: Mapping[str, str] = os.environ) -> str | None:
     """NVIDIA's compiler: as CUDACXX says, on the PATH, or where the CUDA toolkit puts it."""
-    homes = (env.get("CUDA_HOME"), env.get("CUDA_PATH"), "/usr/local/cuda")
+    homes = (env.get("CUDA_HOME"), env.get("CUDA_PATH"), str(TOOLKIT))
     places = [env.get("CUDACXX"), found("nvcc", env), *(f"{home}/bin/nvcc" for home in homes if home)]
     return next((place for place in places if place and os.access(place, os.X_OK)), None)
 

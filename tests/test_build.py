@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from threading import Event, Thread
 
 import llama_cpp
 import pytest
 from children import GUARD
-from gemma_mtp.patches import build, source, toolchain, wheel
+from gemma_mtp.patches import source, toolchain, wheel
+
+
+def fake(folder: Path, name: str, text: str) -> None:
+    script = folder / name
+    script.write_text(f"#!/bin/sh\n{text}\n")
+    script.chmod(0o755)
 
 
 def test_missing_tools_are_named_in_one_line(tmp_path: Path) -> None:
@@ -25,26 +33,107 @@ def test_missing_tools_are_named_in_one_line(tmp_path: Path) -> None:
         assert tool in message
 
 
-def test_missing_tool_stops_before_the_download(tmp_path: Path) -> None:
-    """The command itself: with no compiler on the PATH it names the tools and writes nothing into its cache."""
+@pytest.mark.parametrize(
+    ("manager", "step"),
+    [
+        ("apt-get", "apt-get install build-essential cmake git nvidia-cuda-toolkit"),
+        ("dnf", "dnf install gcc-c++ cmake git cuda-toolkit"),
+        ("apk", "apk add build-base linux-headers cmake git; NVIDIA's CUDA toolkit"),
+        ("", "pip install cmake"),
+    ],
+)
+def test_what_is_missing_has_a_package(
+    manager: str, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(toolchain, "TOOLKIT", tmp_path / "none")
+    if manager:
+        fake(tmp_path, manager, "exit 0")
+    with pytest.raises(source.BuildError) as told:
+        toolchain.check_tools({"PATH": str(tmp_path)}, cuda=True)
+    assert step in str(told.value)
+    assert "nvcc" in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+MAIN = (sys.executable, "-c", "from gemma_mtp.runtime.cli import main; main()")
+INSTALL = (sys.executable, "-m", "gemma_mtp.patches.build", "install")
+
+
+@pytest.mark.parametrize("command", [(*MAIN, "build"), INSTALL], ids=["gemma-mtp", "build.py"])
+def test_missing_tool_stops_before_the_download(command: tuple[str, ...], tmp_path: Path) -> None:
+    """The commands themselves: with no compiler on the PATH they name the tools and write nothing into the cache."""
     cache = tmp_path / "cache"
     env = {"PATH": str(tmp_path), "GEMMA_MTP_CACHE": str(cache), "CMAKE_ARGS": "-DNEVER_BUILT=1"}
-    script = Path(build.__file__).resolve()
-    done = subprocess.run([sys.executable, script, "install"], env=env, capture_output=True, text=True, check=False)
+    env |= {name: value for name, value in os.environ.items() if name == "PYTHONPATH"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: missing: a C compiler")
+    assert done.stderr.startswith("error: missing: C compiler, C++ compiler, cmake, git. Install: ")
     assert len(done.stderr.splitlines()) == 1
     assert not cache.exists()
 
 
+def test_without_a_network_a_build_says_so_in_one_line(tmp_path: Path) -> None:
+    index = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_NO_CACHE_DIR": "1"}
+    env = {**os.environ, **index, "GEMMA_MTP_CACHE": str(tmp_path), "CMAKE_ARGS": "-DNEVER_BUILT=1"}
+    done = subprocess.run(INSTALL, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: llama-cpp-python==0.3.36 could not be downloaded: ") and "network" in last
+    assert sum(line.startswith("error") or "Error" in line for line in done.stderr.splitlines()) == 1
+    assert not list((tmp_path / "sdist").iterdir()), "nothing half-written"
+
+
+def test_an_environment_without_pip_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(source.BuildError, match="has no pip"):
+        source.pip("--version")
+
+
+def test_the_check_tells_what_is_installed_and_which_kernels_run() -> None:
+    command = [*MAIN, "build", "--check", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["current"] and told["installed"] == told["wanted"] == llama_cpp.__version__
+    assert Path(told["kernels"]).parent == Path(llama_cpp.__file__).parent / "lib"
+    other = subprocess.run([*command, "--vulkan"], capture_output=True, text=True, check=False)
+    assert other.returncode == 1
+    assert not json.loads(other.stdout)["current"]
+
+
+def test_a_portable_build_does_not_depend_on_this_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    native, portable = wheel.cmake_args(cuda=False), wheel.cmake_args(cuda=False, portable=True)
+    keys = wheel.build_key(native), wheel.build_key(portable)
+    monkeypatch.setattr(wheel, "cpu_features", lambda: "another CPU")
+    assert wheel.build_key(native) != keys[0]
+    assert wheel.build_key(portable) == keys[1]
+    assert not wheel.is_on("GGML_NATIVE", portable)
+    assert wheel.is_on("GGML_NATIVE", [*portable, "-DGGML_NATIVE:BOOL=on"])
+
+
+def test_our_wheel_holds_what_a_build_reads(tmp_path: Path) -> None:
+    """Built from the checkout and unpacked, it computes the key of the same build."""
+    root = Path(__file__).parents[1]
+    copy = tmp_path / "checkout"
+    copied = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True).stdout.split()
+    for name in copied:
+        if name.split("/")[0] in ("convert", "runtime", "patches", "pyproject.toml", "README.md", "LICENSE"):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / name, copy / name)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet", "--no-deps"]
+    subprocess.run([*pip, "--no-build-isolation", "--wheel-dir", tmp_path, copy], check=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as made:
+        made.extractall(tmp_path / "site")
+    code = "from gemma_mtp.patches import wheel; print(wheel.__file__); print(wheel.build_key(wheel.cmake_args()))"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    where, key = done.stdout.split()
+    assert where.startswith(str(tmp_path))
+    assert key == wheel.build_key(wheel.cmake_args())
+
+
 def test_tools_here_are_enough() -> None:
     toolchain.check_tools()
-
-
-def fake(folder: Path, name: str, text: str) -> None:
-    script = folder / name
-    script.write_text(f"#!/bin/sh\n{text}\n")
-    script.chmod(0o755)
 
 
 def test_cuda_needs_a_gpu_and_nvcc(tmp_path: Path) -> None:

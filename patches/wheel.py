@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,26 @@ def _build_wheel(home: Path, key: str, flags: Sequence[str]) -> Path:
         wheel = next(built.glob("*.whl"))
         shutil.copy2(wheel, home / (wheel.name + ".part"))
         return (home / (wheel.name + ".part")).rename(home / wheel.name)
+
+
+def unpacked(flags: Sequence[str]) -> Path:
+    """The package of these flags as files in the cache, beside the one that is installed; built if need be.
+
+    Raises:
+        BuildError: as `build_wheel`.
+    """
+    made = build_wheel(flags)
+    folder = made.parent / "unpacked"
+    with building(made.parent.name):
+        if not folder.exists():
+            part = folder.with_suffix(".part")
+            shutil.rmtree(part, ignore_errors=True)
+            with zipfile.ZipFile(made) as archive:
+                for member in archive.infolist():
+                    mode = member.external_attr >> 16  # which extract() leaves aside: programs would not run
+                    Path(archive.extract(member, part)).chmod(mode or 0o644)
+            part.rename(folder)
+    return folder
 
 
 def pip_wheel(tree: Path, built: Path, env: Mapping[str, str]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from gemma_mtp.convert import link
-from gemma_mtp.patches import stock
+from gemma_mtp.patches import stock, wheel
 from gemma_mtp.runtime import machine, native
 from gemma_mtp.runtime.bench_settings import MARGIN, PROMPT_TOKENS, Settings, Step
 from gemma_mtp.runtime.bench_speed import ROUNDS, Speeds
@@ -53,9 +53,9 @@ def measure(settings: Settings, step: Step = lambda label, done, total: None) ->
         prompt = _prompt(settings, ours, KEY_SEED in header.metadata)
         with ExitStack() as others:
             workers = {"ours": ours}
-            if "stock" in binaries:
-                worker = Worker(settings.target, settings.drafter, binaries["stock"].parent, **settings.loading)
-                workers["stock"] = others.enter_context(closing(worker))
+            for name in sorted({"stock", "portable"} & set(binaries)):  # the third has our own library
+                worker = Worker(settings.target, settings.drafter, binaries[name].parent, **settings.loading)
+                workers[name] = others.enter_context(closing(worker))
             if settings.speeds:
                 step("filling the context", 0, 1)
                 ours.call("fill", tokens=prompt)
@@ -96,10 +96,12 @@ def _check_memory(settings: Settings) -> None:
 
 
 def _binary(name: str) -> Path:
-    """llama-server of the stock build, made if need be, or of the installed one."""
+    """llama-server of the stock or the portable build, made if need be, or of the installed one."""
     if name == "stock":
         stock.build_stock()
         return stock.stock_dir() / "llama-server"
+    if name == "portable":
+        return wheel.unpacked(wheel.cmake_args(portable=True)) / "llama_cpp" / "lib" / "llama-server"
     import llama_cpp
 
     binary = Path(llama_cpp.__file__).parent / "lib" / "llama-server"

@@ -80,8 +80,8 @@ def fixed_length(text: str) -> int:
 @click.option(
     "--against",
     multiple=True,
-    type=click.Choice(["stock", "patched-server"]),
-    help="Measure another build on the same files as well; may be given twice.",
+    type=click.Choice(["stock", "patched-server", "portable"]),
+    help="Measure another build on the same files as well; may be given more than once.",
 )
 @click.option("--passes", is_flag=True, help="Stop after target passes and draft rounds.")
 @click.option(
@@ -140,7 +140,7 @@ def bench(
       gemma-mtp bench out/gemma-4-E2B-it-Q4_K_M.gguf --prompts mine.txt -n 256 --draft 2,3,4
       gemma-mtp bench --shape E2B -q Q4_K_M --ctx-filled 2048 -t 2
       gemma-mtp bench --shape E2B --acceptance 0,0.35,0.95,0.1/0.9:64 --draft 1,2,3,4,6,8
-      gemma-mtp bench --shape E2B --against stock --passes --repeat 5
+      gemma-mtp bench --shape E2B --against portable --passes --repeat 5
       gemma-mtp bench --shape E2B --against stock --plot e2b.png
     """  # fmt: skip
     if (pair is None) == (shape is None):

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-NAMES = {"stock": "stock", "patched-server": "our build"}
+NAMES = {"stock": "stock", "patched-server": "our build", "portable": "portable"}
 OURS, OTHERS = "#1f6feb", ("#d97706", "#7c3aed")
 
 

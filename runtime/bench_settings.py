@@ -88,7 +88,7 @@ class Settings:
         threads: CPU threads.
         gpu_layers: layers on the GPU, -1 for all.
         flash_attn: whether to use flash attention.
-        against: other builds: "stock", "patched-server".
+        against: other builds: "stock", "patched-server", "portable".
         passes: whether to stop after target passes and draft rounds.
         speeds: whether to leave these out; `draft` must then say which lengths to compare.
     """

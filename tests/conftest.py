@@ -10,7 +10,7 @@ import llama_cpp
 import pytest
 from demo import QUANT
 from gemma_mtp.convert import Pair, convert_pair
-from gemma_mtp.patches import source
+from gemma_mtp.patches import source, wheel
 from gemma_mtp.runtime import costs
 from tiny import PAIR, SIZES, make_drafter, make_pair, make_target
 from upstream import Upstream
@@ -52,6 +52,15 @@ def converted(upstream: Path, llama_quantize: Path, tmp_path_factory: pytest.Tem
     running = Upstream(upstream / "convert_hf_to_gguf.py", llama_quantize, tmp_path_factory.mktemp("upstream"))
     yield running
     running.close()
+
+
+@pytest.fixture(scope="session")
+def portable() -> Path:
+    """The portable wheel, unpacked; skips where it was not built."""
+    flags = wheel.cmake_args(portable=True)
+    if wheel.kept_wheel(flags) is None:
+        pytest.skip("no portable wheel here; make wheel builds it")
+    return wheel.unpacked(flags)
 
 
 @pytest.fixture(scope="session")

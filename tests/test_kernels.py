@@ -26,6 +26,9 @@ from tiny import PAIR
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 VARIANTS = {"installed": Path(llama_cpp.__file__).parent / "lib"}
 VARIANTS |= {name: check.kernels_dir(name) for name in check.KERNEL_VARIANTS}
+# Variants of the portable wheel that have kernels of ours, and what a CPU must have for each.
+PORTABLE = {"haswell": "avx2", "alderlake": "avx_vnni", "icelake": "avx512_vnni", "zen4": "avx512_bf16",
+            "sapphirerapids": "amx_int8"}  # fmt: skip
 # How many rows our kernels serve.
 MOST = {"Q4_0": 16, "Q4_K": 16, "Q5_K": 9, "Q6_K": 16, "Q8_0": 16}
 SHAPES = [(256, 8), (512, 64), (1536, 264), (2048, 1000)]
@@ -35,9 +38,13 @@ def library(variant: str) -> Path:
     """The folder of libggml built for an instruction set; skips where there is none, or it would not run."""
     if not VARIANTS[variant].exists():
         pytest.skip(f"no {variant} build here; make check-kernels builds it")
-    if (needed := check.KERNEL_NEEDS.get(variant)) and needed not in toolchain.cpu_features().split():
-        pytest.skip(f"this CPU has no {needed}")
+    runs_here(check.KERNEL_NEEDS.get(variant))
     return VARIANTS[variant]
+
+
+def runs_here(needed: str | None) -> None:
+    if needed and needed not in toolchain.cpu_features().split():
+        pytest.skip(f"this CPU has no {needed}")
 
 
 def script(name: str, folder: Path, *arguments: Path | str, **env: str) -> str:
@@ -63,6 +70,21 @@ def test_products_are_those_of_one_row_kernels(program: str, variant: str, kind:
         stock = digest("alone", seed, GGML_SMALL_BATCH_ROWS="0")
         assert digest("batch", seed) == stock, (shape, seed)
         assert digest("batch", seed + 1) != stock
+
+
+@pytest.mark.parametrize("kind", MOST)
+@pytest.mark.parametrize("variant", PORTABLE)
+def test_each_variant_of_the_portable_wheel_has_our_kernels(
+    variant: str, kind: str, portable: Path, tmp_path: Path
+) -> None:
+    built = portable / "llama_cpp" / "lib" / f"libggml-cpu-{variant}.so"
+    assert b"GGML_SMALL_BATCH_ROWS" in built.read_bytes()
+    runs_here(PORTABLE[variant])
+    (tmp_path / "libggml-cpu.so").symlink_to(built)
+    (tmp_path / "libggml-base.so").symlink_to(built.with_name("libggml-base.so"))
+    arguments = (kind, *map(str, (*SHAPES[1], 1, MOST[kind])))
+    stock = script("mul_mat.py", tmp_path, *arguments, "alone", GGML_SMALL_BATCH_ROWS="0")
+    assert script("mul_mat.py", tmp_path, *arguments, "batch") == stock
 
 
 def test_the_tile_configuration_of_amx_is_stored() -> None:

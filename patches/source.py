@@ -85,14 +85,17 @@ def pip(*arguments: str | Path, **env: str) -> str:
     """
     if importlib.util.find_spec("pip") is None:
         raise BuildError(f"this environment has no pip. Install: {sys.executable} -m ensurepip")
-    return run([sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments], None, **env)
+    try:
+        return run([sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments], None, **env)
+    except BuildError as problem:
+        raise BuildError(not_downloaded(str(problem)) or str(problem)) from None
 
 
 def not_downloaded(said: str) -> str | None:
     """What pip could not get, and the next step; None where it failed for another reason."""
     missing = re.search(r"No matching distribution found for (\S+)", said)
     if missing and "(from versions: none)" in said:
-        return f"pip finds no {missing[1]}; check the network, or PIP_INDEX_URL where a mirror is used"
+        return f"pip finds no {missing[1]}; check the network, or PIP_INDEX_URL where a mirror is used."
     return None
 
 
@@ -116,14 +119,7 @@ def fetch_sdist() -> Path:
     say(f"downloading llama-cpp-python {pin.version} (75 MB)")
     with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
         wanted = f"llama-cpp-python=={pin.version}"
-        try:
-            pip("download", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", folder, wanted)
-        except BuildError as problem:
-            if (unreached := not_downloaded(str(problem))) is None:
-                raise
-            raise BuildError(
-                f"{wanted} could not be downloaded: {unreached}, or put {name} into {kept.parent}."
-            ) from None
+        pip("download", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", folder, wanted)
         got = Path(folder) / name
         if not got.exists():
             raise BuildError(f"pip downloaded {sorted(p.name for p in Path(folder).iterdir())}, not {name}.")

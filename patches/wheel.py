@@ -197,9 +197,8 @@ def pip_wheel(tree: Path, built: Path, env: Mapping[str, str]) -> None:
             process.terminate()  # leaving the block waits for it
             raise
     if process.returncode:
-        if unreached := not_downloaded("\n".join(lines)):
-            raise BuildError(f"what builds the wheel could not be downloaded: {unreached}.")
-        raise BuildError("the native build failed; its last lines:\n" + "\n".join(lines))
+        said = "\n".join(lines)
+        raise BuildError(not_downloaded(said) or f"the native build failed; its last lines:\n{said}")
 
 
 def compiling() -> Callable[[int, int], None]:

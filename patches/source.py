@@ -9,12 +9,13 @@ import hashlib
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,9 +60,20 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def end(process: subprocess.Popen[str]) -> None:
+    """End a process and all that it started, and wait until none of them writes any more."""
+    if hasattr(os, "killpg"):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+    else:  # Windows
+        process.terminate()
+    for _ in process.stdout or ():
+        pass
+
+
 def run(command: Sequence[str | Path], cwd: Path | None = None, **env: str) -> str:
     """Run a command and return its output; a failure raises with the last lines it printed."""
-    done = subprocess.run(
+    with subprocess.Popen(
         command,
         cwd=cwd,
         env={**os.environ, **env},
@@ -69,12 +81,17 @@ def run(command: Sequence[str | Path], cwd: Path | None = None, **env: str) -> s
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        check=False,
-    )
-    if done.returncode:
-        tail = "\n".join(done.stdout.splitlines()[-20:])
-        raise BuildError(f"{' '.join(map(str, command[:4]))} ... failed with status {done.returncode}:\n{tail}")
-    return done.stdout
+        start_new_session=True,  # a group of its own: what it starts can be ended with it
+    ) as process:
+        try:
+            said, _ = process.communicate()
+        except BaseException:
+            end(process)
+            raise
+    if process.returncode:
+        tail = "\n".join(said.splitlines()[-20:])
+        raise BuildError(f"{' '.join(map(str, command[:4]))} ... failed with status {process.returncode}:\n{tail}")
+    return said
 
 
 def pip(*arguments: str | Path, **env: str) -> str:

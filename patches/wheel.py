@@ -28,6 +28,7 @@ from .source import (
     BuildError,
     building,
     cache_dir,
+    end,
     fetch_sdist,
     not_downloaded,
     patched_tree,
@@ -187,6 +188,7 @@ def pip_wheel(tree: Path, built: Path, env: Mapping[str, str]) -> None:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
+        start_new_session=True,
     ) as process:
         try:
             for line in process.stdout or ():
@@ -194,7 +196,7 @@ def pip_wheel(tree: Path, built: Path, env: Mapping[str, str]) -> None:
                 if step := re.search(r"\[(\d+)/(\d+)\]", line):
                     show(int(step[1]), int(step[2]))
         except BaseException:
-            process.terminate()  # leaving the block waits for it
+            end(process)
             raise
     if process.returncode:
         said = "\n".join(lines)

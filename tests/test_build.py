@@ -14,7 +14,7 @@ from threading import Event, Thread
 
 import llama_cpp
 import pytest
-from children import GUARD
+from children import GUARD, until
 from gemma_mtp.patches import source, toolchain, wheel
 
 
@@ -180,6 +180,25 @@ def test_wrong_sdist_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(source, "pip", download)
     with pytest.raises(source.BuildError, match=source.upstream().sha256):
         source.fetch_sdist()
+
+
+@pytest.mark.parametrize("call", ["wheel.pip_wheel(here, here, {})", "source.pip('wheel')"])
+def test_a_build_that_is_ended_leaves_no_compiler_behind(call: str, tmp_path: Path) -> None:
+    """SIGTERM reaches what pip started, before the sources are cleared away under it."""
+    started = tmp_path / "started"
+    fake(tmp_path, "python", f"sleep 600 & echo $! > {started}.part; mv {started}.part {started}; wait")
+    code = (
+        "import signal, sys; from pathlib import Path; from gemma_mtp.patches import source, wheel; "
+        "signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number)); "
+        f"here = Path({str(tmp_path)!r}); sys.executable = str(here / 'python'); {call}"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        until(started.exists)
+        compiler = int(started.read_text())
+        process.terminate()
+    assert process.returncode == 143
+    shown = subprocess.run(["ps", "-o", "stat=", "-p", str(compiler)], capture_output=True, text=True, check=False)
+    assert shown.stdout.strip()[:1] in ("", "Z")
 
 
 def test_the_same_is_built_once_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,12 +71,13 @@ def _serve(
         click.echo(f"starting {engine.name}; its log: {path}", err=True)
         with launching.running(command, path) as process:
             model = launching.wait(process, api, engine, path, timeout)
-            if as_json:
-                click.echo(json.dumps({"base_url": f"{api.url}/v1", "model": model, "draft_length": job.length}))
-            else:
-                click.echo(f"{api.url}/v1  model {model}, drafting {job.length}")
             ask = partial(engine.acceptance, api.get, job.length)
-            launching.watch(process, ask, partial(_tell, as_json), every)
+            with launching.reporting(process, ask, partial(_tell, as_json)) as report:
+                if as_json:
+                    click.echo(json.dumps({"base_url": f"{api.url}/v1", "model": model, "draft_length": job.length}))
+                else:
+                    click.echo(f"{api.url}/v1  model {model}, drafting {job.length}")
+                launching.watch(process, report, every)
             if process.returncode:
                 raise launching.died(process, engine, path)
             raise MtpError(f"{engine.name} ended by itself; its log: {path}")

@@ -252,19 +252,16 @@ def wait(process: subprocess.Popen[bytes], api: Api, engine: Engine, log: Path, 
     )
 
 
-def watch(
-    process: subprocess.Popen[bytes],
-    ask: Callable[[], Acceptance | None],
-    tell: Callable[[Acceptance], None],
-    every: float,
-) -> None:
-    """Tell of the acceptance from time to time, and for the last time on the way out, whatever ends the watch.
+@contextmanager
+def reporting(
+    process: subprocess.Popen[bytes], ask: Callable[[], Acceptance | None], tell: Callable[[Acceptance], None]
+) -> Iterator[Callable[[], None]]:
+    """A function that tells of the acceptance if there is news; on the way out, whatever the reason, it is called last.
 
     Args:
-        process: of the engine; when it ends, the watch ends.
+        process: of the engine, which is asked no more when it has ended.
         ask: what the engine reports now.
         tell: called with what is new.
-        every: seconds between two reports, 0 for the last alone.
     """
     told: Acceptance | None = None
 
@@ -278,14 +275,19 @@ def watch(
             tell(found)
 
     try:
-        while True:
-            try:
-                process.wait(every or None)
-                return
-            except subprocess.TimeoutExpired:
-                report()
+        yield report
     finally:
         if process.poll() is None:
+            report()
+
+
+def watch(process: subprocess.Popen[bytes], report: Callable[[], None], every: float) -> None:
+    """Stay until an engine ends, and report every so many seconds; with 0, never."""
+    while True:
+        try:
+            process.wait(every or None)
+            return
+        except subprocess.TimeoutExpired:
             report()
 
 

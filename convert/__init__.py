@@ -154,6 +154,17 @@ def plan_pair(
         return _plan(target, drafter, quant, drafter_quant, name, options, weights is not None, split_max_size, mmproj)
 
 
+@contextmanager
+def checked_pair(target_dir: Folder, drafter_dir: Folder) -> Iterator[tuple[Checkpoint, Checkpoint]]:
+    """Both checkpoints of a pair that could be converted; of weights that are not there only the headers are fetched.
+
+    Raises what `plan_pair` raises.
+    """
+    with _open_pair(target_dir, drafter_dir, headers=True) as (target, drafter):
+        _plan(target, drafter, "BF16", "BF16", None, None, False, None, None)
+        yield target, drafter
+
+
 def plan_file(files: Sequence[str], plans: Mapping[str, Plan]) -> str:
     """The file that a user names to load the first of some plans: its first part if it is split."""
     stem = next(iter(plans)).removesuffix(".gguf")

@@ -25,6 +25,7 @@ COMMANDS = {
     "verify": "gemma_mtp.convert.cli_files:verify",
     "modelfile": "gemma_mtp.convert.cli:modelfile_command",
     "ollama": "gemma_mtp.convert.cli:ollama",
+    "launch": "gemma_mtp.convert.cli_launch:launch",
     "run": "gemma_mtp.runtime.cli:run",
     "chat": "gemma_mtp.runtime.chat:chat",
     "serve": "gemma_mtp.runtime.serve:serve",

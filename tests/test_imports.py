@@ -73,7 +73,7 @@ def test_help_needs_neither_libllama_nor_torch_nor_an_extra(command: tuple[str, 
     [
         ("inspect", "{out}/{target}"), ("inspect", FOLDERS[0]), ("verify", "{out}"), ("modelfile", "{out}"),
         ("modelfile", "{out}/{target}"), ("convert", *FOLDERS, "-o", "{tmp}/new", "--dry-run"),
-        ("convert", *FOLDERS, "-o", "{tmp}/new", "-q", "Q4_K_M"),
+        ("convert", *FOLDERS, "-o", "{tmp}/new", "-q", "Q4_K_M"), ("launch", "vllm", *FOLDERS, "--print"),
         ("link", "{out}/{target}", "{out}/{drafter}", "-o", "{tmp}/linked.gguf", "--ordered-from", FOLDERS[1]),
     ],
     ids=lambda command: " ".join(map(str, command[:1])) + (" --dry-run" if "--dry-run" in command else ""),

@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+from .rebase import exported
 from .source import HERE, VENDORED, BuildError, cache_dir, git, patched_tree, run, say, series
 from .stock import compile_tree
 from .toolchain import check_tools
@@ -17,13 +18,10 @@ def check() -> None:
     """Apply the series, export it again, compare with the files here, and compile every prefix of it."""
     check_tools()
     with patched_tree() as tree:
-        exported = tree.parent / "exported"
-        form = ("--zero-commit", "--no-signature", "--no-numbered", "--full-index", f"--relative={VENDORED}")
-        git(tree, "format-patch", "--quiet", *form, "-o", exported, "base")
+        again = exported(tree)
         for patch in series():
-            # git prints the summaries of new files from the root of the repository, whatever --relative says
-            if (exported / patch.name).read_bytes().replace(f" {VENDORED}/".encode(), b" ") != patch.read_bytes():
-                raise BuildError(f"{patch.name} differs from its own export; replace it with the output of git {form}.")
+            if again.get(patch.name) != patch.read_bytes():
+                raise BuildError(f"{patch.name} differs from its own export; make it with build.py edit and export.")
             text = patch.read_text()
             for trailer in ("Upstream-Base:", "Forwarded:", "Remove-When:"):
                 if not re.search(rf"^{trailer} \S", text, re.MULTILINE):

@@ -159,8 +159,10 @@ def unpack(into: Path, *only: str) -> Path:
 
 
 def git(tree: Path, *arguments: str | Path) -> str:
-    # The ceiling keeps git from taking the checkout around the cache folder for the repository to work on.
-    return run(["git", *IDENTITY, *arguments], cwd=tree, GIT_CEILING_DIRECTORIES=str(tree.parent))
+    # The ceiling keeps git from taking the checkout around the cache folder for the repository to work on. What the
+    # user has set for all repositories (signed commits, the form of patches) stays out.
+    quiet = {"GIT_CEILING_DIRECTORIES": str(tree.parent), "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+    return run(["git", *IDENTITY, *arguments], cwd=tree, **quiet)
 
 
 @contextmanager
@@ -182,17 +184,22 @@ def building(what: str) -> Iterator[None]:
         yield
 
 
+def commit_series(tree: Path) -> None:
+    """Make an unpacked sdist a git repository with the series as commits over the tag `base`."""
+    git(tree, "init", "--quiet")
+    git(tree, "add", "--force", VENDORED)
+    git(tree, "commit", "--quiet", "--no-verify", "-m", f"llama.cpp {upstream().llama_cpp}")
+    git(tree, "tag", "base")
+    if series():
+        git(tree, "am", "--quiet", "--committer-date-is-author-date", f"--directory={VENDORED}", *series())
+
+
 @contextmanager
 def patched_tree() -> Iterator[Path]:
-    """A temporary copy of the sdist as a git repository, the series applied as commits over the tag `base`."""
+    """A temporary copy of the sdist, committed with the series as `commit_series` does."""
     work = cache_dir() / "work"
     work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=work) as folder:
         tree = unpack(Path(folder))
-        git(tree, "init", "--quiet")
-        git(tree, "add", "--force", VENDORED)
-        git(tree, "commit", "--quiet", "--no-verify", "-m", f"llama.cpp {upstream().llama_cpp}")
-        git(tree, "tag", "base")
-        if series():
-            git(tree, "am", "--quiet", "--committer-date-is-author-date", f"--directory={VENDORED}", *series())
+        commit_series(tree)
         yield tree

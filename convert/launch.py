@@ -297,10 +297,15 @@ def died(process: subprocess.Popen[bytes], engine: Engine, log: Path) -> MtpErro
 
 
 def _end(log: Path) -> str:
-    """The last lines of a log in one."""
+    """The first exception that a log tells of, or else its last lines in one.
+
+    Engines end with the exception of the process that waited for the one that failed, long after its own.
+    """
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
     plain = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines if line]
-    text = " / ".join(plain[-QUOTED:]) or "It said nothing"
+    raised = (re.match(r"(?:\(.*?\) ERROR .*?\] )?([\w.]*(?:Error|Exception): \S.*)", line) for line in plain)
+    first = next((match[1] for match in raised if match), None)
+    text = first or " / ".join(plain[-QUOTED:]) or "It said nothing"
     return "".join(c for c in text if c.isprintable())[-600:]
 
 

@@ -311,6 +311,19 @@ def test_an_engine_that_dies_at_start(engine: str, launched: Started, tmp_path: 
     assert log.read_text().startswith("loading weights\n")
 
 
+def test_the_reason_is_the_first_exception_of_a_log(tmp_path: Path) -> None:
+    """What the process says that waited for the one that failed stands at the end, and helps nobody."""
+    log = tmp_path / "log"
+    log.write_text(
+        "(APIServer pid=1) WARNING 11-26 [utils.py:2] a low limit can cause errors like OSError: [Errno 24]\n"
+        "(Worker pid=2) ERROR 11-26 [executor.py:9] torch.AcceleratorError: CUDA error: no driver\n"
+        "Traceback (most recent call last):\n  raise RuntimeError(\nRuntimeError: initialization failed\n"
+    )
+    assert launch._end(log) == "torch.AcceleratorError: CUDA error: no driver"
+    log.write_text("one\n\ntwo\n")
+    assert launch._end(log) == "one / two"
+
+
 def test_an_engine_that_dies_while_it_serves(launched: Started, tmp_path: Path) -> None:
     log = tmp_path / "logs" / "engine.log"
     with launched("vllm", "--port", free_port(), "--log", log) as (process, notes):

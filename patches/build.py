@@ -49,7 +49,7 @@ def arguments() -> dict[str, Any]:
 
     def kinds(added: argparse.ArgumentParser) -> argparse.ArgumentParser:
         added.add_argument("--cuda", action=argparse.BooleanOptionalAction, help="for NVIDIA's GPUs")
-        added.add_argument("--metal", action=argparse.BooleanOptionalAction, help="for Apple's GPUs")
+        added.add_argument("--metal", action="store_true", help="for Apple's GPUs; on macOS the default")
         added.add_argument("--vulkan", action="store_true", help="for GPUs with a Vulkan driver")
         added.add_argument("--portable", action="store_true", help="for every CPU of this architecture")
         return added

@@ -16,16 +16,16 @@ from .source import BuildError
 # What each package manager calls what a build needs, in the order in which managers are looked for.
 PACKAGES = {
     "apt-get install": {"compiler": "build-essential", "cmake": "cmake", "git": "git", "nvcc": "nvidia-cuda-toolkit",
-                        "glslc": "glslc libvulkan-dev"},
+                        "glslc": "glslc libvulkan-dev spirv-headers"},
     "dnf install": {"compiler": "gcc-c++", "cmake": "cmake", "git": "git", "nvcc": "cuda-toolkit",
-                    "glslc": "glslc vulkan-loader-devel"},
+                    "glslc": "glslc vulkan-loader-devel spirv-headers-devel"},
     "pacman -S": {"compiler": "base-devel", "cmake": "cmake", "git": "git", "nvcc": "cuda",
-                  "glslc": "shaderc vulkan-headers vulkan-icd-loader"},
+                  "glslc": "shaderc vulkan-headers vulkan-icd-loader spirv-headers"},
     "zypper install": {"compiler": "gcc-c++", "cmake": "cmake", "git": "git", "nvcc": "cuda-toolkit",
-                       "glslc": "shaderc vulkan-devel"},
+                       "glslc": "shaderc vulkan-devel spirv-headers"},
     "apk add": {"compiler": "build-base linux-headers", "cmake": "cmake", "git": "git",
-                "glslc": "shaderc vulkan-loader-dev vulkan-headers"},
-    "brew install": {"cmake": "cmake", "git": "git", "glslc": "shaderc vulkan-headers vulkan-loader"},
+                "glslc": "shaderc vulkan-loader-dev vulkan-headers spirv-headers"},
+    "brew install": {"cmake": "cmake", "git": "git", "glslc": "shaderc vulkan-headers vulkan-loader spirv-headers"},
 }  # fmt: skip
 # Where to get what the package managers above do not have.
 ELSEWHERE = {

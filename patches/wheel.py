@@ -51,7 +51,7 @@ def cmake_args(
     env: Mapping[str, str] = os.environ,
     *,
     cuda: bool | None = None,
-    metal: bool | None = None,
+    metal: bool = False,
     vulkan: bool = False,
     portable: bool = False,
 ) -> list[str]:
@@ -60,17 +60,19 @@ def cmake_args(
     Args:
         env: the environment.
         cuda: for NVIDIA's GPUs; None for what GEMMA_MTP_CUDA says, else where a GPU and nvcc are both there.
-        metal: for Apple's GPUs; None for llama.cpp's default, which is on macOS alone.
+        metal: for Apple's GPUs; on macOS llama-cpp-python turns it on by itself.
         vulkan: for GPUs with a Vulkan driver.
         portable: for every CPU of this architecture instead of this machine's.
 
     Raises:
-        BuildError: GEMMA_MTP_CUDA is neither 0 nor 1.
+        BuildError: GEMMA_MTP_CUDA is neither 0 nor 1, or this is no Mac and Metal is wanted.
     """
     flags = [*(PORTABLE if portable else ("-DGGML_NATIVE=ON",)), "-DLLAMA_OPENSSL=OFF"]
     flags.append(f"-DGGML_CUDA={'ON' if (use_cuda(env) if cuda is None else cuda) else 'OFF'}")
-    if metal is not None:
-        flags.append(f"-DGGML_METAL={'ON' if metal else 'OFF'}")
+    if metal:
+        if platform.system() != "Darwin":
+            raise BuildError("Metal is there on macOS alone; --vulkan serves other GPUs, --cuda NVIDIA's.")
+        flags.append("-DGGML_METAL=ON")
     if vulkan:
         flags.append("-DGGML_VULKAN=ON")
     # llama.cpp would ask git, and be told of the temporary repository that the series is applied in.

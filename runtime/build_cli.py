@@ -12,7 +12,7 @@ from gemma_mtp.patches import wheel
 
 @click.command()
 @click.option("--cuda/--no-cuda", default=None, help="NVIDIA's GPUs. [default: where there is one and nvcc]")
-@click.option("--metal/--no-metal", default=None, help="Apple's GPUs. [default: on macOS]")
+@click.option("--metal", is_flag=True, help="Apple's GPUs; on macOS the default.")
 @click.option("--vulkan", is_flag=True, help="GPUs with a Vulkan driver.")
 @click.option("--portable", is_flag=True, help="Kernels for every CPU of this architecture, chosen when loaded.")
 @click.option("--check", is_flag=True, help="Say what is installed and what a build would use, and build nothing.")

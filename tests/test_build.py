@@ -101,6 +101,12 @@ def test_the_check_tells_what_is_installed_and_which_kernels_run() -> None:
     assert not json.loads(other.stdout)["current"]
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="Metal is there")
+def test_metal_is_for_macs() -> None:
+    with pytest.raises(source.BuildError, match="macOS alone"):
+        wheel.cmake_args(metal=True)
+
+
 def test_a_portable_build_does_not_depend_on_this_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     native, portable = wheel.cmake_args(cuda=False), wheel.cmake_args(cuda=False, portable=True)
     keys = wheel.build_key(native), wheel.build_key(portable)

@@ -34,7 +34,8 @@ from .wheel import build_wheel, cmake_args, deliver, describe, install
 
 def wheel(folder: Path, **options: Any) -> None:
     """Build the wheel, put it into a folder and print what it is."""
-    print(describe(deliver(build_wheel(cmake_args(**options)), folder)))
+    flags = cmake_args(**options)
+    print(describe(deliver(build_wheel(flags), folder), flags))
 
 
 def arguments() -> dict[str, Any]:

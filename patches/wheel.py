@@ -288,8 +288,9 @@ def deliver(wheel: Path, folder: Path) -> Path:
         return repaired.replace(folder / repaired.name)
 
 
-def describe(wheel: Path) -> str:
-    """Name and size of a wheel, and what it needs: "NAME, 12.3 MB, needs glibc 2.35 on x86_64"."""
-    needs = re.search(r"manylinux_(\d+)_(\d+)_(\w+)\.whl$", wheel.name)
-    text = f"{wheel.name}, {wheel.stat().st_size / 1e6:.1f} MB"
-    return f"{text}, needs glibc {needs[1]}.{needs[2]} or later on {needs[3]}" if needs else text
+def describe(wheel: Path, flags: Sequence[str]) -> str:
+    """Name and size of a wheel that was built with some flags, and what it needs of a machine."""
+    glibc = re.search(r"manylinux_(\d+)_(\d+)_\w+\.whl$", wheel.name)
+    needs = [f"glibc {glibc[1]}.{glibc[2]} or later"] if glibc else []
+    needs.append("a CPU like this one" if is_on("GGML_NATIVE", flags) else f"any CPU of {platform.machine()}")
+    return f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB, for {', '.join(needs)}"

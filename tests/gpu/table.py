@@ -1,0 +1,41 @@
+"""The figures of results.json as lines for people; standard library only, for any Python 3."""
+
+import json
+import sys
+
+
+def lines(results):
+    yield "\n{}; kit of {made}, commit {commit}, {patches} patches".format(
+        results["gpu"] or "no GPU", **{key: results["kit"][key] for key in ("made", "commit", "patches")}
+    )
+    for step in results["steps"]:
+        figures = step["figures"]
+        if figures and "target_pass_ms" in figures:
+            yield from bench(step["step"], figures)
+        elif figures:
+            for name, found in figures.items():
+                yield f"{step['step']}, {name}: {json.dumps(found)}"
+
+
+def bench(name, found):
+    """Milliseconds by tokens, then a row an acceptance: ours, and stock's llama-server if it was measured."""
+    for key, title in (("target_pass_ms", "a target pass over n tokens, ms"), ("draft_round_ms", "K drafted, ms")):
+        yield f"{name}: {title}: " + "  ".join(f"{n}: {value:.2f}" for n, value in found[key].items())
+    server = found.get("against", {}).get("stock", {}).get("server")
+    row = "{:>22} {:>10} {:>10} {:>8} {:>8} {:>14} {:>8} {:>10}"
+    yield row.format(name, "plain", "MTP", "times", "drafted", "stock's server", "times", "ours / it")
+    for chance, rate in found["tokens_per_s"]["mtp"].items():
+        other = [""] * 3
+        if server:
+            other = [f"{server['mtp'][chance]:.1f}", f"{server['speedup'][chance]:.2f}",
+                     f"{server['ours_over_it'][chance]:.2f}"]  # fmt: skip
+        yield row.format(chance, f"{found['tokens_per_s']['plain']:.1f}", f"{rate:.1f}", f"{found['speedup'][chance]:.2f}",
+                         found["draft_length"][chance], *other)  # fmt: skip
+    if server:
+        yield row.format("plain", f"{found['tokens_per_s']['plain']:.1f}", "", "", "", f"{server['plain']:.1f}", "",
+                         f"{server['ours_over_it']['plain']:.2f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1]) as file:
+        print("\n".join(lines(json.load(file))))

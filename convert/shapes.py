@@ -339,9 +339,7 @@ def write(
     seal(path, hashes)
 
 
-def _pieces(
-    tensor: Planned, config: Config, pools: Mapping[Type, Bytes], rng: np.random.Generator
-) -> Iterator[Bytes]:
+def _pieces(tensor: Planned, config: Config, pools: Mapping[Type, Bytes], rng: np.random.Generator) -> Iterator[Bytes]:
     """The blocks of one tensor, in pieces of at most CHUNK bytes."""
     if len(tensor.shape) == 1:
         yield quantize(_vector(tensor, config, rng), tensor.type)

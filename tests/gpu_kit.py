@@ -17,7 +17,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,25 @@ PROGRAM_FLAGS = (
 OURS = ("llama-server", "llama-bench", "test-backend-ops", "mtmd", "ggml-cpu")
 STOCK = ("llama-server", "mtmd", "ggml-cpu")
 # Of the sources, what libggml-cuda, libllama, llama-server and the test of the operations are compiled from.
-SOURCES = ("CMakeLists.txt", "LICENSE", "cmake", "common", "include", "licenses", "scripts/build-info.sh", "src", "vendor",
-           "tools/CMakeLists.txt", "tools/server", "tools/ui", "tools/mtmd", "tools/llama-bench", "tools/quantize",
+SOURCES = ("CMakeLists.txt", "LICENSE", "cmake", "common", "include", "licenses", "scripts/ui-assets.cmake", "src",
+           "vendor", "tools/server", "tools/ui/CMakeLists.txt", "tools/ui/ui.h.in", "tools/mtmd", "tools/llama-bench",
            "ggml", "tests/test-backend-ops.cpp")  # fmt: skip
-OTHER_BACKENDS = ("blas", "cann", "et", "hexagon", "hip", "metal", "musa", "opencl", "openvino", "rpc", "sycl", "virtgpu",
-                  "vulkan", "webgpu", "zdnn", "zendnn")  # fmt: skip
+# In place of upstream's lists of all tools and tests.
+LISTS = {
+    "tools": "llama_add_compile_flags()\n" + "".join(
+        f"add_subdirectory({name})\n" for name in ("llama-bench", "mtmd", "ui", "server")
+    ),
+    "tests": "add_executable(test-backend-ops test-backend-ops.cpp)\n"
+    "target_link_libraries(test-backend-ops PRIVATE llama-common)\n",
+}  # fmt: skip
+OTHER_BACKENDS = (
+    "blas", "cann", "et", "hexagon", "hip", "metal", "musa", "opencl", "openvino", "rpc", "sycl", "virtgpu", "vulkan",
+    "webgpu", "zdnn", "zendnn",
+)  # fmt: skip
+UNWANTED = {
+    *(f"ggml-{name}" for name in OTHER_BACKENDS), "examples", "tests", "test", "webui", "public", "bench", "themes",
+    "images", "docs", "node_modules", "test-1.jpeg", "test-2.mp3", "test-3.mp4",
+}  # fmt: skip
 COMPILERS = ("libstdc++.so.6", "libgcc_s.so.1", "libgomp.so.1")
 
 
@@ -76,21 +90,15 @@ def programs(tree: Path, label: str, targets: Sequence[str], into: Path) -> None
 
 def sources(llama: Path, into: Path) -> None:
     """The sources that a machine with nvcc can compile by itself."""
-    unwanted = {*(f"ggml-{name}" for name in OTHER_BACKENDS), *(f"ggml-{name}.h" for name in OTHER_BACKENDS), "examples",
-                "tests", "test", "webui", "public", "bench", "themes", "images", "docs", "node_modules"}  # fmt: skip
-
-    def leave(folder: str, names: Sequence[str]) -> set[str]:
-        inside = Path(folder).relative_to(llama).parts
-        headers = inside[:2] == ("ggml", "include")  # CMake names them all
-        return set() if headers else unwanted & set(names)
-
     for name in SOURCES:
         place = into / name
         place.parent.mkdir(parents=True, exist_ok=True)
         if (llama / name).is_dir():
-            shutil.copytree(llama / name, place, ignore=leave)
-        elif (llama / name).exists():
+            shutil.copytree(llama / name, place, ignore=lambda _, names: UNWANTED & set(names))
+        else:
             shutil.copy2(llama / name, place)
+    for name, text in LISTS.items():
+        (into / name / "CMakeLists.txt").write_text(text)
 
 
 def packages(into: Path, tree: Path) -> None:
@@ -175,13 +183,9 @@ def assemble(into: Path) -> dict[str, Any]:
     return about
 
 
-def sizes(root: Path) -> Mapping[str, float]:
-    """Megabytes below each folder of the kit."""
-    return {
-        path.name: sum(each.stat().st_size for each in [path, *path.rglob("*")] if each.is_file() and not each.is_symlink())
-        / 1e6
-        for path in sorted(root.iterdir())
-    }  # fmt: skip
+def size(path: Path) -> int:
+    """Bytes of a file or of all files below a folder."""
+    return sum(each.lstat().st_size for each in [path, *path.rglob("*")] if each.is_file())
 
 
 def main() -> int:
@@ -196,17 +200,16 @@ def main() -> int:
             archive.parent.mkdir(parents=True, exist_ok=True)
             with tarfile.open(archive, "w:xz", preset=6) as packed:
                 packed.add(kit, kit.name)
-            held = sizes(kit)
+            held = {path.name: size(path) for path in sorted(kit.iterdir())}
     except BuildError as problem:
         say(f"error: {problem}")
         return 1
-    for name, megabytes in held.items():
-        say(f"  {name:<12} {megabytes:7.1f} MB")
-    size = archive.stat().st_size
-    print(f"{archive}: {size / 1e6:.1f} MB, {about}")
-    if size > LIMIT:
+    for name, held_bytes in held.items():
+        say(f"  {name:<12} {held_bytes / 1e6:7.1f} MB")
+    print(f"{archive}: {size(archive) / 1e6:.1f} MB, {about}")
+    if too_large := size(archive) > LIMIT:
         say(f"error: the archive is larger than {LIMIT / 1e6:.0f} MB")
-    return int(size > LIMIT)
+    return int(too_large)
 
 
 if __name__ == "__main__":

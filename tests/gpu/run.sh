@@ -78,8 +78,8 @@ skip() { echo "$*"; return 77; }
 
 find_python() {  # the first that can run ours
     local each
-    for each in "${GPU_KIT_PYTHON:-python3}" python3.13 python3.12 python3.11 /opt/*/.venv/bin/python3 /opt/*/bin/python3 \
-        /usr/bin/python3; do
+    local everywhere="python3.13 python3.12 python3.11 /opt/*/.venv/bin/python3 /opt/*/bin/python3 /usr/bin/python3"
+    for each in "${GPU_KIT_PYTHON:-python3}" ${GPU_KIT_SEARCH-$everywhere}; do
         each=$(command -v "$each" 2>/dev/null) || continue
         "$each" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && "$each" -c 'import numpy' 2>/dev/null \
             && { echo "$each"; return; }
@@ -93,7 +93,7 @@ devices() {
         if command -v "${each%% *}" > /dev/null; then $each 2>&1 | tail -n 1; else echo "${each%% *}: not here"; fi
     done
     ldd --version 2>&1 | head -n 1
-    [ "$dry" = true ] && skip "no GPU: ${gpu#no }; the steps below run on the CPU, in small"
+    [ "$dry" = false ] || skip "no GPU, $gpu: the steps below run on the CPU, in small" || return
     nvidia-smi --query-gpu=name,memory.total,driver_version,clocks.sm,power.limit --format=csv,noheader
 }
 
@@ -131,7 +131,7 @@ programs() {
 
 compile() {  # ours for this GPU, from the packed sources
     local tool
-    for tool in nvcc cmake c++ python3; do
+    for tool in c++ cmake python3 nvcc; do
         command -v $tool > /dev/null || { echo "to be compiled here, but there is no $tool"; return 1; }
     done
     python3 "$kit/tests/gpu_cuda.py" "$kit/source" "$work/compiled" && touch "$work/ready" && echo "compiled here"
@@ -196,7 +196,7 @@ operations() {
 run() { "$python" -P "$@"; }
 
 tests() {  # NAME: tests marked gpu
-    [ -n "$python" ] || skip "no Python of 3.11 or later with numpy" || return
+    [ -n "$python" ] || skip "no Python from 3.11 on that has numpy" || return
     GPU_KIT_FIGURES=$figures LD_PRELOAD=$preload run -m pytest -q -p no:cacheprovider -W ignore -rs \
         "$kit/tests/test_gpu.py" -k "$1" > "$work/pytest" 2>&1
     local code=$?
@@ -206,13 +206,15 @@ tests() {  # NAME: tests marked gpu
 }
 
 bench() {  # ARGUMENTS: gemma-mtp bench; its last line is one JSON object
-    [ -n "$python" ] || skip "no Python of 3.11 or later with numpy" || return
+    [ -n "$python" ] || skip "no Python from 3.11 on that has numpy" || return
     # Stock's libggml looks for its devices in the current folder.
-    (cd "$bin/stock" && run -m gemma_mtp.runtime.cli bench "$@") > "$work/bench" 2> "$work/bench.err"
+    (cd "$bin/stock" && run -c 'from gemma_mtp.runtime.cli import main; main()' bench "$@") > "$work/bench" 2> "$work/err"
     local code=$?
-    cat "$work/bench.err"; sed '$d' "$work/bench"
-    [ $code -eq 0 ] && tail -n 1 "$work/bench" > "$figures"
-    return $code
+    sed '$d' "$work/bench"
+    cat "$work/err"
+    [ $code -eq 0 ] || return $code
+    tail -n 1 "$work/bench" | grep '^{.*}$' > "$figures" || { echo "no result was printed"; return 1; }
+    echo "measured"
 }
 
 profile() {  # FOLDER: graphs and waits of a pair with random weights
@@ -227,7 +229,7 @@ main() {
     dry=false
     case $gpu in
         GPU\ *) [ "${GPU_KIT_DRY:-0}" = 1 ] && dry=true ;;
-        *) dry=true gpu="no nvidia-smi that lists one" ;;
+        *) dry=true gpu="nvidia-smi lists none" ;;
     esac
     python=$(find_python)
     LD_LIBRARY_PATH=${LD_LIBRARY_PATH:-$kit/bin/ours}$(cublas_folders | sed 's/^/:/' | tr -d '\n')

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 
 def lines(results):
@@ -24,18 +25,18 @@ def bench(name, found):
     server = found.get("against", {}).get("stock", {}).get("server")
     row = "{:>22} {:>10} {:>10} {:>8} {:>8} {:>14} {:>8} {:>10}"
     yield row.format(name, "plain", "MTP", "times", "drafted", "stock's server", "times", "ours / it")
+    plain = f"{found['tokens_per_s']['plain']:.1f}"
     for chance, rate in found["tokens_per_s"]["mtp"].items():
         other = [""] * 3
         if server:
             other = [f"{server['mtp'][chance]:.1f}", f"{server['speedup'][chance]:.2f}",
                      f"{server['ours_over_it'][chance]:.2f}"]  # fmt: skip
-        yield row.format(chance, f"{found['tokens_per_s']['plain']:.1f}", f"{rate:.1f}", f"{found['speedup'][chance]:.2f}",
-                         found["draft_length"][chance], *other)  # fmt: skip
+        times = f"{found['speedup'][chance]:.2f}"
+        yield row.format(chance, plain, f"{rate:.1f}", times, found["draft_length"][chance], *other)
     if server:
-        yield row.format("plain", f"{found['tokens_per_s']['plain']:.1f}", "", "", "", f"{server['plain']:.1f}", "",
-                         f"{server['ours_over_it']['plain']:.2f}")  # fmt: skip
+        over = f"{server['ours_over_it']['plain']:.2f}"
+        yield row.format("plain", plain, "", "", "", f"{server['plain']:.1f}", "", over)
 
 
 if __name__ == "__main__":
-    with open(sys.argv[1]) as file:
-        print("\n".join(lines(json.load(file))))
+    print("\n".join(lines(json.loads(Path(sys.argv[1]).read_text()))))

@@ -32,8 +32,13 @@ FLAGS = (
     "-DGGML_CUDA=ON", "-DGGML_CUDA_NCCL=OFF", f"-DCMAKE_CUDA_ARCHITECTURES={ARCHITECTURE}",
     # Or the linker drops libcuda.so.1, of which it has seen no function.
     "-DCMAKE_MODULE_LINKER_FLAGS=-Wl,--no-as-needed",
+    # It meets the libggml-base.so of the kit's programs.
+    "-DCMAKE_PLATFORM_NO_VERSIONED_SONAME=ON", "-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON",
     *(f"-DLLAMA_BUILD_{part}=OFF" for part in ("TESTS", "EXAMPLES", "TOOLS", "SERVER")),
 )  # fmt: skip
+# The libraries that it may need: of glibc and of the compiler, the kit's, and the driver's.
+NEEDED = {"libggml-base.so", "libcuda.so.1", "libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libc.so.6", "libdl.so.2",
+          "librt.so.1", "libpthread.so.0", "ld-linux-x86-64.so.2"}  # fmt: skip
 # What libggml-cuda.so is compiled from; a series that leaves these alone needs no other build.
 COMPILED = ("ggml/include", "ggml/src/ggml-cuda")
 HEADERS = ("ggml-impl.h", "ggml-common.h", "ggml-backend-impl.h")
@@ -101,7 +106,11 @@ def compile_library(llama: Path, home: Path, compiler: Path) -> None:
         shutil.copytree(llama, home / "llama.part", symlinks=True)
         (home / "llama.part").rename(home / "llama.cpp")
     cmake(home / "llama.cpp", home / "build", stand_ins(home / "toolkit", compiler), compiler, FLAGS, ["ggml-cuda"])
-    shutil.copy2(home / "build" / "bin" / "libggml-cuda.so", home / "libggml-cuda.so")
+    built = home / "build" / "bin" / "libggml-cuda.so"
+    needs = set(re.findall(r"NEEDED +(\S+)", run(["objdump", "-p", built])))
+    if not {"libggml-base.so", "libcuda.so.1"} <= needs <= NEEDED:
+        raise BuildError(f"{built} needs {', '.join(sorted(needs))}, not what the machine is sure to have.")
+    shutil.copy2(built, home / "libggml-cuda.so")
     for folder in ("llama.cpp", "build", "toolkit"):
         shutil.rmtree(home / folder)
 
@@ -138,9 +147,8 @@ def compile_all(llama: Path, into: Path) -> None:
     into.mkdir(parents=True, exist_ok=True)
     libraries = stand_ins(into / "toolkit", compiler)
     flags = [flag for flag in FLAGS if "ARCHITECTURES" not in flag and "LLAMA_BUILD" not in flag]
-    flags += ["-DCMAKE_CUDA_ARCHITECTURES=native", "-DCMAKE_PLATFORM_NO_VERSIONED_SONAME=ON", "-DLLAMA_BUILD_UI=OFF",
-              "-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_APP=OFF",
-              "-DLLAMA_OPENSSL=OFF"]  # fmt: skip
+    flags += ["-DCMAKE_CUDA_ARCHITECTURES=native", "-DLLAMA_BUILD_UI=OFF", "-DLLAMA_USE_PREBUILT_UI=OFF",
+              "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_APP=OFF", "-DLLAMA_OPENSSL=OFF"]  # fmt: skip
     targets = ["ggml-cuda", "ggml-cpu", "llama-server", "llama-bench", "mtmd", "test-backend-ops"]
     cmake(llama, into / "build", libraries, compiler, flags, targets)
     for path in (into / "build" / "bin").iterdir():

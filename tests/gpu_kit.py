@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -34,8 +35,10 @@ QUANT = "Q8_0"
 PACKAGES = (
     "click==8.5.1", "rich==15.0.0", "markdown-it-py==4.3.0", "mdurl==0.1.2", "pygments==2.21.0", "jinja2==3.1.6",
     "diskcache==5.6.3", "typing_extensions==4.16.0", "pytest==9.2.0", "pluggy==1.7.0", "iniconfig==2.3.1",
-    "packaging==26.4",
+    "packaging==26.4", "gguf==0.19.0",
 )  # fmt: skip
+# Packages with no wheel of Python alone that do without what is compiled in them; as installed here.
+PARTLY_COMPILED = ("markupsafe", "yaml")
 # AVX2, FMA and F16C, no more: the machine's CPU is not known. Devices are libraries that are loaded if they can be.
 PROGRAM_FLAGS = (
     "-DGGML_NATIVE=OFF", "-DGGML_BACKEND_DL=ON", "-DGGML_CUDA=OFF", "-DBUILD_SHARED_LIBS=ON", "-DLLAMA_BUILD_TESTS=ON",
@@ -106,10 +109,11 @@ def packages(into: Path, tree: Path) -> None:
     pip("install", "--quiet", "--no-deps", "--target", into, "--only-binary=:all:", "--platform=any",
         "--python-version=3.11", "--implementation=py", "--abi=none", *PACKAGES)  # fmt: skip
     pip("install", "--quiet", "--no-deps", "--target", into, "--no-build-isolation", ROOT)
-    # MarkupSafe has no wheel of Python alone, but it is one: what is compiled in it is there in Python too.
-    import markupsafe
-
-    shutil.copytree(Path(markupsafe.__file__).parent, into / "markupsafe", ignore=shutil.ignore_patterns("*.so", "*.c"))
+    for name in PARTLY_COMPILED:
+        found = importlib.util.find_spec(name)
+        assert found is not None and found.origin is not None, name
+        ignored = shutil.ignore_patterns("*.so", "*.c", "__pycache__")
+        shutil.copytree(Path(found.origin).parent, into / name, ignore=ignored)
     shutil.copytree(tree / "llama_cpp", into / "llama_cpp", ignore=shutil.ignore_patterns("lib", "server"))
     version = f"{source.upstream().version}+mtp.{len(series())}"
     (into / "llama_cpp" / "__init__.py").write_text(
@@ -198,7 +202,7 @@ def main() -> int:
             kit.mkdir()
             about = assemble(kit)
             archive.parent.mkdir(parents=True, exist_ok=True)
-            with tarfile.open(archive, "w:xz", preset=6) as packed:
+            with tarfile.open(archive, "w:xz", preset=9) as packed:
                 packed.add(kit, kit.name)
             held = {path.name: size(path) for path in sorted(kit.iterdir())}
     except BuildError as problem:

@@ -10,7 +10,7 @@ TOOLS  := $(VENV)/.ready-check
 
 .DEFAULT_GOAL := help
 .PHONY: help setup native demo test check fix bench bench-convert check-patches check-kernels check-arm check-formats check-stock \
-        check-distribution check-coupling check-invariance gpu-kit check-gpu-kit fuzz clean
+        check-distribution check-coupling check-invariance fuzz clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -91,6 +91,7 @@ check-coupling: $(READY) ## acceptance of coupled and greedy drafts at a tempera
 check-invariance: $(TESTS) ## 200 tokens alone and in batches of 2 to 9: the same logits, at the shape of E2B too
 	@$(BIN)/python -m pytest -m invariance tests/test_kernels.py
 
+.PHONY: gpu-kit check-gpu-kit
 gpu-kit: $(READY) ## one archive that checks and measures CUDA on a machine without network (docs/gpu.md)
 	@$(BIN)/python tests/gpu_kit.py
 

@@ -101,6 +101,13 @@ check-coupling: $(READY) ## acceptance of coupled and greedy drafts at a tempera
 check-invariance: $(TESTS) ## 200 tokens alone and in batches of 2 to 9: the same logits, at the shape of E2B too
 	@$(BIN)/python -m pytest -m invariance tests/test_kernels.py
 
+.PHONY: gpu-kit check-gpu-kit
+gpu-kit: $(READY) ## one archive that checks and measures CUDA on a machine without network (docs/gpu.md)
+	@$(BIN)/python tests/gpu_kit.py
+
+check-gpu-kit: $(TESTS) ## run the packed GPU kit here, from its archive, without network
+	@$(BIN)/python -m pytest -s -m kit tests/test_gpu_kit.py
+
 fuzz: $(TESTS) ## mutated GGUF and safetensors files against the readers, FUZZ_SECONDS long (60)
 	@nice -n 19 $(BIN)/python tests/fuzz_headers.py --seconds $(or $(FUZZ_SECONDS),60) --seed $(or $(FUZZ_SEED),0)
 

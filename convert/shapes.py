@@ -1,7 +1,7 @@
 """Pairs with random weights at the published shapes: what a speed depends on, without the weights.
 
 Every tensor has the type and size that convert would give it. The values are random blocks drawn from a pool that
-libggml quantized, so that gigabytes are written at the speed of the disk.
+libggml quantized, by every core at once, so that gigabytes are written at the speed of the disk.
 
 Sizes: config.json of the published checkpoints, as collected in ollama's x/models/gemma4/gemma4_test.go and in the
 drafters' model cards.
@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,7 @@ Config = TargetConfig | DrafterConfig
 
 # Says that weights are random, and with which seed.
 KEY_SEED = "mtp.random.seed"
-GENERATOR = 3  # counts changes of what is generated
+GENERATOR = 4  # counts changes of what is generated
 
 VOCAB, DRAFTER_LAYERS = 262144, 4
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -301,36 +304,46 @@ NORMS = {
 LAST_MLP_NORM = 2.0
 POOL = 1 << 22  # values of a pool, which blocks are drawn from
 UNIT = 32  # values drawn together where a type has no blocks
-CHUNK = 1 << 26  # bytes written at once
+CHUNK = 1 << 24  # bytes written at once
 
 
 def write(
     planned: Plan, checkpoint: Synthetic, path: Path, tied: Mapping[str, Any], count: Callable[[int], None]
 ) -> None:
-    """Write one GGUF file with the metadata that convert would write and random blocks."""
-    pools: dict[Type, Bytes] = {}
-    rng = np.random.default_rng(checkpoint.seed)
-    hashes: list[str] = []
+    """Write one GGUF file with the metadata that convert would write and random blocks, on all cores."""
+    head = header(planned, Part(0, 1, planned.tensors), checkpoint, tied)
+    begins = list(accumulate((padded(tensor.n_bytes) for tensor in planned.tensors), initial=len(head)))
     with path.open("xb") as file:
-        file.write(header(planned, Part(0, 1, planned.tensors), checkpoint, tied))
-        for tensor in planned.tensors:
-            digest = hashlib.sha256()
-            for piece in _pieces(tensor, checkpoint.config, pools, rng):
+        file.write(head)
+        file.truncate(begins[-1])
+    kinds = dict.fromkeys(tensor.type for tensor in planned.tensors if len(tensor.shape) > 1)
+    rng = np.random.default_rng(checkpoint.seed)
+    pools = {kind: _pool(kind, rng) for kind in kinds}
+
+    def fill(place: int) -> str:
+        """Write one tensor; returns its hash."""
+        digest = hashlib.sha256()
+        own = np.random.default_rng([checkpoint.seed, place])  # so that no tensor waits for another
+        with path.open("r+b") as file:
+            file.seek(begins[place])
+            for piece in _pieces(planned.tensors[place], checkpoint.config, pools, own):
                 file.write(piece.data)
                 digest.update(piece.data)
-                count(piece.nbytes)
-            file.write(b"\0" * (padded(tensor.n_bytes) - tensor.n_bytes))
-            hashes.append(digest.hexdigest())
+        return digest.hexdigest()
+
+    hashes: list[str] = []
+    with ThreadPoolExecutor(os.cpu_count()) as executor:
+        for tensor, made in zip(planned.tensors, executor.map(fill, range(len(planned.tensors))), strict=True):
+            hashes.append(made)
+            count(tensor.n_bytes)
     seal(path, hashes)
 
 
-def _pieces(tensor: Planned, config: Config, pools: dict[Type, Bytes], rng: np.random.Generator) -> Iterator[Bytes]:
+def _pieces(tensor: Planned, config: Config, pools: Mapping[Type, Bytes], rng: np.random.Generator) -> Iterator[Bytes]:
     """The blocks of one tensor, in pieces of at most CHUNK bytes."""
     if len(tensor.shape) == 1:
         yield quantize(_vector(tensor, config, rng), tensor.type)
         return
-    if tensor.type not in pools:
-        pools[tensor.type] = _pool(tensor.type, rng)
     pool = pools[tensor.type]
     left = tensor.n_bytes // pool.shape[1]
     while left:

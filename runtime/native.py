@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 import warnings
 from typing import Any
@@ -48,6 +49,18 @@ def check_cpu() -> None:
         )
 
 
+def load_backends() -> None:
+    """Have ggml load the backends of a portable build, if nobody did before.
+
+    Until a `Llama` says how much is to be logged all of it is, which here is a line on stderr.
+    """
+    logger = logging.getLogger("llama-cpp-python")
+    kept = logger.level
+    logger.setLevel(kept or logging.ERROR)
+    lib.llama_backend_init()
+    logger.setLevel(kept)
+
+
 class DlInfo(ctypes.Structure):
     """What dladdr tells of an address (dlfcn.h)."""
 
@@ -61,7 +74,7 @@ def cpu_library() -> str | None:
 
     None on Windows, and where no CPU backend could be loaded.
     """
-    lib.llama_backend_init()  # loads the backends, if nobody did before
+    load_backends()
     by_name = getattr(lib._lib, "ggml_backend_reg_by_name", None)
     dladdr = None if os.name == "nt" else ctypes.CDLL(None).dladdr
     if by_name is None or dladdr is None:
@@ -81,7 +94,8 @@ def has_gpu() -> bool:
 
     llama.cpp's own answer also counts the ability to use another machine's devices (RPC), which are none of this one.
     """
-    if not lib.llama_supports_gpu_offload():  # loads the backends, if nobody did before
+    load_backends()
+    if not lib.llama_supports_gpu_offload():
         return False
     of_type = getattr(lib._lib, "ggml_backend_dev_by_type", None)
     if of_type is None:

@@ -53,6 +53,7 @@ def generate(portable: Path, pair: Pair, before: Sequence[str | Path] = (), **en
         command, env={**os.environ, "PYTHONPATH": packages, **env}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+    assert "load_backend" not in done.stderr  # verbose is off
     told: dict[str, Any] = json.loads(done.stdout)
     return told
 

@@ -94,9 +94,10 @@ def test_an_index_that_cannot_be_reached_is_no_error(capfd: pytest.CaptureFixtur
 
 # What a line of a recipe runs, and the stamp of the packages that it needs; the first that fits counts.
 NEEDS = {
+    r"patches/build\.py wheel|/pip .* wheel": "$(WHEEL)",
     r"patches/build\.py": "$(BIN)/python",
     r"/(ruff|mypy) ": "$(TOOLS)",
-    r"tests/(demo|coupling)\.py": "$(READY)",
+    r"tests/(demo|coupling|gpu_kit)\.py": "$(READY)",
     r"-m pytest|tests/\w+\.py": "$(TESTS)",
 }
 

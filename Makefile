@@ -47,6 +47,7 @@ native: $(BIN)/python ## build (or take from the cache) and install the patched 
 	@$(BIN)/python patches/build.py install
 
 wheel: $(WHEEL) ## our wheel, and llama-cpp-python's with kernels for every CPU of this architecture, into dist/
+	@rm -rf build/lib build/bdist.*
 	@$(BIN)/pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation --wheel-dir dist . && ls dist/gemma_mtp-*.whl
 	@$(BIN)/python patches/build.py wheel --portable dist
 

@@ -32,6 +32,11 @@ from .stock import build_stock
 from .wheel import build_wheel, cmake_args, deliver, describe, install
 
 
+def here(**options: Any) -> None:
+    """Build the wheel and install it into this environment."""
+    install(cmake_args(**options))
+
+
 def wheel(folder: Path, **options: Any) -> None:
     """Build the wheel, put it into a folder and print what it is."""
     flags = cmake_args(**options)
@@ -55,7 +60,7 @@ def arguments() -> dict[str, Any]:
         added.add_argument("--portable", action="store_true", help="for every CPU of this architecture")
         return added
 
-    kinds(action("install", lambda **options: install(cmake_args(**options)), "build it and install it here"))
+    kinds(action("install", here, "build it and install it here"))
     made = kinds(action("wheel", wheel, "build it, to be installed elsewhere"))
     made.add_argument("folder", nargs="?", type=Path, default=Path("dist"), help="where the wheel goes (dist)")
     action("check", check, "apply the series, export it again, compile every prefix of it")

@@ -252,22 +252,25 @@ def report(flags: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def install(flags: Sequence[str]) -> None:
+def install(flags: Sequence[str]) -> bool:
     """Install the patched llama-cpp-python into this interpreter's environment, unless it is there already.
 
     Args:
         flags: as `cmake_args` gives them.
 
+    Returns:
+        Whether there was something to install.
+
     Raises:
         BuildError: as `build_wheel`, or pip cannot install.
     """
     if installed()[1] == build_key(flags):
-        say(f"llama-cpp-python {local_version()} is installed already")
-        return
+        return False
     wheel = build_wheel(flags)
     pip("install", "--quiet", wheel)
     pip("install", "--quiet", "--force-reinstall", "--no-deps", wheel)
     say(f"installed {wheel.name}")
+    return True
 
 
 def deliver(wheel: Path, folder: Path) -> Path:

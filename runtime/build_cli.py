@@ -32,7 +32,8 @@ def build(check: bool, as_json: bool, **options: Any) -> None:
     """
     flags = wheel.cmake_args(**options)
     if not check:
-        wheel.install(flags)
+        if not wheel.install(flags):
+            click.echo(f"llama-cpp-python {wheel.local_version()} is installed already", err=True)
         return
     report = wheel.report(flags) | {"kernels": _kernels()}
     if as_json:

@@ -40,6 +40,7 @@ def kit(tmp_path: Path) -> Path:
     (made / "stock-key").write_text("stock")
     for name in PROGRAMS:
         program(made / "bin" / "ours" / name)
+    program(made / "bin" / "ours" / "llama-bench", "echo '[]'")
     return made
 
 
@@ -78,7 +79,7 @@ def test_what_is_missing_is_told_and_the_rest_runs(kit: Path) -> None:
     assert found["dry"] is True and found["kit"]["commit"] == "c"
     assert steps["devices"]["status"] == "skipped" and "no GPU" in steps["devices"]["said"]
     assert steps["programs"]["status"] == steps["operations"]["status"] == "passed"
-    for name in ("tokens", "drafts", "head", "graphs", "bench-E2B"):
+    for name in ("tokens", "drafts", "head", "graphs", "bench-E2B", "bench-E2B-stock"):
         assert steps[name]["status"] == "skipped" and "no Python" in steps[name]["said"], name
     assert steps["server"]["status"] == "failed"  # it pretends
     assert found["failures"] == 1 and found["status"] == 1
@@ -89,6 +90,28 @@ def test_a_program_that_does_not_start_is_told(kit: Path) -> None:
     step = by_name(run(kit, **without_python(kit)))["programs"]
     assert step["status"] == "failed"
     assert step["said"].endswith("there is no python3")
+
+
+def test_a_gpu_that_llama_cpp_does_not_see_is_no_gpu(kit: Path) -> None:
+    """Nothing that is meant for a GPU is measured on the CPU without a word."""
+    env = without_python(kit)
+    program(Path(env["PATH"]) / "nvidia-smi", "echo 'GPU 0: pretended'")
+    found = run(kit, **env)
+    steps = by_name(found)
+    assert (found["dry"], found["gpu"]) == (False, "GPU 0: pretended")
+    assert steps["devices"]["status"] == "passed"
+    assert steps["programs"]["status"] == "failed"
+    assert {steps[f"bench-{shape}"]["status"] for shape in ("E2B", "31B")} == {"skipped"}
+    assert "does not see the GPU" in steps["bench-31B"]["said"]
+    program(kit / "bin" / "ours" / "llama-server", "echo CUDA0: pretended")
+    program(kit / "bin" / "ours" / "test-backend-ops", 'shift; echo "asked: $*"; echo "1/1 tests passed"')
+    found = run(kit, **env)
+    steps = by_name(found)
+    assert steps["programs"]["said"] == "as packed"
+    assert "no Python" in steps["bench-31B"]["said"]
+    assert steps["operations"]["said"] == "1/1 tests passed,1/1 tests passed"
+    assert "asked: -j" in (kit.parent / "here" / "out" / "log.txt").read_text()
+    assert found["status"] == 1  # what was skipped is not passed
 
 
 def test_a_step_ends_at_its_limit_and_the_results_are_there(kit: Path) -> None:
@@ -107,6 +130,7 @@ def test_a_run_that_is_killed_leaves_what_it_has(kit: Path) -> None:
     here = kit.parent / "here"
     here.mkdir()
     env = without_python(kit) | {"HOME": str(here), "GPU_KIT_PYTHON": "none", "PIDS": str(here)}
+    env["GPU_KIT_WORK"] = str(kit.parent / "work")
     command = f"echo $$ > {here}/run; exec bash {kit}/run.sh {here}/out"
     done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, timeout=60)
     assert done.returncode == -9

@@ -42,7 +42,7 @@ step() {
     else
         timeout -k 5 "$limit" bash -c '"$@"' step "$@" > "$work/said" 2>&1 < /dev/null
         code=$?
-        reason=$(grep -v '^ *$' "$work/said" | tail -n 1 | cut -c1-300)
+        reason=$(grep -v '^ *$' "$work/said" | tail -n 1 | sed 's/\x1b\[[0-9;]*m//g' | cut -c1-300)
         case $code in
             0) ;;
             77) status=skipped ;;
@@ -97,9 +97,9 @@ devices() {
     nvidia-smi --query-gpu=name,memory.total,driver_version,clocks.sm,power.limit --format=csv,noheader
 }
 
-# cuBLAS of the machine, where the loader does not look by itself: libggml-cuda asks for it by name.
-cublas_folders() {
-    ls -d /usr/local/cuda*/lib64 /usr/local/cuda*/targets/x86_64-linux/lib 2>/dev/null
+# Where the machine may have cuBLAS, which libggml-cuda asks for by name, and the driver, if the loader does not look there.
+cuda_folders() {
+    ls -d /usr/local/nvidia/lib64 /usr/local/nvidia/lib /usr/local/cuda*/lib64 /usr/local/cuda*/targets/x86_64-linux/lib 2>/dev/null
     [ -n "$python" ] && "$python" -c 'import nvidia.cu13 as c; print(list(c.__path__)[0] + "/lib")' 2>/dev/null
 }
 
@@ -116,17 +116,28 @@ starts() {
     return 1
 }
 
+loading="import ctypes; [ctypes.CDLL('./libggml-' + name + '.so') for name in ('base', 'cuda')]"
+sees_gpu() { "$1/llama-server" --list-devices 2>&1 | grep 'CUDA0'; }
+
 programs() {
     if starts "$bin/ours"; then
         :
     elif LD_LIBRARY_PATH=$LD_LIBRARY_PATH:$bin/fallback starts "$bin/ours"; then
         touch "$work/fallback"
+        LD_LIBRARY_PATH=$LD_LIBRARY_PATH:$bin/fallback
         echo "with the kit's copies of the compiler's libraries"
     else
         compile
         return
     fi
-    if [ ! -e "$bin/ours/libggml-cuda.so" ] && [ "$dry" = false ]; then compile; else echo "as packed"; fi
+    if [ "$dry" = true ] || sees_gpu "$bin/ours"; then
+        echo "as packed"
+        return
+    fi
+    echo "llama.cpp does not see the GPU:"
+    ldd "$bin/ours/libggml-cuda.so" 2>&1 | grep 'not found\|No such'
+    [ -n "$python" ] && (cd "$bin/ours" && "$python" -c "$loading" 2>&1 | tail -n 1)
+    compile
 }
 
 compile() {  # ours for this GPU, from the packed sources
@@ -135,7 +146,8 @@ compile() {  # ours for this GPU, from the packed sources
         command -v $tool > /dev/null || { echo "to be compiled here, but there is no $tool"; return 1; }
     done
     python3 "$kit/tests/gpu_cuda.py" "$kit/source" "$work/compiled" || return
-    cp "$work/compiled/libggml-cuda.so" "$bin/stock/" && touch "$work/ready" && echo "compiled here"
+    cp "$work/compiled/libggml-cuda.so" "$bin/stock/" && touch "$work/ready" || return
+    sees_gpu "$work/compiled" && echo "compiled here"
 }
 
 # --- llama-server without Python: HTTP by bash alone
@@ -181,15 +193,26 @@ server() {
     [ $same -ge 2 ]  # a near-tie may part one
 }
 
+speed() {  # of the bundled target alone
+    "$ours/llama-bench" -m "$kit/pair/target.gguf" -ngl 99 -p 128 -n 64 -r 2 -o json > "$work/speed" || return
+    grep -q '^\[' "$work/speed" || { echo "llama-bench printed no result"; return 1; }
+    printf '{"llama_bench": ' > "$figures"
+    tr -d '\n' < "$work/speed" >> "$figures"
+    printf '}' >> "$figures"
+    grep -oE '"avg_ts": [0-9.]+' "$work/speed" | paste -sd' '
+}
+
 # --- what the ordered head is made of, and what the series changes, against libggml's CPU kernels
 
 operations() {
     local ops=("$ours/test-backend-ops" test -j "$(nproc)") products='type_a=(q4_K|q6_K|q8_0|q4_0|f16|f32),type_b=f32'
     if [ "$dry" = true ]; then
-        "${ops[@]}" -b CPU -o TOP_K,TANH
+        "${ops[@]}" -b CPU -o TOP_K,TANH || return
     else
-        "${ops[@]}" -b CUDA0 -o TOP_K,GET_ROWS,CONT,TANH,GELU,GEGLU && "${ops[@]}" -b CUDA0 -o MUL_MAT_ID,MUL_MAT -p "$products"
+        "${ops[@]}" -b CUDA0 -o TOP_K,GET_ROWS,CONT,TANH,GELU,GEGLU || return
+        "${ops[@]}" -b CUDA0 -o MUL_MAT_ID,MUL_MAT -p "$products" || return
     fi
+    echo "$(grep -oE '[0-9]+/[0-9]+ tests passed' "$work/said" | paste -sd,)"
 }
 
 # --- Python
@@ -208,6 +231,7 @@ tests() {  # NAME: tests marked gpu
 }
 
 bench() {  # ARGUMENTS: gemma-mtp bench; its last line is one JSON object
+    [ "$dry" = true ] || sees_gpu "$ours" || skip "llama.cpp does not see the GPU" || return
     [ -n "$python" ] || skip "no Python from 3.11 on that has numpy" || return
     # Stock's libggml looks for its devices in the current folder.
     (cd "$bin/stock" && run -c 'from gemma_mtp.runtime.cli import main; main()' bench "$@") > "$work/bench" 2> "$work/err"
@@ -234,7 +258,7 @@ main() {
         *) dry=true gpu="nvidia-smi lists none" ;;
     esac
     python=$(find_python)
-    LD_LIBRARY_PATH=${LD_LIBRARY_PATH:-$kit/bin/ours}$(cublas_folders | sed 's/^/:/' | tr -d '\n')
+    LD_LIBRARY_PATH=${LD_LIBRARY_PATH:-$kit/bin/ours}$(cuda_folders | sed 's/^/:/' | tr -d '\n')
     PYTHONPATH=$kit/python PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 GEMMA_MTP_CACHE=$work/cache GEMMA_MTP_CUDA=1
     GPU_KIT_PAIR=$kit/pair
     [ "$dry" = true ] && GPU_KIT_DRY=1
@@ -255,6 +279,7 @@ main() {
     preload=$bin/libcounts.so step graphs 25 tests draft_step
     step operations 60 operations
     step server 40 server
+    step llama-bench 20 speed
 
     local shape small=() rates=0.35,0.6,0.8,0.95
     local weights=(-q Q4_K_M --drafter-quant Q8_0)

@@ -16,7 +16,7 @@ def lines(results):
         elif figures and all(isinstance(found, dict) for found in figures.values()):
             for name, found in figures.items():
                 yield f"{step['step']}, {name}: {json.dumps(found)}"
-        elif figures:
+        elif figures and step["step"] != "llama-bench":  # its last line says enough
             yield f"{step['step']}: {json.dumps(figures)}"
 
 

@@ -47,10 +47,9 @@ print(json.dumps({"tokens": tokens, "accepted": stats["mtp"], "library": cpu_lib
 def generate(portable: Path, pair: Pair, before: Sequence[str | Path] = (), **env: str) -> dict[str, Any]:
     """Tokens of a pair by the portable wheel in a process of its own, and the library whose kernels made them."""
     path = os.pathsep.join([str(portable), os.environ.get("PYTHONPATH", "")])
-    command = [*before, Path(sys.executable).resolve(), "-c", GENERATE, pair.target]
-    packages = os.pathsep.join([path, *(each for each in sys.path if each.endswith("site-packages"))])
+    command = [*before, sys.executable, "-c", GENERATE, pair.target]
     done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": packages, **env}, capture_output=True, text=True, check=False
+        command, env={**os.environ, "PYTHONPATH": path, **env}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "load_backend" not in done.stderr  # verbose is off

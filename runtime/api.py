@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from gemma_mtp.convert import link
 from gemma_mtp.runtime import logprobs
-from gemma_mtp.runtime.drafter import Drafter
+from gemma_mtp.runtime.draft.drafter import Drafter
 from gemma_mtp.runtime.faults import CLOSED, Careful, Closed, check_grammar, explain_decode
 from gemma_mtp.runtime.guard import CALL, STREAM, Guard
 from gemma_mtp.runtime.logprobs import Kept

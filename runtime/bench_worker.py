@@ -133,7 +133,7 @@ class Measure:
 
     def draft_round(self, length: int, times: int, warm: int = 1) -> list[float]:
         """Rounds of `length` drafted tokens behind the prompt."""
-        from gemma_mtp.runtime.drafter import DraftSettings
+        from gemma_mtp.runtime.draft.drafter import DraftSettings
 
         drafter = self.llm.drafter
         assert drafter is not None
@@ -158,8 +158,8 @@ class Measure:
 
     def forget(self) -> None:
         """Know nothing of costs and acceptance, as when a pair is first run on a machine, and keep nothing on disk."""
-        from gemma_mtp.runtime.costs import Costs
-        from gemma_mtp.runtime.draft_length import Policy
+        from gemma_mtp.runtime.draft.costs import Costs
+        from gemma_mtp.runtime.draft.length import Policy
         from gemma_mtp.runtime.requests import MOST
 
         class Forgotten(Costs):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from gemma_mtp.runtime.drafts import Draft, Drafts
+from gemma_mtp.runtime.draft.proposals import Draft, Drafts
 from gemma_mtp.runtime.sampling import Choose
 from gemma_mtp.runtime.stats import Stats
 from gemma_mtp.runtime.verify import verify

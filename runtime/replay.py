@@ -13,9 +13,9 @@ from statistics import harmonic_mean
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from gemma_mtp.runtime import drafts
+from gemma_mtp.runtime.draft import proposals
 from gemma_mtp.runtime.bench_settings import Chance
-from gemma_mtp.runtime.lookup import Lookup
+from gemma_mtp.runtime.draft.lookup import Lookup
 from gemma_mtp.runtime.native import Floats
 from gemma_mtp.runtime.sampling import Choose
 from llama_cpp import llama_cpp as lib
@@ -145,7 +145,7 @@ def watched(
         record, chance, seed, begin: for `Replay`.
         end: tokens of the sequence after which no further round begins: `Enough` is raised between two.
     """
-    real, decode, make = llm.drafter, lib.llama_decode, drafts.Drafts.make
+    real, decode, make = llm.drafter, lib.llama_decode, proposals.Drafts.make
     replay = Replay(real, record, chance, seed, begin)
     spent = Spent(replay)
     target = llm.ctx
@@ -159,19 +159,19 @@ def watched(
         spent.decode += perf_counter() - clock
         return status
 
-    def ending(self: drafts.Drafts, token: int, row: int) -> drafts.Draft:
+    def ending(self: proposals.Drafts, token: int, row: int) -> proposals.Draft:
         if llm.n_tokens + 1 >= end:
             raise Enough
         return make(self, token, row)
 
     lib.llama_decode, llm.drafter = timed, replay  # type: ignore[assignment]
-    drafts.Drafts.make = ending  # type: ignore[method-assign]
-    drafts.Lookup = Lookup if chance is None else Fruitless  # type: ignore[attr-defined]
+    proposals.Drafts.make = ending  # type: ignore[method-assign]
+    proposals.Lookup = Lookup if chance is None else Fruitless  # type: ignore[attr-defined]
     try:
         yield spent
     finally:
         lib.llama_decode, llm.drafter = decode, real
-        drafts.Drafts.make, drafts.Lookup = make, Lookup  # type: ignore[attr-defined, method-assign]
+        proposals.Drafts.make, proposals.Lookup = make, Lookup  # type: ignore[attr-defined, method-assign]
 
 
 def until_enough(tokens: Iterator[int]) -> Iterator[int]:

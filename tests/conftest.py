@@ -11,7 +11,7 @@ import pytest
 from demo import QUANT
 from gemma_mtp.convert import Pair, convert_pair
 from gemma_mtp.patches import source, wheel
-from gemma_mtp.runtime import costs
+from gemma_mtp.runtime.draft import costs
 from tiny import PAIR, SIZES, make_drafter, make_pair, make_target
 from upstream import Upstream
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from demo import OUT, PAIR, QUANT, held_out
 from gemma_mtp.convert import convert_pair
 from gemma_mtp.runtime import Llama
-from gemma_mtp.runtime.drafter import DraftSettings
+from gemma_mtp.runtime.draft.drafter import DraftSettings
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table

@@ -17,13 +17,14 @@ from click.testing import CliRunner
 from gemma_mtp.convert import Pair, link, shapes
 from gemma_mtp.convert.verify import verify_files
 from gemma_mtp.patches import stock
-from gemma_mtp.runtime import Llama, bench, drafts, machine, native
+from gemma_mtp.runtime import Llama, bench, machine, native
+from gemma_mtp.runtime.draft import proposals
 from gemma_mtp.runtime.bench_settings import Chance, Settings
 from gemma_mtp.runtime.bench_speed import best_length
 from gemma_mtp.runtime.bench_worker import Measure, Worker
 from gemma_mtp.runtime.cli import main
-from gemma_mtp.runtime.draft_length import Policy
-from gemma_mtp.runtime.lookup import Lookup
+from gemma_mtp.runtime.draft.length import Policy
+from gemma_mtp.runtime.draft.lookup import Lookup
 from gemma_mtp.runtime.replay import Replay, expected_tokens
 from gemma_mtp.runtime.requests import MOST
 from test_drafts import paying
@@ -169,7 +170,7 @@ def test_replays_end_between_rounds_and_keep_to_the_record(length: int | str, de
     assert 40 <= found["generated"] + 1 < 40 + MOST + 1
     assert set(found["stats"]["drafted_from"]) == (set() if length == 0 else {"mtp"})
     assert len(record) == 60
-    assert drafts.Lookup is Lookup
+    assert proposals.Lookup is Lookup
 
 
 def test_best_length_weighs_cost_and_acceptance() -> None:

@@ -20,9 +20,9 @@ import pytest
 from coupling import probabilities
 from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import Llama, Stats, loop
-from gemma_mtp.runtime.costs import Costs
-from gemma_mtp.runtime.draft_length import Policy
-from gemma_mtp.runtime.drafts import Drafts
+from gemma_mtp.runtime.draft.costs import Costs
+from gemma_mtp.runtime.draft.length import Policy
+from gemma_mtp.runtime.draft.proposals import Drafts
 from gemma_mtp.runtime.requests import MOST
 from gemma_mtp.runtime.sampling import Sampler
 from gemma_mtp.runtime.verify import verify

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gemma_mtp.runtime.costs import STEP, Costs
-from gemma_mtp.runtime.draft_length import Acceptance, Policy, rates
+from gemma_mtp.runtime.draft.costs import STEP, Costs
+from gemma_mtp.runtime.draft.length import Acceptance, Policy, rates
 
 Level = Callable[[int], float]
 MOST = 15

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import Llama, Stats
-from gemma_mtp.runtime.costs import STEP, Costs
-from gemma_mtp.runtime.draft_length import Policy
+from gemma_mtp.runtime.draft.costs import STEP, Costs
+from gemma_mtp.runtime.draft.length import Policy
 from gemma_mtp.runtime.grammar import Mask
-from gemma_mtp.runtime.lookup import Lookup
+from gemma_mtp.runtime.draft.lookup import Lookup
 from gemma_mtp.runtime.requests import MOST
 from gemma_mtp.runtime.sampling import NoTokenLeft, Sampler, draw, gumbel, largest, lowest_best
 from test_kv import see

@@ -19,7 +19,7 @@ from children import GUARD, ended, serving, started
 from gemma_mtp.convert import Pair, convert_pair, link
 from gemma_mtp.patches import source
 from gemma_mtp.runtime import Llama, native
-from gemma_mtp.runtime.drafter import DraftSettings
+from gemma_mtp.runtime.draft.drafter import DraftSettings
 from gemma_mtp.runtime.sampling import gumbel
 from llama_cpp import llama_cpp as lib
 from llama_cpp import llama_cpp_ext as ext

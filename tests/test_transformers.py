@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from gemma_mtp.convert import Pair, convert_pair
-from gemma_mtp.runtime import Llama, drafter, native
-from gemma_mtp.runtime.drafter import DraftSettings
+from gemma_mtp.runtime import Llama, native
+from gemma_mtp.runtime.draft import drafter
+from gemma_mtp.runtime.draft.drafter import DraftSettings
 from tiny import PAIR
 from transformers import Gemma4ForConditionalGeneration, GenerationConfig
 from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import numpy as np
-from gemma_mtp.runtime.draft_length import fitting
+from gemma_mtp.runtime.draft.length import fitting
 from gemma_mtp.runtime.sampling import gumbel, lowest_best
 from gemma_mtp.runtime.stats import Stats
 from gemma_mtp.runtime.verify import verify

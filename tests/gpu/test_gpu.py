@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import pytest
 from gemma_mtp.convert import link
-from gemma_mtp.runtime import Llama, drafter, native
-from gemma_mtp.runtime.drafter import DraftSettings
+from gemma_mtp.runtime import Llama, native
+from gemma_mtp.runtime.draft import drafter
+from gemma_mtp.runtime.draft.drafter import DraftSettings
 from gemma_mtp.runtime.sampling import gumbel
 
 DRY = os.environ.get("GPU_KIT_DRY") == "1"

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 from gemma_mtp.convert import link
-from gemma_mtp.runtime.bench_settings import PROMPTS, WARM_TOKENS, Chance, Settings
+from gemma_mtp.runtime.bench.measure.settings import PROMPTS, WARM_TOKENS, Chance, Settings
 from gemma_mtp.runtime.pair import resolve
 from gemma_mtp.runtime.requests import checked_length
 
@@ -151,9 +151,9 @@ def bench(
         raise click.ClickException("--plot needs matplotlib; run: pip install 'gemma-mtp[plot]'")
     if plot is not None and not plot.absolute().parent.is_dir():
         raise click.ClickException(f"--plot {plot}: there is no folder {plot.absolute().parent}; make it first.")
-    from gemma_mtp.runtime import bench_report
-    from gemma_mtp.runtime.bench import measure
-    from gemma_mtp.runtime.machine import physical_cores
+    from gemma_mtp.runtime.bench.measure import report
+    from gemma_mtp.runtime.bench.measure import measure
+    from gemma_mtp.runtime.bench.measure.machine import physical_cores
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -181,9 +181,9 @@ def bench(
             threads=threads or physical_cores(), **rest,
         )  # fmt: skip
         result = measure(settings, step)
-    bench_report.show(result, Console(highlight=False))
+    report.show(result, Console(highlight=False))
     if plot is not None:
-        bench_report.plot(result, plot)
+        report.plot(result, plot)
         click.echo(f"wrote {plot}", err=True)
     click.echo(json.dumps(result))
 

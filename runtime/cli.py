@@ -180,7 +180,7 @@ def loading_options(command: Any) -> Any:
 
     @functools.wraps(command)
     def loaded(*arguments: Any, n_threads: int | None, **others: Any) -> Any:
-        from gemma_mtp.runtime.machine import physical_cores
+        from gemma_mtp.runtime.bench.measure.machine import physical_cores
 
         # A pass over a draft is a batch to llama.cpp: -t is for both, as in its own tools; so is their default.
         threads = n_threads or physical_cores()

@@ -19,9 +19,10 @@ from typing import Any
 from gemma_mtp.convert import MtpError, convert_pair
 from gemma_mtp.convert.shapes import generate
 from gemma_mtp.patches import source
-from gemma_mtp.runtime import Llama, Stats, machine
-from gemma_mtp.runtime.bench import measure
-from gemma_mtp.runtime.bench_settings import Chance, Settings, Step
+from gemma_mtp.runtime import Llama, Stats
+from gemma_mtp.runtime.bench.measure import machine
+from gemma_mtp.runtime.bench.measure import measure
+from gemma_mtp.runtime.bench.measure.settings import Chance, Settings, Step
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table

@@ -17,15 +17,17 @@ from click.testing import CliRunner
 from gemma_mtp.convert import Pair, link, shapes
 from gemma_mtp.convert.verify import verify_files
 from gemma_mtp.patches import stock
-from gemma_mtp.runtime import Llama, bench, machine, native
+from gemma_mtp.runtime import Llama, native
+from gemma_mtp.runtime.bench.measure import measure
+from gemma_mtp.runtime.bench.measure import machine
 from gemma_mtp.runtime.draft import proposals
-from gemma_mtp.runtime.bench_settings import Chance, Settings
-from gemma_mtp.runtime.bench_speed import best_length
-from gemma_mtp.runtime.bench_worker import Measure, Worker
+from gemma_mtp.runtime.bench.measure.settings import Chance, Settings
+from gemma_mtp.runtime.bench.measure.speed import best_length
+from gemma_mtp.runtime.bench.measure.worker import Measure, Worker
 from gemma_mtp.runtime.cli import main
 from gemma_mtp.runtime.draft.length import Policy
 from gemma_mtp.runtime.draft.lookup import Lookup
-from gemma_mtp.runtime.replay import Replay, expected_tokens
+from gemma_mtp.runtime.bench.measure.replay import Replay, expected_tokens
 from gemma_mtp.runtime.requests import MOST
 from test_drafts import paying
 
@@ -84,7 +86,7 @@ def test_speeds_alone(demo: Pair) -> None:
         demo.target, demo.drafter, acceptance=(Chance((0.8,)),), own=False, draft=(3,), tokens=16, warm_tokens=16,
         repeat=1, ctx_filled=40, threads=1, speeds=True,
     )  # fmt: skip
-    found = bench.measure(settings)
+    found = measure.measure(settings)
     assert "target_pass_ms" not in found
     assert min(found["tokens_per_s"]["plain"], found["auto"]["0.8"]["speedup"]) > 0
     assert found["left_record"] == 0
@@ -194,7 +196,7 @@ def test_random_weights_are_a_linked_pair_at_true_shape(small: tuple[Path, Path]
     target, drafter = (link.read_header(path) for path in small)
     verify_files(small[0])  # every block finite, the link checked
     assert link.find_drafter(target.path) == drafter.path
-    assert target.metadata[shapes.KEY_SEED] == target.metadata[bench.KEY_SEED] == 0
+    assert target.metadata[shapes.KEY_SEED] == target.metadata[measure.KEY_SEED] == 0
     assert target.tensors["token_embd.weight"].shape == (1536, 262144)
     assert target.tensors["blk.4.ffn_down.weight"].shape == (6144, 1536)
     assert drafter.metadata[link.KEY_N_CENTROIDS] == 2048
@@ -263,7 +265,7 @@ def test_every_shape_is_planned_whole_and_shortened(shape: str) -> None:
         (["--shape", "E2B", "--draft", "0"], "plain generation is measured anyway"),
         (["--shape", "E2B", "--acceptance", "0.5:8"], "take turns"),
         (["."], "must hold one target"),
-        (["--shape", "E2B", "--plot", "none/bench.png"], "there is no folder"),
+        (["--shape", "E2B", "--plot", "none/measure.png"], "there is no folder"),
     ],
 )
 def test_bad_arguments_get_one_clear_line(
@@ -287,7 +289,7 @@ def test_too_little_memory_is_refused_before_anything_is_loaded(demo: Pair, monk
     monkeypatch.setattr(native, "has_gpu", lambda: False)
     settings = Settings(demo.target, demo.drafter)
     with pytest.raises(RuntimeError, match="processes need about"):
-        bench.measure(settings)
+        measure.measure(settings)
 
 
 def test_the_machine_is_described() -> None:

@@ -128,7 +128,7 @@ def test_work_on_a_pair(command: str, demo: Pair, tmp_path: Path, place: dict[st
 def test_a_measurement_and_its_process(demo: Pair, tmp_path: Path, place: dict[str, Any]) -> None:
     """While bench waits for the process that measures."""
     code = (
-        "from gemma_mtp.runtime.bench_worker import Worker as w; real = w.call\n"
+        "from gemma_mtp.runtime.bench.measure.worker import Worker as w; real = w.call\n"
         "w.call = lambda *a, **k: (print('measuring', flush=True), real(*a, **k))[1]\n" + MAIN
     )
     command = [sys.executable, "-c", code, "bench", demo.target, "-t", "1", "-n", "2000"]

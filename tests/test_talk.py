@@ -23,7 +23,7 @@ from click.testing import CliRunner
 from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import Llama
 from gemma_mtp.runtime.cli import main
-from gemma_mtp.runtime.machine import physical_cores
+from gemma_mtp.runtime.bench.measure.machine import physical_cores
 from gemma_mtp.runtime.serve import application
 
 CHAT = ["-t", "1", "--temp", "0", "--draft", "3"]

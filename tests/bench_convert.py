@@ -22,7 +22,7 @@ from bench_checkpoint import SCALES, make
 from gemma_mtp.patches import source
 
 FORMATS = ("BF16", "Q8_0", "Q4_0", "Q4_K_M")
-OURS = "from gemma_mtp.runtime.cli import main; main()"
+OURS = "from gemma_mtp.runtime.cli.main import main; main()"
 # Ends by saying what the process wrote, as Linux counts it.
 SAY = "import sys, atexit; atexit.register(lambda: sys.stderr.write('\\n' + open('/proc/self/io').read())); "
 

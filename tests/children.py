@@ -17,7 +17,7 @@ from typing import IO, Any
 
 # Seconds after which something hangs. It is no judgement of speed: beside two busy programs ggml is forty times slower.
 GUARD = 900
-MAIN = "from gemma_mtp.runtime.cli import main; main()"
+MAIN = "from gemma_mtp.runtime.cli.main import main; main()"
 # The same, and wherever a command tells of its progress it says so and stops in its work until it is sent a line.
 STOPPING = (
     "import rich.progress as p, sys; real = p.Progress.update\n"

@@ -169,7 +169,7 @@ def main() -> int:
     arguments = parser.parse_args()
     pair = convert_pair(PAIR / "gemma-4-demo", PAIR / "gemma-4-demo-assistant", OUT, quant=QUANT, force=True)
     if arguments.bench:
-        from gemma_mtp.runtime.cli import main as command
+        from gemma_mtp.runtime.cli.main import main as command
 
         command(["bench", str(pair.target)])
     texts, mtp = continued(pair.target, "auto", "with MTP")

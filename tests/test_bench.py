@@ -24,7 +24,7 @@ from gemma_mtp.runtime.draft import proposals
 from gemma_mtp.runtime.bench.measure.settings import Chance, Settings
 from gemma_mtp.runtime.bench.measure.speed import best_length
 from gemma_mtp.runtime.bench.measure.worker import Measure, Worker
-from gemma_mtp.runtime.cli import main
+from gemma_mtp.runtime.cli.main import main
 from gemma_mtp.runtime.draft.length import Policy
 from gemma_mtp.runtime.draft.lookup import Lookup
 from gemma_mtp.runtime.bench.measure.replay import Replay, expected_tokens

@@ -55,7 +55,7 @@ def test_what_is_missing_has_a_package(
     assert "\n" not in str(told.value)
 
 
-MAIN = (sys.executable, "-c", "from gemma_mtp.runtime.cli import main; main()")
+MAIN = (sys.executable, "-c", "from gemma_mtp.runtime.cli.main import main; main()")
 INSTALL = (sys.executable, "-m", "gemma_mtp.patches.build", "install")
 
 

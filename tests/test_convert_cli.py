@@ -17,7 +17,7 @@ from children import GUARD, MAIN
 from click.testing import CliRunner, Result
 from gemma_mtp.convert import Pair, convert_pair, link, verify, write
 from gemma_mtp.convert.modelfile import modelfile
-from gemma_mtp.runtime.cli import COMMANDS, main
+from gemma_mtp.runtime.cli.main import COMMANDS, main
 from tiny import PAIR
 
 

@@ -19,7 +19,7 @@ from children import MAIN, STOPPING, ended, said, started
 from click.testing import CliRunner
 from gemma_mtp.convert import checkpoint, link
 from gemma_mtp.convert.staging import PREFIX
-from gemma_mtp.runtime.cli import main
+from gemma_mtp.runtime.cli.main import main
 from safetensors.torch import load_file, save_file
 from tiny import make_drafter, make_target
 

@@ -43,7 +43,7 @@ def test_this_cpu_has_all_of_it(used: list[str]) -> None:
 @pytest.mark.parametrize("place", [0, -1])
 def test_a_command_names_what_is_missing(place: int, used: list[str], demo: Pair) -> None:
     command = ["run", str(demo.target), "-p", "x", "-n", "2"]
-    code = "from gemma_mtp.runtime.cli import main; main()"
+    code = "from gemma_mtp.runtime.cli.main import main; main()"
     done = run(sys.executable, "-c", code, *command, hide=f"nothing {used[place]}")
     assert done.returncode == 1, done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -22,7 +22,7 @@ from gemma_mtp.convert.checkpoint import open_checkpoint
 from gemma_mtp.convert.errors import MtpError
 from gemma_mtp.convert.safetensors_file import read_entries
 from gemma_mtp.convert.staging import PREFIX
-from gemma_mtp.runtime.cli import main
+from gemma_mtp.runtime.cli.main import main
 from safetensors.torch import save_file
 from test_convert_faults import Folders, converting, edit_config, edit_weights, pair, refused
 from tiny import make_target

@@ -14,7 +14,7 @@ from pathlib import Path
 import gemma_mtp.runtime
 import pytest
 from gemma_mtp.convert import Pair
-from gemma_mtp.runtime import cli
+from gemma_mtp.runtime.cli.main import main
 from tiny import PAIR
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,13 +42,13 @@ sys.meta_path.insert(0, missing)
 def say():
     sys.stderr.write("\\n" + json.dumps([missing.asked, sorted({name.partition(".")[0] for name in sys.modules})]))
 
-from gemma_mtp.runtime.cli import main
+from gemma_mtp.runtime.cli.main import main
 main()
 """
 
 
 # What the extra "convert" brings.
-CONVERT = tuple(name for name in cli.INSTALLS if name != "llama_cpp")
+CONVERT = tuple(name for name in main.INSTALLS if name != "llama_cpp")
 
 
 def run(missing: tuple[str, ...], *command: str | Path) -> tuple[subprocess.CompletedProcess[str], list[str], set[str]]:
@@ -60,9 +60,9 @@ def run(missing: tuple[str, ...], *command: str | Path) -> tuple[subprocess.Comp
     return done, asked, set(imported)
 
 
-@pytest.mark.parametrize("command", [(), *((name,) for name in cli.COMMANDS), ("ollama", "create")], ids=" ".join)
+@pytest.mark.parametrize("command", [(), *((name,) for name in main.COMMANDS), ("ollama", "create")], ids=" ".join)
 def test_help_needs_neither_libllama_nor_torch_nor_an_extra(command: tuple[str, ...]) -> None:
-    done, asked, _ = run((*HEAVY, *cli.INSTALLS, "safetensors", "uvicorn", "matplotlib"), *command, "--help")
+    done, asked, _ = run((*HEAVY, *main.INSTALLS, "safetensors", "uvicorn", "matplotlib"), *command, "--help")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Usage: ")
     assert asked == []

@@ -25,7 +25,7 @@ from click.testing import CliRunner, Result
 from gemma_mtp.convert import engines, launch
 from gemma_mtp.convert.engines import ENGINES, VLLM, SGLang
 from gemma_mtp.convert.errors import MtpError
-from gemma_mtp.runtime.cli import main
+from gemma_mtp.runtime.cli.main import main
 from hub import run_against, serving
 from tiny import PAIR, edit_json
 

@@ -18,7 +18,7 @@ import transformers
 from click.testing import CliRunner
 from gemma_mtp.convert import MtpError, convert_pair
 from gemma_mtp.convert.mmproj import FORMATS, write_mmproj
-from gemma_mtp.runtime.cli import main
+from gemma_mtp.runtime.cli.main import main
 from hub import run_against, serving
 from test_convert_faults import edit_weights
 from tiny import PAIR, TEXT

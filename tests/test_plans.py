@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from gemma_mtp.convert import convert_pair, link, plan
 from gemma_mtp.convert.checkpoint import Source
 from gemma_mtp.runtime import Llama
-from gemma_mtp.runtime.cli import main
+from gemma_mtp.runtime.cli.main import main
 from tiny import PAIR
 from upstream import data
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HALVES = ("convert", "runtime", "patches")
 PURE = ["runtime/verify.py", "runtime/draft/length.py", "convert/recipe.py", "convert/names.py", "convert/plan.py"]
 # The one place where both halves meet: it names the commands of each, and imports what is called for.
-MEETING = "runtime/cli.py"
+MEETING = "runtime/cli/main.py"
 DOTTED = re.compile(r"gemma_mtp(\.\w+)+(:\w+)?")
 
 

@@ -14,7 +14,7 @@ from gemma_mtp.convert import link
 from gemma_mtp.convert.blocks import Type
 from gemma_mtp.convert.qat import regrid
 from gemma_mtp.convert.quantize import quantize
-from gemma_mtp.runtime.cli import main
+from gemma_mtp.runtime.cli.main import main
 from gguf import GGMLQuantizationType, dequantize
 from safetensors.torch import load_file, save_file
 from tiny import make_drafter, make_target

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from gemma_mtp.convert import Pair, convert_pair, link
 from gemma_mtp.convert.relink import link_files
 from gemma_mtp.convert.staging import PREFIX
-from gemma_mtp.runtime.cli import main
+from gemma_mtp.runtime.cli.main import main
 from gemma_mtp.runtime.pair import resolve
 from tiny import PAIR, make_drafter
 from upstream import Upstream, data, plain

@@ -22,7 +22,7 @@ from children import MAIN
 from click.testing import CliRunner
 from gemma_mtp.convert import Pair, link
 from gemma_mtp.runtime import Llama, native, open_pair
-from gemma_mtp.runtime.cli import main
+from gemma_mtp.runtime.cli.main import main
 from llama_cpp import llama_cpp as lib
 
 OPTIONS: dict[str, Any] = {"n_ctx": 512, "verbose": False, "n_threads": 1, "n_threads_batch": 1}
@@ -342,7 +342,7 @@ def test_flash_attention_in_the_commands(command: str, demo: Pair, monkeypatch: 
         assert made.pop() == wanted
         assert not made
     if command == "serve":
-        from gemma_mtp.runtime.serve import application
+        from gemma_mtp.runtime.cli.main.serve import application
         from llama_cpp.server import app
 
         application(demo.target, None, 0, flash_attn=False, verbose=False)

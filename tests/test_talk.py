@@ -22,9 +22,9 @@ from children import GUARD, MAIN, Terminal, environment, started, until
 from click.testing import CliRunner
 from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import Llama
-from gemma_mtp.runtime.cli import main
+from gemma_mtp.runtime.cli.main import main
 from gemma_mtp.runtime.bench.measure.machine import physical_cores
-from gemma_mtp.runtime.serve import application
+from gemma_mtp.runtime.cli.main.serve import application
 
 CHAT = ["-t", "1", "--temp", "0", "--draft", "3"]
 

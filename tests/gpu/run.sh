@@ -234,7 +234,7 @@ bench() {  # ARGUMENTS: gemma-mtp bench; its last line is one JSON object
     [ "$dry" = true ] || sees_gpu "$ours" || skip "llama.cpp does not see the GPU" || return
     [ -n "$python" ] || skip "no Python from 3.11 on that has numpy" || return
     # Stock's libggml looks for its devices in the current folder.
-    (cd "$bin/stock" && run -c 'from gemma_mtp.runtime.cli import main; main()' bench "$@") > "$work/bench" 2> "$work/err"
+    (cd "$bin/stock" && run -c 'from gemma_mtp.runtime.cli.main import main; main()' bench "$@") > "$work/bench" 2> "$work/err"
     local code=$?
     sed '$d' "$work/bench"
     cat "$work/err"

@@ -191,7 +191,7 @@ def bench(
 def _random(shape: str, seed: int, step: Any, **formats: Any) -> tuple[Path, Path]:
     """A pair of a shape with random weights, from the cache folder or made now."""
     from gemma_mtp.patches import source
-    from gemma_mtp.runtime.cli import imported
+    from gemma_mtp.runtime.cli.main import imported
 
     def progress(done: int, total: int) -> None:
         step(f"making random weights of {shape}", done, total)

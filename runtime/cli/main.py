@@ -26,11 +26,11 @@ COMMANDS = {
     "modelfile": "gemma_mtp.convert.cli:modelfile_command",
     "ollama": "gemma_mtp.convert.cli:ollama",
     "launch": "gemma_mtp.convert.cli_launch:launch",
-    "run": "gemma_mtp.runtime.cli:run",
-    "chat": "gemma_mtp.runtime.chat:chat",
-    "serve": "gemma_mtp.runtime.serve:serve",
-    "bench": "gemma_mtp.runtime.bench_cli:bench",
-    "build": "gemma_mtp.runtime.build_cli:build",
+    "run": "gemma_mtp.runtime.cli.main:run",
+    "chat": "gemma_mtp.runtime.cli.main.chat:chat",
+    "serve": "gemma_mtp.runtime.cli.main.serve:serve",
+    "bench": "gemma_mtp.runtime.cli.main.bench:bench",
+    "build": "gemma_mtp.runtime.cli.main.build:build",
 }
 # What brings a package that is not there: generating needs nothing of the extra "convert", and llama_cpp is built here.
 INSTALLS = dict.fromkeys(("gguf", "huggingface_hub", "rich"), "pip install 'gemma-mtp[convert]'")

@@ -20,7 +20,7 @@ from gemma_mtp.runtime.draft.drafter import Drafter
 from gemma_mtp.runtime.faults import CLOSED, Careful, Closed, check_grammar, explain_decode
 from gemma_mtp.runtime.guard import CALL, STREAM, Guard
 from gemma_mtp.runtime.logprobs import Kept
-from gemma_mtp.runtime.requests import (
+from gemma_mtp.runtime.request import (
     ASKED,
     WISHES,
     DraftLength,

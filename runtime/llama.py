@@ -21,7 +21,7 @@ from gemma_mtp.runtime.faults import check_options, explain_decode, explaining_l
 from gemma_mtp.runtime.grammar import Mask, Vocabulary
 from gemma_mtp.runtime.native import Floats
 from gemma_mtp.runtime.pair import Wanted, resolve
-from gemma_mtp.runtime.requests import MOST, DraftLength, Request, checked_length, chosen_seed
+from gemma_mtp.runtime.request import MOST, DraftLength, Request, checked_length, chosen_seed
 from gemma_mtp.runtime.sampling import Sampler, reading
 from llama_cpp import llama_cpp as lib
 from llama_cpp._utils import suppress_stdout_stderr

@@ -28,7 +28,7 @@ from gemma_mtp.runtime.cli.main import main
 from gemma_mtp.runtime.draft.length import Policy
 from gemma_mtp.runtime.draft.lookup import Lookup
 from gemma_mtp.runtime.bench.measure.replay import Replay, expected_tokens
-from gemma_mtp.runtime.requests import MOST
+from gemma_mtp.runtime.request import MOST
 from test_drafts import paying
 
 STOCK = stock.stock_dir()

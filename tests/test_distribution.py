@@ -23,9 +23,9 @@ from gemma_mtp.runtime import Llama, Stats, loop
 from gemma_mtp.runtime.draft.costs import Costs
 from gemma_mtp.runtime.draft.length import Policy
 from gemma_mtp.runtime.draft.proposals import Drafts
-from gemma_mtp.runtime.requests import MOST
+from gemma_mtp.runtime.request import MOST
 from gemma_mtp.runtime.sampling import Sampler
-from gemma_mtp.runtime.verify import verify
+from gemma_mtp.runtime.accept import verify
 from tiny import PAIR
 
 CONTEXTS, TOKENS, LIMIT, BINS = 5, 3, 85.35, 50

@@ -17,7 +17,7 @@ from gemma_mtp.runtime.draft.costs import STEP, Costs
 from gemma_mtp.runtime.draft.length import Policy
 from gemma_mtp.runtime.grammar import Mask
 from gemma_mtp.runtime.draft.lookup import Lookup
-from gemma_mtp.runtime.requests import MOST
+from gemma_mtp.runtime.request import MOST
 from gemma_mtp.runtime.sampling import NoTokenLeft, Sampler, draw, gumbel, largest, lowest_best
 from test_kv import see
 

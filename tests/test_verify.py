@@ -8,7 +8,7 @@ import numpy as np
 from gemma_mtp.runtime.draft.length import fitting
 from gemma_mtp.runtime.sampling import gumbel, lowest_best
 from gemma_mtp.runtime.stats import Stats
-from gemma_mtp.runtime.verify import verify
+from gemma_mtp.runtime.accept import verify
 
 
 def test_every_draft_gives_the_targets_tokens() -> None:

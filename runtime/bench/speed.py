@@ -13,7 +13,7 @@ from gemma_mtp.runtime.bench.measure.server import Run, Server
 from gemma_mtp.runtime.bench.measure.settings import Chance, Settings, Step
 from gemma_mtp.runtime.bench.measure.worker import Worker
 from gemma_mtp.runtime.bench.measure.replay import expected_tokens
-from gemma_mtp.runtime.requests import DraftLength
+from gemma_mtp.runtime.request import DraftLength
 
 ROUNDS = (1, 2, 3, 4, 5, 6, 7, 8)  # draft lengths
 SERVER_LENGTHS = (1, 2, 3, 4)  # those that llama-server's best is chosen from

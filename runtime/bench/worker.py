@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gemma_mtp.runtime.bench.measure.settings import Chance
     from gemma_mtp.runtime.llama import Llama
-    from gemma_mtp.runtime.requests import DraftLength
+    from gemma_mtp.runtime.request import DraftLength
     from gemma_mtp.runtime.stats import Stats
 
 
@@ -160,7 +160,7 @@ class Measure:
         """Know nothing of costs and acceptance, as when a pair is first run on a machine, and keep nothing on disk."""
         from gemma_mtp.runtime.draft.costs import Costs
         from gemma_mtp.runtime.draft.length import Policy
-        from gemma_mtp.runtime.requests import MOST
+        from gemma_mtp.runtime.request import MOST
 
         class Forgotten(Costs):
             def save(self, path: Path) -> None:

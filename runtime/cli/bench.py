@@ -12,7 +12,7 @@ import click
 from gemma_mtp.convert import link
 from gemma_mtp.runtime.bench.measure.settings import PROMPTS, WARM_TOKENS, Chance, Settings
 from gemma_mtp.runtime.pair import resolve
-from gemma_mtp.runtime.requests import checked_length
+from gemma_mtp.runtime.request import checked_length
 
 SHAPES = ("E2B", "E4B", "12B", "26B-A4B", "31B")
 GENERATOR = "gemma_mtp.convert.shapes:generate"

@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager, suppress
 from typing import Any, NoReturn
 
 import click
-from gemma_mtp.runtime.requests import LENGTHS, checked_length
+from gemma_mtp.runtime.request import LENGTHS, checked_length
 
 # Where each command lives. They are imported when called for, and import what they work with when they run: converting
 # does without libllama, generating without the packages of the extra "convert".

@@ -15,7 +15,7 @@ from gemma_mtp.runtime.draft.length import Policy, fitting
 from gemma_mtp.runtime.draft.drafter import DraftSettings
 from gemma_mtp.runtime.draft.lookup import Lookup
 from gemma_mtp.runtime.native import Floats
-from gemma_mtp.runtime.requests import MOST, DraftLength
+from gemma_mtp.runtime.request import MOST, DraftLength
 from gemma_mtp.runtime.sampling import NoTokenLeft, Sampler
 from llama_cpp import llama_cpp as lib
 

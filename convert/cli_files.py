@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from gemma_mtp.convert import gguf_file, link
+from gemma_mtp.convert import link
+from gemma_mtp.convert.gguf_io import read
 from gemma_mtp.convert import verify as verifying
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> None:
     if file.is_dir():
         _inspect_checkpoint(file, tensors, as_json)
         return
-    header = gguf_file.read(file)
+    header = read.read(file)
     found = describe(header)
     if as_json:
         click.echo(json.dumps(found))

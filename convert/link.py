@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 from gemma_mtp.convert.errors import MtpError, PairError
-from gemma_mtp.convert.gguf_file import Header, Strings, Tensor, read
-from gemma_mtp.convert.gguf_model import (
+from gemma_mtp.convert.gguf_io.read import Header, Strings, Tensor, read
+from gemma_mtp.convert.gguf_io.check import (
     DRAFTER_ARCH,
     KEY_CENTROIDS,
     KEY_N_CENTROIDS,

@@ -16,8 +16,9 @@ from typing import Any
 
 import gguf
 import numpy as np
-from gemma_mtp.convert import blocks, recipe
-from gemma_mtp.convert.blocks import Type as T
+from gemma_mtp.convert import recipe
+from gemma_mtp.convert.gguf_io import types
+from gemma_mtp.convert.gguf_io.types import Type as T
 from gemma_mtp.convert.checkpoint import Source, Weights
 from gemma_mtp.convert.config import read_json
 from gemma_mtp.convert.errors import MtpError, damaged
@@ -98,7 +99,7 @@ class Placed:
 
     @property
     def n_bytes(self) -> int:
-        return blocks.n_bytes(self.type, self.shape)
+        return types.n_bytes(self.type, self.shape)
 
 
 def write_mmproj(

@@ -8,8 +8,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from gemma_mtp.convert import blocks, names, recipe
-from gemma_mtp.convert.blocks import Type
+from gemma_mtp.convert import names, recipe
+from gemma_mtp.convert.gguf_io import types
+from gemma_mtp.convert.gguf_io.types import Type
 from gemma_mtp.convert.checkpoint import Source
 from gemma_mtp.convert.config import DrafterConfig, TargetConfig
 from gemma_mtp.convert.link import DRAFTER_ARCH, TARGET_ARCH, MtpError, PairError
@@ -33,7 +34,7 @@ class Planned:
 
     @property
     def n_bytes(self) -> int:
-        return blocks.n_bytes(self.type, self.shape)
+        return types.n_bytes(self.type, self.shape)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from gemma_mtp.convert.blocks import Type, n_bytes
+from gemma_mtp.convert.gguf_io.types import Type, n_bytes
 from gemma_mtp.convert.errors import MtpError
 
 Bytes = npt.NDArray[np.uint8]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
-from gemma_mtp.convert.blocks import BLOCKS, UNQUANTIZED, Type, fits
+from gemma_mtp.convert.gguf_io.types import BLOCKS, UNQUANTIZED, Type, fits
 from gemma_mtp.convert.link import MtpError
 
 T = Type

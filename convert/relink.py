@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from gemma_mtp.convert import link
 from gemma_mtp.convert.errors import MtpError, PairError
-from gemma_mtp.convert.gguf_file import ARRAY, NUMBERS, STRING, UINT32, Header
+from gemma_mtp.convert.gguf_io.read import ARRAY, NUMBERS, STRING, UINT32, Header
 from gemma_mtp.convert.sources import resolve
 from gemma_mtp.convert.staging import staging
 from gemma_mtp.convert.verify import check_tensors, seal

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from gemma_mtp.convert import link, names
-from gemma_mtp.convert.blocks import BLOCKS, Type
+from gemma_mtp.convert.gguf_io.types import BLOCKS, Type
 from gemma_mtp.convert.checkpoint import Checkpoint, Source
 from gemma_mtp.convert.config import DrafterConfig, TargetConfig, read_config
 from gemma_mtp.convert.errors import MtpError

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from gemma_mtp.convert import link
 from gemma_mtp.convert.errors import MtpError
-from gemma_mtp.convert.gguf_file import TYPES, Header, Strings, Tensor
+from gemma_mtp.convert.gguf_io.read import TYPES, Header, Strings, Tensor
 
 # Bytes looked at in one go, a little less so that whole blocks fit.
 PIECE = 1 << 24

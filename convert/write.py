@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from gemma_mtp.convert import blocks
+from gemma_mtp.convert.gguf_io import types
 from gemma_mtp.convert.checkpoint import Checkpoint
 from gemma_mtp.convert.errors import MtpError
 from gemma_mtp.convert.header import header, padded
@@ -146,12 +146,12 @@ def _pieces(plan: Plan) -> Iterator[_Rows]:
 def _piece(piece: _Rows, places: Sequence[_Place], checkpoint: Checkpoint) -> list[Bytes]:
     """Read some rows, and write what each output wants of them; returns that."""
     tensor = places[0].tensor
-    length, source = tensor.shape[-1], blocks.Type.F32
+    length, source = tensor.shape[-1], types.Type.F32
     if tensor.source is None:
         raw: Bytes = np.array(rope_freqs(checkpoint.config), np.float32).view(np.uint8)
     else:
         source = SOURCE_TYPES[checkpoint.index[tensor.source].dtype]
-        size = blocks.n_bytes(source, (length,))
+        size = types.n_bytes(source, (length,))
         raw = checkpoint.read(tensor.source, piece.start * size, (piece.stop - piece.start) * size)
     try:
         magnitude = largest(raw, source)
@@ -166,11 +166,11 @@ def _piece(piece: _Rows, places: Sequence[_Place], checkpoint: Checkpoint) -> li
             if key not in made:
                 values = widen(raw, source.name).reshape(-1, length) if values is None else values
                 made[key] = blocks_of(values, each.type, magnitude, weights)
-                if qat and each.type is blocks.Type.Q4_0:
+                if qat and each.type is types.Type.Q4_0:
                     regrid(values, made[key])
                 if weights is not None and not valid(made[key], each.type):
                     raise MtpError(f"its importances are too large for {each.type.name}; compute the matrix again")
-            _write_all(file, made[key].data, offset + piece.start * blocks.n_bytes(each.type, (length,)))
+            _write_all(file, made[key].data, offset + piece.start * types.n_bytes(each.type, (length,)))
             written.append(made[key])
     except MtpError as problem:
         raise MtpError(f"{checkpoint.folder}: tensor {tensor.source!r}: {problem}.") from None
@@ -179,7 +179,7 @@ def _piece(piece: _Rows, places: Sequence[_Place], checkpoint: Checkpoint) -> li
 
 def _weights(imatrix: Imatrix | None, tensor: Planned, piece: _Rows) -> Any:
     """The importance of the columns of a piece, [row length], or None."""
-    if imatrix is None or tensor.type in blocks.UNQUANTIZED:
+    if imatrix is None or tensor.type in types.UNQUANTIZED:
         return None
     found = imatrix.of(tensor.name, tensor.shape, tensor.name in EMBEDDINGS)
     return None if found is None else found[piece.start // tensor.shape[-2] if len(tensor.shape) > 2 else 0]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 from click.testing import CliRunner
 from gemma_mtp.convert import link
-from gemma_mtp.convert.blocks import Type
+from gemma_mtp.convert.gguf_io.types import Type
 from gemma_mtp.convert.qat import regrid
 from gemma_mtp.convert.quantize import quantize
 from gemma_mtp.runtime.cli.main import main

@@ -20,7 +20,7 @@ from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
-from gemma_mtp.convert.blocks import BLOCKS
+from gemma_mtp.convert.gguf_io.types import BLOCKS
 from gemma_mtp.convert.errors import MtpError
 
 # Number in the file: numpy type. 8 is a string, 9 an array.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from gemma_mtp.convert.errors import MtpError
-from gemma_mtp.convert.gguf_file import Header, Strings
+from gemma_mtp.convert.gguf_io.read import Header, Strings
 
 TARGET_ARCH = "gemma4"
 DRAFTER_ARCH = "gemma4-assistant"

@@ -19,13 +19,13 @@ from gemma_mtp.runtime.request import LENGTHS, checked_length
 # Where each command lives. They are imported when called for, and import what they work with when they run: converting
 # does without libllama, generating without the packages of the extra "convert".
 COMMANDS = {
-    "convert": "gemma_mtp.convert.cli:convert",
-    "link": "gemma_mtp.convert.cli_files:link_command",
-    "inspect": "gemma_mtp.convert.cli_files:inspect",
-    "verify": "gemma_mtp.convert.cli_files:verify",
-    "modelfile": "gemma_mtp.convert.cli:modelfile_command",
-    "ollama": "gemma_mtp.convert.cli:ollama",
-    "launch": "gemma_mtp.convert.cli_launch:launch",
+    "convert": "gemma_mtp.convert.cli.convert:convert",
+    "link": "gemma_mtp.convert.cli.convert.files:link_command",
+    "inspect": "gemma_mtp.convert.cli.convert.files:inspect",
+    "verify": "gemma_mtp.convert.cli.convert.files:verify",
+    "modelfile": "gemma_mtp.convert.cli.convert:modelfile_command",
+    "ollama": "gemma_mtp.convert.cli.convert:ollama",
+    "launch": "gemma_mtp.convert.cli.convert.launch:launch",
     "run": "gemma_mtp.runtime.cli.main:run",
     "chat": "gemma_mtp.runtime.cli.main.chat:chat",
     "serve": "gemma_mtp.runtime.cli.main.serve:serve",

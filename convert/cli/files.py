@@ -125,7 +125,7 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> None:
 
 def _inspect_checkpoint(folder: Path, tensors: bool, as_json: bool) -> None:
     from gemma_mtp.convert.checkpoint import open_checkpoint
-    from gemma_mtp.convert.cli_convert import left_out
+    from gemma_mtp.convert.cli.convert.preview import left_out
     from gemma_mtp.convert.plan import plan
 
     with open_checkpoint(folder) as checkpoint:

@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 from gemma_mtp.convert import Pair, convert_pair, link, plan_pair
-from gemma_mtp.convert.cli_convert import FORMATS, describe_plan, read_options, read_size, show_plan, type_options
-from gemma_mtp.convert.cli_files import progress_bar, type_counts
+from gemma_mtp.convert.cli.convert.preview import FORMATS, describe_plan, read_options, read_size, show_plan, type_options
+from gemma_mtp.convert.cli.convert.files import progress_bar, type_counts
 from gemma_mtp.convert.modelfile import modelfile
 from gemma_mtp.convert.recipe import RECIPES, recipe_of
 from gemma_mtp.convert.sources import AUTO, name_of

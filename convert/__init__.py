@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gemma_mtp.convert.checkpoint import Checkpoint
     from gemma_mtp.convert.imatrix import Imatrix
     from gemma_mtp.convert.plan import Plan
-    from gemma_mtp.convert.recipe import Options
+    from gemma_mtp.convert.tensor_types import Options
 
 __all__ = ["MtpError", "Pair", "PairError", "PairPlan", "convert_pair", "plan_pair"]
 
@@ -78,7 +78,7 @@ def convert_pair(
         target_dir: Hugging Face folder of the target, or org/name[@revision] to download.
         drafter_dir: the same of its drafter, or "auto" for the one published for an official target.
         out: folder to write into; made if it is not there.
-        quant: format of the target, a key of `recipe.QUANTS`, or several; the source is read once for all.
+        quant: format of the target, a key of `tensor_types.QUANTS`, or several; the source is read once for all.
         drafter_quant: format of the drafter, or several. The Modelfile names the first of each.
         name: start of the file names; the names of the two folders unless given.
         force: replace files of the same names.
@@ -175,7 +175,7 @@ def plan_file(files: Sequence[str], plans: Mapping[str, Plan]) -> str:
 def _open_pair(target: Folder, drafter: Folder, headers: bool = False) -> Iterator[tuple[Checkpoint, Checkpoint]]:
     """Both checkpoints, downloaded if they are not there; on request no more of their weights than the headers."""
     from gemma_mtp.convert.checkpoint import open_checkpoint
-    from gemma_mtp.convert.sources import AUTO, official_drafter, resolve, resolve_headers
+    from gemma_mtp.convert.hub import AUTO, official_drafter, resolve, resolve_headers
 
     source, other = os.fspath(target), os.fspath(drafter)
     sources = source, official_drafter(source) if other == AUTO else other
@@ -194,19 +194,19 @@ def _plan(
     target: Checkpoint, drafter: Checkpoint, quant: str | Sequence[str], drafter_quant: str | Sequence[str],
     name: str | None, options: Options | None, imatrix: bool, split_max_size: int | None, mmproj: str | None,
 ) -> PairPlan:  # fmt: skip
-    from gemma_mtp.convert import recipe
+    from gemma_mtp.convert import tensor_types
     from gemma_mtp.convert.plan import check_pair, parts, plan
 
     check_pair(target.config, drafter.config)
     _same_tokens(target.folder, drafter.folder)
-    chosen = replace(options or recipe.DEFAULT, imatrix=imatrix)
+    chosen = replace(options or tensor_types.DEFAULT, imatrix=imatrix)
     found: list[dict[str, Plan]] = []
     stems = _stems(target.folder, drafter.folder, name)
     for checkpoint, stem, quants, wanted in (
         (target, stems[0], quant, chosen),
-        (drafter, stems[1], drafter_quant, recipe.DEFAULT),
+        (drafter, stems[1], drafter_quant, tensor_types.DEFAULT),
     ):
-        keys = [recipe.find_quant(each) for each in ([quants] if isinstance(quants, str) else quants)]
+        keys = [tensor_types.find_quant(each) for each in ([quants] if isinstance(quants, str) else quants)]
         found.append({f"{stem}-{key}.gguf": plan(checkpoint.config, checkpoint.index, key, wanted) for key in keys})
     files = [
         path.name
@@ -234,7 +234,7 @@ def _outputs(
 
 
 def _stems(target: Path, drafter: Path, name: str | None) -> tuple[str, str]:
-    from gemma_mtp.convert.sources import name_of
+    from gemma_mtp.convert.hub import name_of
 
     if name is not None:
         if Path(name).name != name:

@@ -59,7 +59,7 @@ def check(target: str, drafter: str) -> Checked:
     """
     from gemma_mtp.convert import checked_pair
     from gemma_mtp.convert.config import read_json
-    from gemma_mtp.convert.sources import AUTO, official_drafter
+    from gemma_mtp.convert.hub import AUTO, official_drafter
 
     found = official_drafter(target) if drafter == AUTO else drafter
     _check_published(target, found)
@@ -71,7 +71,7 @@ def check(target: str, drafter: str) -> Checked:
 
 def _check_published(target: str, drafter: str) -> None:
     """Two official names must belong together: an ordinary drafter has the sizes of one trained for QAT weights."""
-    from gemma_mtp.convert.sources import OFFICIAL, name_of
+    from gemma_mtp.convert.hub import OFFICIAL, name_of
 
     ours, theirs = name_of(target), name_of(drafter)
     other = theirs.removesuffix("-assistant")

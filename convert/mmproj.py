@@ -16,7 +16,7 @@ from typing import Any
 
 import gguf
 import numpy as np
-from gemma_mtp.convert import recipe
+from gemma_mtp.convert import tensor_types
 from gemma_mtp.convert.gguf_io import types
 from gemma_mtp.convert.gguf_io.types import Type as T
 from gemma_mtp.convert.checkpoint import Source, Weights
@@ -273,7 +273,7 @@ def _type(source: str, name: str, shape: tuple[int, ...], wanted: T) -> T:
         return T.F32
     if name == "v.patch_embd.weight":
         return T.F16 if wanted is T.F16 else T.F32
-    return recipe.fitting(wanted, recipe.Shape(name, shape, wanted))
+    return tensor_types.fitting(wanted, tensor_types.Shape(name, shape, wanted))
 
 
 def _complete(folder: Path, names: set[str], config: Mapping[str, Any]) -> None:
@@ -312,7 +312,7 @@ def _metadata(writer: GGUFWriter, folder: Path, config: Mapping[str, Any], quant
     described.name = described.name or folder.name
     described.size_label = described.size_label or gguf.size_label(total, *writer.get_total_parameter_count()[1:])
     described.set_gguf_meta_model(writer)
-    writer.add_file_type(recipe.QUANTS[quant].file_type)
+    writer.add_file_type(tensor_types.QUANTS[quant].file_type)
     width = int((config.get("text_config") or config)["hidden_size"])
 
     def add(modality: str, settings: Mapping[str, Any], embedding: str, feed_forward: int) -> None:

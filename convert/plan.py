@@ -8,7 +8,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from gemma_mtp.convert import names, recipe
+from gemma_mtp.convert import names
+from gemma_mtp.convert import tensor_types
 from gemma_mtp.convert.gguf_io import types
 from gemma_mtp.convert.gguf_io.types import Type
 from gemma_mtp.convert.checkpoint import Source
@@ -87,20 +88,20 @@ def parts(plan: Plan, path: Path, most: int | None) -> list[tuple[Path, Part]]:
     return [(path.with_name(f"{path.stem}-{part.index + 1:05d}-of-{count:05d}.gguf"), part) for part in found]
 
 
-def plan(config: Config, index: Mapping[str, Source], quant: str, options: recipe.Options = recipe.DEFAULT) -> Plan:
+def plan(config: Config, index: Mapping[str, Source], quant: str, options: tensor_types.Options = tensor_types.DEFAULT) -> Plan:
     """Place every tensor of a checkpoint in a GGUF file.
 
     Args:
         config: of the checkpoint.
         index: its tensors by Hugging Face name.
-        quant: a key of `recipe.QUANTS`.
+        quant: a key of `tensor_types.QUANTS`.
         options: types that the user wants otherwise than the format has them.
 
     Raises:
         MtpError: a tensor is unknown, there twice, missing, or of another shape or type than the configuration says.
     """
-    if quant not in recipe.QUANTS:
-        raise MtpError(f"unknown format {quant!r}; choose one of {', '.join(recipe.QUANTS)}.")
+    if quant not in tensor_types.QUANTS:
+        raise MtpError(f"unknown format {quant!r}; choose one of {', '.join(tensor_types.QUANTS)}.")
     wanted = shapes(config)
     optional = _optional(config)
     placed: dict[str, tuple[str, Source]] = {}
@@ -130,11 +131,11 @@ def plan(config: Config, index: Mapping[str, Source], quant: str, options: recip
         raise MtpError(f"the checkpoint lacks {', '.join(missing[:3])}{more}; download its weights again.")
     if isinstance(config, DrafterConfig) and config.ordered:
         _check_ordered(config, index)
-    rows = [recipe.Shape(name, source.shape, SOURCE_TYPES[source.dtype]) for name, (_, source) in placed.items()]
-    rows.append(recipe.Shape(names.ROPE_FREQS, (config.head_dim_full // 2,), Type.F32))
+    rows = [tensor_types.Shape(name, source.shape, SOURCE_TYPES[source.dtype]) for name, (_, source) in placed.items()]
+    rows.append(tensor_types.Shape(names.ROPE_FREQS, (config.head_dim_full // 2,), Type.F32))
     rows.sort(key=lambda row: _order(row.name))
-    model = recipe.Model(config.n_layer, config.n_head // config.n_kv_of(0), config.n_expert or 0)
-    types = recipe.choose(rows, quant, model, options)
+    model = tensor_types.Model(config.n_layer, config.n_head // config.n_kv_of(0), config.n_expert or 0)
+    types = tensor_types.choose(rows, quant, model, options)
     if not options.imatrix:
         _check_imatrix(types, quant)
     return Plan(
@@ -150,7 +151,7 @@ def plan(config: Config, index: Mapping[str, Source], quant: str, options: recip
 
 
 def _check_imatrix(types: Mapping[str, Type], quant: str) -> None:
-    needy = [name for name, kind in types.items() if recipe.needs_imatrix(name, kind, quant)]
+    needy = [name for name, kind in types.items() if tensor_types.needs_imatrix(name, kind, quant)]
     if needy:
         raise MtpError(
             f"{quant} makes {needy[0]} {types[needy[0]].name}, which is garbage without an importance matrix; make one "

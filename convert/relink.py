@@ -12,9 +12,9 @@ import numpy as np
 from gemma_mtp.convert import link
 from gemma_mtp.convert.errors import MtpError, PairError
 from gemma_mtp.convert.gguf_io.read import ARRAY, NUMBERS, STRING, UINT32, Header
-from gemma_mtp.convert.sources import resolve
+from gemma_mtp.convert.hub import resolve
 from gemma_mtp.convert.staging import staging
-from gemma_mtp.convert.verify import check_tensors, seal
+from gemma_mtp.convert.integrity import check_tensors, seal
 
 PIECE = 1 << 24
 Progress = Callable[[int, int], None]
@@ -138,7 +138,7 @@ def _ordered_head(drafter: Header, folder: Path) -> dict[str, Any]:
     from gemma_mtp.convert import names
     from gemma_mtp.convert.checkpoint import open_checkpoint
     from gemma_mtp.convert.config import DrafterConfig
-    from gemma_mtp.convert.header import ordered_head
+    from gemma_mtp.convert.metadata import ordered_head
     from gemma_mtp.convert.plan import plan
 
     with open_checkpoint(folder) as checkpoint:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_mtp.convert import MtpError, convert_pair
-from gemma_mtp.convert.shapes import generate
+from gemma_mtp.convert.random_pair import generate
 from gemma_mtp.patches import source
 from gemma_mtp.runtime import Llama, Stats
 from gemma_mtp.runtime.bench.measure import machine

@@ -94,7 +94,7 @@ def judge_gguf(path: Path) -> str:
     import llama_cpp
     from gemma_mtp.convert import link
     from gemma_mtp.convert.cli.convert.files import describe
-    from gemma_mtp.convert.verify import verify_files
+    from gemma_mtp.convert.integrity import verify_files
 
     try:
         header = link.read_header(path)

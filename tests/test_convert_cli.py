@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from children import GUARD, MAIN
 from click.testing import CliRunner, Result
-from gemma_mtp.convert import Pair, convert_pair, link, verify, write
+from gemma_mtp.convert import Pair, convert_pair, link, write
+from gemma_mtp.convert import integrity
 from gemma_mtp.convert.modelfile import modelfile
 from gemma_mtp.runtime.cli.main import COMMANDS, main
 from tiny import PAIR
@@ -72,12 +73,12 @@ def test_hashes_are_made_while_writing(tiny: dict[str, Path], tmp_path: Path, mo
         patch.setattr(write, "AHEAD", 1 << 17)
         patch.setattr(os, "cpu_count", lambda: 4)
         patch.setattr(write, "_piece", late)
-        patch.setattr(verify, "_looked_at", read_again)
+        patch.setattr(integrity, "_looked_at", read_again)
         found = convert_pair(tiny["target"], tiny["ordered"], tmp_path / "b", *formats, split_max_size=1_000_000)
     assert len(found.files) > 4
     for first, second in zip(wanted.files, found.files, strict=True):
         assert first.read_bytes() == second.read_bytes()
-    checked = verify.verify_files(tmp_path / "b")["files"]
+    checked = integrity.verify_files(tmp_path / "b")["files"]
     assert all(each["hashed"] == each["tensors"] > 0 for each in checked)
 
 

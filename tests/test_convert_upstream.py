@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import shapes
 from gemma_mtp.convert import convert_pair, link, plan
-from gemma_mtp.convert.recipe import QUANTS
+from gemma_mtp.convert.tensor_types import QUANTS
 from tiny import PAIR, SIZES
 from upstream import Upstream, assert_same
 

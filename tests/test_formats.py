@@ -14,7 +14,7 @@ import pytest
 from gemma_mtp.convert import MtpError, convert_pair, link, plan
 from gemma_mtp.convert.checkpoint import open_checkpoint
 from gemma_mtp.convert.imatrix import read_imatrix
-from gemma_mtp.convert.recipe import DEFAULT, QUANTS, Options, needs_imatrix, parse_tensor_type, parse_type
+from gemma_mtp.convert.tensor_types import DEFAULT, QUANTS, Options, needs_imatrix, parse_tensor_type, parse_type
 from gguf import GGUFWriter
 from tiny import SIZES
 from upstream import Upstream, assert_same

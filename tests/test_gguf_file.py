@@ -14,7 +14,7 @@ from gemma_mtp.convert import Pair, link
 from gemma_mtp.convert.errors import MtpError
 from gemma_mtp.convert.gguf_io.read import TYPES, Header, read
 from gemma_mtp.convert.relink import rewrite
-from gemma_mtp.convert.verify import first_bad_block
+from gemma_mtp.convert.integrity import first_bad_block
 from llama_cpp import llama_cpp as lib
 
 

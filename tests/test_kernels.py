@@ -18,7 +18,7 @@ import llama_cpp
 import numpy as np
 import pytest
 from gemma_mtp.convert import Pair, convert_pair
-from gemma_mtp.convert.shapes import generate
+from gemma_mtp.convert.random_pair import generate
 from gemma_mtp.patches import check, source, toolchain
 from gemma_mtp.runtime import Llama
 from tiny import PAIR

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from gemma_mtp.convert import link
 from gemma_mtp.convert.errors import MtpError
-from gemma_mtp.convert.sources import FIRST, name_of, official_drafter, repository, resolve
+from gemma_mtp.convert.hub import FIRST, name_of, official_drafter, repository, resolve
 from hub import Hub, run_against, serving
 from safetensors.torch import load_file, save_file
 

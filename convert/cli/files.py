@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from gemma_mtp.convert import link
 from gemma_mtp.convert.gguf_io import read
-from gemma_mtp.convert import verify as verifying
+from gemma_mtp.convert import integrity as verifying
 
 if TYPE_CHECKING:
     from rich.progress import Progress

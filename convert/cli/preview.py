@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from gemma_mtp.convert.errors import MtpError
-from gemma_mtp.convert.recipe import ALIASES, QUANTS, Options, parse_tensor_type, parse_type
+from gemma_mtp.convert.tensor_types import ALIASES, QUANTS, Options, parse_tensor_type, parse_type
 
 if TYPE_CHECKING:
     from gemma_mtp.convert import PairPlan

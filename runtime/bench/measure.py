@@ -25,7 +25,7 @@ from gemma_mtp.runtime.bench.measure.worker import Worker
 
 PASSES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12)
 TIMES = 3  # timings at each visit
-KEY_SEED = "mtp.random.seed"  # of convert/shapes.py
+KEY_SEED = "mtp.random.seed"  # of convert/random_pair.py
 
 
 def measure(settings: Settings, step: Step = lambda label, done, total: None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from gemma_mtp.runtime.pair import resolve
 from gemma_mtp.runtime.request import checked_length
 
 SHAPES = ("E2B", "E4B", "12B", "26B-A4B", "31B")
-GENERATOR = "gemma_mtp.convert.shapes:generate"
+GENERATOR = "gemma_mtp.convert.random_pair:generate"
 
 DEFAULT_ACCEPTANCE = "0.35,0.6,0.8,0.95"
 

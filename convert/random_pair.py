@@ -28,12 +28,12 @@ from gemma_mtp.convert.gguf_io.types import BLOCKS, Type
 from gemma_mtp.convert.checkpoint import Checkpoint, Source
 from gemma_mtp.convert.config import DrafterConfig, TargetConfig, read_config
 from gemma_mtp.convert.errors import MtpError
-from gemma_mtp.convert.header import header, padded
+from gemma_mtp.convert.metadata import header, padded
 from gemma_mtp.convert.plan import Part, Plan, Planned, plan, rope_freqs, shapes
 from gemma_mtp.convert.quantize import quantize
-from gemma_mtp.convert.recipe import Options, find_quant, parse_type
+from gemma_mtp.convert.tensor_types import Options, find_quant, parse_type
 from gemma_mtp.convert.staging import clean_up, staging
-from gemma_mtp.convert.verify import seal
+from gemma_mtp.convert.integrity import seal
 
 Bytes = npt.NDArray[np.uint8]
 Progress = Callable[[int, int], None]

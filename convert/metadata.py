@@ -8,7 +8,8 @@ from typing import Any
 
 import gguf
 import numpy as np
-from gemma_mtp.convert import names, recipe
+from gemma_mtp.convert import names
+from gemma_mtp.convert import tensor_types
 from gemma_mtp.convert.checkpoint import Checkpoint
 from gemma_mtp.convert.config import DrafterConfig, TargetConfig
 from gemma_mtp.convert.errors import MtpError
@@ -106,7 +107,7 @@ def _metadata(
             writer.add_array(f"{plan.arch}.{key}", value)
         else:
             writer.add_key_value(f"{plan.arch}.{key}", value, kind)
-    writer.add_file_type(recipe.QUANTS[plan.quant].file_type)
+    writer.add_file_type(tensor_types.QUANTS[plan.quant].file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     vocabulary = Vocabulary(checkpoint.folder)
     if len(vocabulary.tokens) != checkpoint.config.vocab_size:

@@ -78,7 +78,7 @@ check-patches: $(BIN)/python ## apply, re-export and compile every prefix of the
 
 check-kernels: $(TESTS) ## build libggml for other instruction sets and compare its kernels with llama.cpp's
 	@$(BIN)/python patches/build.py kernels
-	@$(BIN)/python -m pytest tests/test_kernels.py
+	@$(BIN)/python -m pytest tests/patches/test_kernels.py
 
 check-stock: $(TESTS) ## build the unpatched llama.cpp and drive it with a converted pair
 	@$(BIN)/python patches/build.py stock
@@ -88,7 +88,7 @@ check-arm: $(BIN)/python ## build libggml for ARM and test what the series touch
 	@$(BIN)/python patches/build.py arm
 
 check-formats: $(TESTS) ## every format of every size, with and without importance matrix, against llama-quantize
-	@$(BIN)/python -m pytest -q -s -m formats tests/test_formats.py
+	@$(BIN)/python -m pytest -q -s -m formats tests/convert/test_formats.py
 
 bench-convert: $(TESTS) ## time, memory and bytes of a conversion beside upstream's two steps
 	@$(BIN)/python tests/bench_convert.py
@@ -100,14 +100,14 @@ check-coupling: $(READY) ## acceptance of coupled and greedy drafts at a tempera
 	@$(BIN)/python tests/coupling.py
 
 check-invariance: $(TESTS) ## 200 tokens alone and in batches of 2 to 9: the same logits, at the shape of E2B too
-	@$(BIN)/python -m pytest -m invariance tests/test_kernels.py
+	@$(BIN)/python -m pytest -m invariance tests/patches/test_kernels.py
 
 .PHONY: gpu-kit check-gpu-kit
 gpu-kit: $(READY) ## one archive that checks and measures CUDA on a machine without network (docs/gpu.md)
 	@$(BIN)/python tests/gpu_kit.py
 
 check-gpu-kit: $(TESTS) ## run the packed GPU kit here, from its archive, without network
-	@$(BIN)/python -m pytest -s -m kit tests/test_gpu_kit.py
+	@$(BIN)/python -m pytest -s -m kit tests/patches/test_gpu_kit.py
 
 fuzz: $(TESTS) ## mutated GGUF and safetensors files against the readers, FUZZ_SECONDS long (60)
 	@nice -n 19 $(BIN)/python tests/fuzz_headers.py --seconds $(or $(FUZZ_SECONDS),60) --seed $(or $(FUZZ_SEED),0)

@@ -1,6 +1,6 @@
 """vLLM and SGLang, as far as a launcher has to know them: first versions, flags, addresses, counters.
 
-All of it was read in the engines' sources, of the versions named here; tests/test_launch.py reads it there again.
+All of it was read in the engines' sources, of the versions named here; tests/convert/test_launch.py reads it again.
 """
 
 from __future__ import annotations

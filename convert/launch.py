@@ -57,9 +57,9 @@ def check(target: str, drafter: str) -> Checked:
         PairError: they are no target and its drafter.
         MtpError: one is missing, damaged, quantized already, or cannot be downloaded.
     """
-    from gemma_mtp.convert import checked_pair
     from gemma_mtp.convert.config import read_json
     from gemma_mtp.convert.hub import AUTO, official_drafter
+    from gemma_mtp.convert.pipeline import checked_pair
 
     found = official_drafter(target) if drafter == AUTO else drafter
     _check_published(target, found)

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from gemma_mtp.convert.errors import MtpError, PairError
-from gemma_mtp.convert.gguf_io.read import Header, Strings, Tensor, read
 from gemma_mtp.convert.gguf_io.check import (
     DRAFTER_ARCH,
     KEY_CENTROIDS,
@@ -25,6 +24,7 @@ from gemma_mtp.convert.gguf_io.check import (
     check_model,
     ends_in_donors,
 )
+from gemma_mtp.convert.gguf_io.read import Header, Strings, Tensor, read
 
 __all__ = [
     "DRAFTER_ARCH", "KEY_CENTROIDS", "KEY_HASHES", "KEY_N_CENTROIDS", "KEY_ORDERING", "KEY_PEER", "KEY_ROLE",

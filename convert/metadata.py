@@ -8,8 +8,7 @@ from typing import Any
 
 import gguf
 import numpy as np
-from gemma_mtp.convert import names
-from gemma_mtp.convert import tensor_types
+from gemma_mtp.convert import names, tensor_types
 from gemma_mtp.convert.checkpoint import Checkpoint
 from gemma_mtp.convert.config import DrafterConfig, TargetConfig
 from gemma_mtp.convert.errors import MtpError

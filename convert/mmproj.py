@@ -17,11 +17,11 @@ from typing import Any
 import gguf
 import numpy as np
 from gemma_mtp.convert import tensor_types
-from gemma_mtp.convert.gguf_io import types
-from gemma_mtp.convert.gguf_io.types import Type as T
 from gemma_mtp.convert.checkpoint import Source, Weights
 from gemma_mtp.convert.config import read_json
 from gemma_mtp.convert.errors import MtpError, damaged
+from gemma_mtp.convert.gguf_io import types
+from gemma_mtp.convert.gguf_io.types import Type as T
 from gemma_mtp.convert.quantize import STORED_AS, Bytes, Floats, quantize
 from gguf import GGUFWriter
 

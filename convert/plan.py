@@ -8,12 +8,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from gemma_mtp.convert import names
-from gemma_mtp.convert import tensor_types
-from gemma_mtp.convert.gguf_io import types
-from gemma_mtp.convert.gguf_io.types import Type
+from gemma_mtp.convert import names, tensor_types
 from gemma_mtp.convert.checkpoint import Source
 from gemma_mtp.convert.config import DrafterConfig, TargetConfig
+from gemma_mtp.convert.gguf_io import types
+from gemma_mtp.convert.gguf_io.types import Type
 from gemma_mtp.convert.link import DRAFTER_ARCH, TARGET_ARCH, MtpError, PairError
 from gguf import GGUFValueType
 
@@ -88,7 +87,9 @@ def parts(plan: Plan, path: Path, most: int | None) -> list[tuple[Path, Part]]:
     return [(path.with_name(f"{path.stem}-{part.index + 1:05d}-of-{count:05d}.gguf"), part) for part in found]
 
 
-def plan(config: Config, index: Mapping[str, Source], quant: str, options: tensor_types.Options = tensor_types.DEFAULT) -> Plan:
+def plan(
+    config: Config, index: Mapping[str, Source], quant: str, options: tensor_types.Options = tensor_types.DEFAULT
+) -> Plan:
     """Place every tensor of a checkpoint in a GGUF file.
 
     Args:

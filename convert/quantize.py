@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from gemma_mtp.convert.gguf_io.types import Type, n_bytes
 from gemma_mtp.convert.errors import MtpError
+from gemma_mtp.convert.gguf_io.types import Type, n_bytes
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]

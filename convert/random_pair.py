@@ -24,16 +24,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from gemma_mtp.convert import link, names
-from gemma_mtp.convert.gguf_io.types import BLOCKS, Type
 from gemma_mtp.convert.checkpoint import Checkpoint, Source
 from gemma_mtp.convert.config import DrafterConfig, TargetConfig, read_config
 from gemma_mtp.convert.errors import MtpError
+from gemma_mtp.convert.gguf_io.types import BLOCKS, Type
+from gemma_mtp.convert.integrity import seal
 from gemma_mtp.convert.metadata import header, padded
 from gemma_mtp.convert.plan import Part, Plan, Planned, plan, rope_freqs, shapes
 from gemma_mtp.convert.quantize import quantize
-from gemma_mtp.convert.tensor_types import Options, find_quant, parse_type
 from gemma_mtp.convert.staging import clean_up, staging
-from gemma_mtp.convert.integrity import seal
+from gemma_mtp.convert.tensor_types import Options, find_quant, parse_type
 
 Bytes = npt.NDArray[np.uint8]
 Progress = Callable[[int, int], None]
@@ -129,7 +129,7 @@ def generate(
     Args:
         shape: a key of `SHAPES`.
         root: folder in which each shape, number of layers and seed has a folder of its own for its GGUF files.
-        quant: format of the target, a key of `recipe.QUANTS`.
+        quant: format of the target, a key of `tensor_types.QUANTS`.
         drafter_quant: format of the drafter.
         drafter_head: type of the drafter's token embedding, its output matrix; that of its format unless given.
         layers: of the target, a multiple of the shape's period; all unless given.

@@ -13,8 +13,8 @@ from gemma_mtp.convert import link
 from gemma_mtp.convert.errors import MtpError, PairError
 from gemma_mtp.convert.gguf_io.read import ARRAY, NUMBERS, STRING, UINT32, Header
 from gemma_mtp.convert.hub import resolve
-from gemma_mtp.convert.staging import staging
 from gemma_mtp.convert.integrity import check_tensors, seal
+from gemma_mtp.convert.staging import staging
 
 PIECE = 1 << 24
 Progress = Callable[[int, int], None]

@@ -2,7 +2,7 @@
 
 Source: src/llama-quant.cpp of the pinned llama.cpp (`tensor_allows_quantization`, `llama_tensor_get_type`,
 `llama_tensor_get_type_impl`, `tensor_type_fallback`, `tensor_requires_imatrix`); for the unquantized formats
-conversion/base.py (`prepare_tensors`). `tests/test_formats.py` compares every format with llama-quantize.
+conversion/base.py (`prepare_tensors`). `tests/convert/test_formats.py` compares every format with llama-quantize.
 """
 
 from __future__ import annotations

@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from gemma_mtp.convert.gguf_io import types
 from gemma_mtp.convert.checkpoint import Checkpoint
 from gemma_mtp.convert.errors import MtpError
-from gemma_mtp.convert.metadata import header, padded
+from gemma_mtp.convert.gguf_io import types
 from gemma_mtp.convert.imatrix import Imatrix
+from gemma_mtp.convert.integrity import seal
+from gemma_mtp.convert.metadata import header, padded
 from gemma_mtp.convert.plan import SOURCE_TYPES, Plan, Planned, parts, rope_freqs
 from gemma_mtp.convert.qat import regrid
 from gemma_mtp.convert.quantize import Bytes, blocks_of, largest, valid, widen
 from gemma_mtp.convert.tensor_types import EMBEDDINGS
-from gemma_mtp.convert.integrity import seal
 
 # Values of one piece of work: 8 MiB as float32.
 PIECE = 1 << 21

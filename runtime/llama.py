@@ -14,8 +14,8 @@ import llama_cpp
 from gemma_mtp.runtime import loop, native, sampling
 from gemma_mtp.runtime.api import Api, exclusive_stream
 from gemma_mtp.runtime.draft.costs import Costs, costs_path
-from gemma_mtp.runtime.draft.length import Policy
 from gemma_mtp.runtime.draft.drafter import DraftSettings, attached
+from gemma_mtp.runtime.draft.length import Policy
 from gemma_mtp.runtime.draft.proposals import Drafts
 from gemma_mtp.runtime.faults import check_options, explain_decode, explaining_load
 from gemma_mtp.runtime.grammar import Mask, Vocabulary

@@ -6,10 +6,10 @@ from collections.abc import Callable, Generator, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+from gemma_mtp.runtime.accept import verify
 from gemma_mtp.runtime.draft.proposals import Draft, Drafts
 from gemma_mtp.runtime.sampling import Choose
 from gemma_mtp.runtime.stats import Stats
-from gemma_mtp.runtime.accept import verify
 
 if TYPE_CHECKING:
     from gemma_mtp.runtime.llama import Llama

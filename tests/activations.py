@@ -1,4 +1,4 @@
-"""Activations of rows of float32 by a given libggml: what tests/test_kernels.py compares.
+"""Activations of rows of float32 by a given libggml: what tests/patches/test_kernels.py compares.
 
     python tests/activations.py LIBRARIES tanh|gelu|geglu X.npy RESULT.npy
 

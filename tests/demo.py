@@ -20,9 +20,9 @@ from gemma_mtp.convert import MtpError, convert_pair
 from gemma_mtp.convert.random_pair import generate
 from gemma_mtp.patches import source
 from gemma_mtp.runtime import Llama, Stats
-from gemma_mtp.runtime.bench.measure import machine
+from gemma_mtp.runtime.bench import machine
 from gemma_mtp.runtime.bench.measure import measure
-from gemma_mtp.runtime.bench.measure.settings import Chance, Settings, Step
+from gemma_mtp.runtime.bench.settings import Chance, Settings, Step
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table

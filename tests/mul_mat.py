@@ -1,4 +1,4 @@
-"""Products of a quantized matrix with rows of activations, by a given libggml: what tests/test_kernels.py compares.
+"""Products of a quantized matrix with rows of activations, by a given libggml, for tests/patches/test_kernels.py.
 
     python tests/mul_mat.py LIBRARIES TYPE LENGTH ROWS SEED MOST alone|batch
 

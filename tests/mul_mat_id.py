@@ -1,4 +1,4 @@
-"""Products of experts with the rows routed to them, by a given libggml: what tests/test_kernels.py compares.
+"""Products of experts with the rows routed to them, by a given libggml: what tests/patches/test_kernels.py compares.
 
     python tests/mul_mat_id.py LIBRARIES TYPE LENGTH ROWS SEED MOST alone|batch
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import gemma_mtp.runtime
 import pytest
 from gemma_mtp.convert import Pair
-from gemma_mtp.runtime.cli.main import main
+from gemma_mtp.runtime.cli import main
 from tiny import PAIR
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,7 +14,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 HALVES = ("convert", "runtime", "patches")
-PURE = ["runtime/accept.py", "runtime/draft/length.py", "convert/tensor_types.py", "convert/names.py", "convert/plan.py"]
+PURE = [
+    "runtime/accept.py",
+    "runtime/draft/length.py",
+    "convert/tensor_types.py",
+    "convert/names.py",
+    "convert/plan.py",
+]
 # The one place where both halves meet: it names the commands of each, and imports what is called for.
 MEETING = "runtime/cli/main.py"
 DOTTED = re.compile(r"gemma_mtp(\.\w+)+(:\w+)?")

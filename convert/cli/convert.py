@@ -11,11 +11,11 @@ from typing import Any
 
 import click
 from gemma_mtp.convert import Pair, convert_pair, link, plan_pair
-from gemma_mtp.convert.cli.convert.preview import FORMATS, describe_plan, read_options, read_size, show_plan, type_options
-from gemma_mtp.convert.cli.convert.files import progress_bar, type_counts
+from gemma_mtp.convert.cli.files import progress_bar, type_counts
+from gemma_mtp.convert.cli.preview import FORMATS, describe_plan, read_options, read_size, show_plan, type_options
+from gemma_mtp.convert.hub import AUTO, name_of
 from gemma_mtp.convert.modelfile import modelfile
 from gemma_mtp.convert.tensor_types import RECIPES, recipe_of
-from gemma_mtp.convert.hub import AUTO, name_of
 
 PROJECTOR_FORMATS = ["F16", "BF16", "F32", "Q8_0"]
 

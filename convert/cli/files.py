@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from gemma_mtp.convert import integrity as verifying
 from gemma_mtp.convert import link
 from gemma_mtp.convert.gguf_io import read
-from gemma_mtp.convert import integrity as verifying
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -125,7 +125,7 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> None:
 
 def _inspect_checkpoint(folder: Path, tensors: bool, as_json: bool) -> None:
     from gemma_mtp.convert.checkpoint import open_checkpoint
-    from gemma_mtp.convert.cli.convert.preview import left_out
+    from gemma_mtp.convert.cli.preview import left_out
     from gemma_mtp.convert.plan import plan
 
     with open_checkpoint(folder) as checkpoint:

@@ -20,8 +20,8 @@ from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
-from gemma_mtp.convert.gguf_io.types import BLOCKS
 from gemma_mtp.convert.errors import MtpError
+from gemma_mtp.convert.gguf_io.types import BLOCKS
 
 # Number in the file: numpy type. 8 is a string, 9 an array.
 NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}

@@ -18,10 +18,10 @@ import numpy as np
 from gemma_mtp.convert import link
 from gemma_mtp.patches import stock, wheel
 from gemma_mtp.runtime import native
-from gemma_mtp.runtime.bench.measure import machine
-from gemma_mtp.runtime.bench.measure.settings import MARGIN, PROMPT_TOKENS, Settings, Step
-from gemma_mtp.runtime.bench.measure.speed import ROUNDS, Speeds
-from gemma_mtp.runtime.bench.measure.worker import Worker
+from gemma_mtp.runtime.bench import machine
+from gemma_mtp.runtime.bench.settings import MARGIN, PROMPT_TOKENS, Settings, Step
+from gemma_mtp.runtime.bench.speed import ROUNDS, Speeds
+from gemma_mtp.runtime.bench.worker import Worker
 
 PASSES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12)
 TIMES = 3  # timings at each visit

@@ -13,8 +13,8 @@ from statistics import harmonic_mean
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from gemma_mtp.runtime.bench.settings import Chance
 from gemma_mtp.runtime.draft import proposals
-from gemma_mtp.runtime.bench.measure.settings import Chance
 from gemma_mtp.runtime.draft.lookup import Lookup
 from gemma_mtp.runtime.native import Floats
 from gemma_mtp.runtime.sampling import Choose

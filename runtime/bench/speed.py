@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_mtp.runtime.bench.measure.rates import AUTO, OWN, Rates, rate, report, server_report
-from gemma_mtp.runtime.bench.measure.server import Run, Server
-from gemma_mtp.runtime.bench.measure.settings import Chance, Settings, Step
-from gemma_mtp.runtime.bench.measure.worker import Worker
-from gemma_mtp.runtime.bench.measure.replay import expected_tokens
+from gemma_mtp.runtime.bench.rates import AUTO, OWN, Rates, rate, report, server_report
+from gemma_mtp.runtime.bench.replay import expected_tokens
+from gemma_mtp.runtime.bench.server import Run, Server
+from gemma_mtp.runtime.bench.settings import Chance, Settings, Step
+from gemma_mtp.runtime.bench.worker import Worker
 from gemma_mtp.runtime.request import DraftLength
 
 ROUNDS = (1, 2, 3, 4, 5, 6, 7, 8)  # draft lengths

@@ -18,7 +18,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gemma_mtp.runtime.bench.measure.settings import Chance
+    from gemma_mtp.runtime.bench.settings import Chance
     from gemma_mtp.runtime.llama import Llama
     from gemma_mtp.runtime.request import DraftLength
     from gemma_mtp.runtime.stats import Stats
@@ -44,7 +44,7 @@ class Worker:
         self._busy = False
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in close)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "gemma_mtp.runtime.bench.measure.worker"],
+            [sys.executable, "-m", "gemma_mtp.runtime.bench.worker"],
             env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
         )  # fmt: skip
         try:
@@ -174,7 +174,7 @@ class Measure:
 
         Should the target leave its record, which takes a near-tie, it is put back on it.
         """
-        from gemma_mtp.runtime.bench.measure.settings import Chance
+        from gemma_mtp.runtime.bench.settings import Chance
         from gemma_mtp.runtime.stats import Stats
 
         total, shares, segments = Stats(), [0.0, 0.0], 0
@@ -189,7 +189,7 @@ class Measure:
 
     def _follow(self, at: int, end: int, chance: Chance | None, seed: int, shares: list[float]) -> int:
         """Generate along the record from a place in it; returns the place to go on from."""
-        from gemma_mtp.runtime.bench.measure.replay import until_enough, watched
+        from gemma_mtp.runtime.bench.replay import until_enough, watched
 
         with watched(self.llm, self._record, chance, seed, len(self._prompt), end) as spent:
             tokens = self.llm.generate(self._record[:at], temp=0.0)
@@ -206,7 +206,7 @@ class Measure:
 
     def generate(self, prompt: list[int], n: int, length: DraftLength, temp: float, seed: int) -> dict[str, Any]:
         """Generate n tokens, or up to the end of the turn, with what the drafter proposes; length 0 for none."""
-        from gemma_mtp.runtime.bench.measure.replay import until_enough, watched
+        from gemma_mtp.runtime.bench.replay import until_enough, watched
 
         self.llm.draft_length = length
         self.llm.set_seed(seed)

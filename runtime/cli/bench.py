@@ -10,13 +10,11 @@ from typing import Any
 
 import click
 from gemma_mtp.convert import link
-from gemma_mtp.runtime.bench.measure.settings import PROMPTS, WARM_TOKENS, Chance, Settings
+from gemma_mtp.runtime.bench.settings import PROMPTS, WARM_TOKENS, Chance, Settings
 from gemma_mtp.runtime.pair import resolve
 from gemma_mtp.runtime.request import checked_length
 
 SHAPES = ("E2B", "E4B", "12B", "26B-A4B", "31B")
-GENERATOR = "gemma_mtp.convert.random_pair:generate"
-
 DEFAULT_ACCEPTANCE = "0.35,0.6,0.8,0.95"
 
 
@@ -114,7 +112,10 @@ def fixed_length(text: str) -> int:
 @click.option("-ngl", "--gpu-layers", type=int, default=-1, show_default=True, help="Layers on the GPU, -1 for all.")
 @click.option("--flash-attn/--no-flash-attn", default=True, show_default=True, help="Whether to use flash attention.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.png", help="Draw the result.")
+@click.pass_obj
 def bench(
+    generate: Any,
+    /,
     pair: Path | None,
     shape: str | None,
     quant: str,
@@ -151,9 +152,9 @@ def bench(
         raise click.ClickException("--plot needs matplotlib; run: pip install 'gemma-mtp[plot]'")
     if plot is not None and not plot.absolute().parent.is_dir():
         raise click.ClickException(f"--plot {plot}: there is no folder {plot.absolute().parent}; make it first.")
-    from gemma_mtp.runtime.bench.measure import report
+    from gemma_mtp.runtime.bench import report
+    from gemma_mtp.runtime.bench.machine import physical_cores
     from gemma_mtp.runtime.bench.measure import measure
-    from gemma_mtp.runtime.bench.measure.machine import physical_cores
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -167,7 +168,7 @@ def bench(
 
         if shape is not None:
             target, found = _random(
-                shape, rest["seed"], step,
+                generate, shape, rest["seed"], step,
                 quant=quant, drafter_quant=drafter_quant, drafter_head=drafter_head, layers=layers,
             )  # fmt: skip
         else:
@@ -188,15 +189,13 @@ def bench(
     click.echo(json.dumps(result))
 
 
-def _random(shape: str, seed: int, step: Any, **formats: Any) -> tuple[Path, Path]:
+def _random(generate: Any, shape: str, seed: int, step: Any, **formats: Any) -> tuple[Path, Path]:
     """A pair of a shape with random weights, from the cache folder or made now."""
     from gemma_mtp.patches import source
-    from gemma_mtp.runtime.cli.main import imported
 
     def progress(done: int, total: int) -> None:
         step(f"making random weights of {shape}", done, total)
 
-    generate = imported(GENERATOR)
     made: tuple[Path, Path] = generate(shape, source.cache_dir() / "shapes", seed=seed, progress=progress, **formats)
     return made
 

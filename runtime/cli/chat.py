@@ -8,7 +8,7 @@ from contextlib import closing, suppress
 from typing import Any
 
 import click
-from gemma_mtp.runtime.cli.main import loading_options, sampling_options
+from gemma_mtp.runtime.cli.options import loading_options, sampling_options
 
 HELP = "/exit or Ctrl-D leaves, /new starts over, Ctrl-C stops an answer."
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from gemma_mtp.runtime.cli.main import loading_options
+from gemma_mtp.runtime.cli.options import loading_options
 from gemma_mtp.runtime.pair import Wanted
 
 

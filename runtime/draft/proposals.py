@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from gemma_mtp.runtime import native
 from gemma_mtp.runtime.draft.costs import STEP, Costs
-from gemma_mtp.runtime.draft.length import Policy, fitting
 from gemma_mtp.runtime.draft.drafter import DraftSettings
+from gemma_mtp.runtime.draft.length import Policy, fitting
 from gemma_mtp.runtime.draft.lookup import Lookup
 from gemma_mtp.runtime.native import Floats
 from gemma_mtp.runtime.request import MOST, DraftLength

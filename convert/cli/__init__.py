@@ -1,0 +1,1 @@
+"""The commands that make GGUF files and look at them."""

@@ -1,0 +1,1 @@
+"""GGUF files: their types, headers read and checked, and written."""

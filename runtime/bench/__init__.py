@@ -1,0 +1,1 @@
+"""What a pair costs and what MTP brings on this machine."""

@@ -1,0 +1,1 @@
+"""The command gemma-mtp, and the commands that run a pair."""

@@ -1,0 +1,65 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import click
+from gemma_mtp.runtime.request import LENGTHS, checked_length
+
+
+class DraftLengthType(click.ParamType):
+    """A count of tokens, or "auto"."""
+
+    name = "N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        try:
+            return checked_length(value if value == "auto" else int(value))
+        except ValueError:
+            self.fail(f"{value!r} is not {LENGTHS}", param, ctx)
+
+
+def loading_options(command: Any) -> Any:
+    """Options that decide how a pair is loaded, as arguments of `Llama`."""
+
+    @functools.wraps(command)
+    def loaded(*arguments: Any, n_threads: int | None, **others: Any) -> Any:
+        from gemma_mtp.runtime.bench.machine import physical_cores
+
+        # A pass over a draft is a batch to llama.cpp: -t is for both, as in its own tools; so is their default.
+        threads = n_threads or physical_cores()
+        return command(*arguments, n_threads=threads, n_threads_batch=threads, **others)
+
+    for option in (
+        click.option("--drafter", metavar="FILE", help="Drafter to use instead of the linked one beside the target."),
+        click.option("--draft", "draft_length", type=DraftLengthType(), default="auto", show_default=True,
+                     help="Tokens to draft in a round; auto goes by cost and acceptance."),
+        click.option("-c", "--ctx", "n_ctx", type=click.IntRange(1), default=4096, show_default=True,
+                     help="Context length in tokens."),
+        click.option("-t", "--threads", "n_threads", type=click.IntRange(1),
+                     help="CPU threads. [default: one for each core]"),
+        click.option("-ngl", "--gpu-layers", "n_gpu_layers", type=int, default=-1, show_default=True,
+                     help="Layers on the GPU, -1 for all."),
+        click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),
+    ):  # fmt: skip
+        loaded = option(loaded)
+    return loaded
+
+
+def sampling_options(command: Any) -> Any:
+    """Options that decide how tokens are chosen."""
+    for option in (
+        click.option("--no-mtp", is_flag=True, help="Generate without the drafter."),
+        click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Same seed, same text. [default: random]"),
+        click.option("--min-p", type=float, default=0.0, show_default=True,
+                     help="Drop tokens below this share of the best."),
+        click.option("--top-p", type=float, default=0.95, show_default=True, help="Keep this much probability."),
+        click.option("--top-k", type=int, default=64, show_default=True,
+                     help="Keep the k most likely tokens, 0 for all."),
+        click.option("--temp", type=click.FloatRange(0), default=1.0, show_default=True,
+                     help="Temperature, 0 for greedy."),
+    ):  # fmt: skip
+        command = option(command)
+    return command

@@ -1,0 +1,1 @@
+"""What is proposed to the target, and how much of it."""

@@ -1,0 +1,252 @@
+"""Projectors against upstream's `--mmproj`, byte for byte, and in llama.cpp's mtmd."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from faulty import edit_weights
+from gemma_mtp.convert import MtpError, convert_pair
+from gemma_mtp.convert.mmproj import FORMATS, write_mmproj
+from gemma_mtp.runtime.cli.main import main
+from hub import run_against, serving
+from tiny import PAIR, TEXT
+
+VISION = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+          "num_key_value_heads": 4, "head_dim": 16, "patch_size": 4, "position_embedding_size": 64,
+          "rope_parameters": {"rope_type": "axial", "rope_theta": 100.0}}  # fmt: skip
+# Heads of 32: torch takes the softplus of shorter vectors with scalars, rounded otherwise, as no real model has them.
+AUDIO = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "output_proj_dims": 48,
+         "subsampling_conv_channels": (8, 4)}  # fmt: skip
+DENSE = {key: value for key, value in TEXT.items() if "per_layer" not in key and key not in ("use_double_wide_mlp",)}
+KINDS = ["E2B", "31B", "12B"]
+
+
+def make(kind: str, folder: Path) -> Path:
+    """A tiny random target: with vision and audio (E2B, E4B), with vision alone (26B, 31B), or unified (12B)."""
+    torch.manual_seed(0)
+    model: Any
+    if kind == "12B":
+        vision = {"mm_embed_dim": 64, "patch_size": 4, "pooling_kernel_size": 3, "mm_posemb_size": 32,
+                  "output_proj_dims": 64}  # fmt: skip
+        config = transformers.Gemma4UnifiedConfig(
+            text_config=DENSE, vision_config=vision, audio_config={"audio_embed_dim": 48}
+        )
+        model = transformers.Gemma4UnifiedForConditionalGeneration(config)
+    else:
+        audio, clipped = (AUDIO, True) if kind == "E2B" else (None, False)
+        vision = {**VISION, "use_clipped_linears": clipped, "standardize": clipped}
+        config = transformers.Gemma4Config(text_config=TEXT, vision_config=vision, audio_config=audio)
+        model = transformers.Gemma4ForConditionalGeneration(config)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.1)
+    for name, buffer in model.named_buffers():
+        if name.endswith(("_min", "_max", "std_scale")):
+            buffer.data.fill_(-1.5 if name.endswith("_min") else 1.5)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    for part in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        shutil.copy(PAIR / "gemma-4-demo" / part, folder / part)
+    settings = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.6, 0.7]}
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}))
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("encoders")
+    return lambda kind: root / kind if (root / kind).exists() else make(kind, root / kind)
+
+
+@pytest.fixture(scope="module")
+def theirs(made: Callable[[str], Path], upstream: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with upstream's projectors, <kind>-<format>.gguf, all made by one process: it takes seconds to start."""
+    root = tmp_path_factory.mktemp("theirs")
+    script = upstream / "convert_hf_to_gguf.py"
+    runs = [
+        [
+            str(script),
+            str(made(kind)),
+            "--mmproj",
+            "--outtype",
+            quant.lower(),
+            "--outfile",
+            str(root / f"{kind}-{quant}.gguf"),
+        ]
+        for kind in KINDS
+        for quant in FORMATS
+    ]
+    code = (
+        "import json, runpy, sys\n"
+        "for sys.argv in json.loads(sys.argv[1]): runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, json.dumps(runs)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(upstream)}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return root
+
+
+@pytest.mark.parametrize("quant", FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_file_is_upstreams_byte_for_byte(
+    kind: str, quant: str, made: Callable[[str], Path], theirs: Path, tmp_path: Path
+) -> None:
+    write_mmproj(made(kind), tmp_path / "ours.gguf", quant)
+    assert (tmp_path / "ours.gguf").read_bytes() == (theirs / f"{kind}-{quant}.gguf").read_bytes()
+
+
+def test_a_pair_with_its_projector(made: Callable[[str], Path], tiny: dict[str, Path], tmp_path: Path) -> None:
+    done = CliRunner().invoke(
+        main, ["convert", str(made("E2B")), str(tiny["ordered"]), "-o", str(tmp_path / "out"), "--mmproj", "-q", "Q8_0"]
+    )
+    assert done.exit_code == 0, done.output
+    projector = tmp_path / "out" / "mmproj-E2B-F16.gguf"
+    assert projector.name in done.stdout
+    write_mmproj(made("E2B"), tmp_path / "alone.gguf", "F16")
+    assert projector.read_bytes() == (tmp_path / "alone.gguf").read_bytes()
+    lines = (tmp_path / "out" / "Modelfile").read_text().splitlines()
+    assert lines[:3] == [
+        "FROM ./E2B-Q8_0.gguf",
+        f"FROM ./{projector.name}",
+        f"DRAFT ./{tiny['ordered'].name}-Q8_0.gguf",
+    ]
+    found = json.loads(CliRunner().invoke(main, ["verify", str(tmp_path / "out"), "--json"]).stdout)
+    assert {Path(file["file"]).name for file in found["files"]} >= {projector.name, "E2B-Q8_0.gguf"}
+
+
+def test_a_dry_run_of_a_repository_plans_the_projector(
+    made: Callable[[str], Path], tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    """As of the folder, and without the weights."""
+    target, drafter = "google/gemma-4-E2B-it", "google/gemma-4-E2B-it-assistant"
+    command = ("-o", "out", "--mmproj", "-q", "Q8_0", "--dry-run", "--json", "--name", "x")
+    with serving({target: made("E2B"), drafter: tiny["ordered"]}) as hub:
+        done = run_against(hub, tmp_path, "convert", target, *command)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == run_against(hub, tmp_path, "convert", made("E2B"), tiny["ordered"], *command).stdout
+    assert json.loads(done.stdout)["projector"]["mmproj-x-F16.gguf"]["bytes"] > 0
+    assert not list((tmp_path / "hf" / "hub").rglob("*.safetensors"))
+
+
+def test_formats_split_files_and_a_projector_in_one_run(
+    made: Callable[[str], Path], tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    """The plan names the files that are written; each part has its hashes, and none may be missing."""
+    out = tmp_path / "out"
+    command = ["convert", str(made("E2B")), str(tiny["ordered"]), "-o", str(out), "-q", "Q4_0", "-q", "Q8_0",
+               "--split-max-size", "1M", "--mmproj", "--mmproj-quant", "Q8_0", "--json"]  # fmt: skip
+    plan = json.loads(CliRunner().invoke(main, [*command, "--dry-run"]).stdout)
+    assert not out.exists()
+    assert plan["projector"]["mmproj-E2B-Q8_0.gguf"]["bytes"] > 0
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    wrote = json.loads(done.stdout)
+    assert [Path(path).name for path in wrote["files"]] == plan["files"]
+    assert Path(wrote["projector"]).name in plan["files"]
+    assert sorted(path.name for path in out.iterdir()) == sorted([*plan["files"], "Modelfile"])
+
+    first = Path(wrote["target"])
+    parts = sorted(out.glob("E2B-Q4_0-*-of-*.gguf"))
+    assert len(parts) > 1 and parts[0] == first
+    for place in (out, first):
+        found = json.loads(CliRunner().invoke(main, ["verify", str(place), "--json"]).stdout)
+        hashed = {Path(file["file"]): (file["hashed"], file["tensors"]) for file in found["files"]}
+        assert set(parts) <= set(hashed)
+        assert all(count == n for path, (count, n) in hashed.items() if not path.name.startswith("mmproj"))
+        assert found["pairs"][str(first)] == wrote["drafter"]
+    parts[-1].unlink()
+    for place in (out, first):
+        done = CliRunner().invoke(main, ["verify", str(place)])
+        assert done.exit_code == 1
+        assert parts[-1].name in done.stderr
+
+
+def test_mtmd_reads_an_image(made: Callable[[str], Path], tiny: dict[str, Path], tmp_path: Path) -> None:
+    """llama.cpp's own multimodal library loads the projector for its target and encodes a picture to finite rows."""
+    import llama_cpp
+    import numpy as np
+    from llama_cpp import mtmd_cpp
+
+    pair = convert_pair(made("31B"), tiny["dense"], tmp_path, "F16", "F16", mmproj="F16")
+    model = llama_cpp.llama_model_load_from_file(str(pair.target).encode(), llama_cpp.llama_model_default_params())
+    settings = mtmd_cpp.mtmd_context_params_default()
+    settings.use_gpu, settings.n_threads, settings.print_timings, settings.warmup = False, 1, False, False
+    context = mtmd_cpp.mtmd_init_from_file(str(pair.projector).encode(), model, settings)
+    assert context
+    assert mtmd_cpp.mtmd_support_vision(context)
+    side = 96
+    pixels = (ctypes.c_uint8 * (side * side * 3))(*(i % 251 for i in range(side * side * 3)))
+    picture = mtmd_cpp.mtmd_bitmap_init(side, side, pixels)
+    chunks = mtmd_cpp.mtmd_input_chunks_init()
+    text = mtmd_cpp.mtmd_input_text()
+    marker = mtmd_cpp.mtmd_default_marker()
+    text.text, text.text_len, text.add_special, text.parse_special = marker, len(marker), True, True
+    pictures = (mtmd_cpp.mtmd_bitmap_p_ctypes * 1)(picture)
+    assert mtmd_cpp.mtmd_tokenize(context, chunks, ctypes.byref(text), pictures, 1) == 0
+    n_rows = 0
+    for number in range(mtmd_cpp.mtmd_input_chunks_size(chunks)):
+        chunk = mtmd_cpp.mtmd_input_chunks_get(chunks, number)
+        if mtmd_cpp.mtmd_input_chunk_get_type(chunk) == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_IMAGE:
+            assert mtmd_cpp.mtmd_encode_chunk(context, chunk) == 0
+            n_rows = mtmd_cpp.mtmd_input_chunk_get_n_tokens(chunk)
+            rows = np.ctypeslib.as_array(mtmd_cpp.mtmd_get_output_embd(context), (n_rows, TEXT["hidden_size"]))
+            assert bool(np.isfinite(rows).all())
+            assert rows.std() > 0
+    assert n_rows > 0
+    mtmd_cpp.mtmd_free(context)
+    llama_cpp.llama_model_free(model)
+
+
+def test_what_has_no_projector(tiny: dict[str, Path], made: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(MtpError, match="no projector"):
+        convert_pair(tiny["target"], tiny["dense"], tmp_path / "out", mmproj="F16")
+    with pytest.raises(MtpError, match="unknown format 'Q4_0'"):
+        write_mmproj(made("31B"), tmp_path / "x.gguf", "Q4_0")
+    assert not list(tmp_path.iterdir())
+
+
+LAYER = "model.vision_tower.encoder.layers.1"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: w.pop(f"{LAYER}.mlp.up_proj.linear.weight"), "lacks v.blk.1.ffn_up.weight"),
+        (lambda w: w.update({f"{LAYER}.mystery.weight": torch.zeros(4)}), "unknown tensor .*mystery"),
+        (lambda w: w[f"{LAYER}.input_layernorm.weight"].fill_(float("nan")), "input_layernorm.* NaN"),
+        (lambda w: w[f"{LAYER}.mlp.up_proj.linear.weight"].fill_(1e6), "more than F16"),
+        (lambda w: w.update({f"{LAYER}.input_layernorm.weight": torch.zeros(64, dtype=torch.complex64)}), "is C64"),
+    ],
+)
+def test_a_damaged_encoder(
+    change: Callable[[dict[str, torch.Tensor]], object], words: str, made: Callable[[str], Path],
+    tiny: dict[str, Path], tmp_path: Path,
+) -> None:  # fmt: skip
+    folder = tmp_path / "spoilt"
+    shutil.copytree(made("31B"), folder)
+    edit_weights(folder, change)
+    with pytest.raises(MtpError, match=words):
+        convert_pair(folder, tiny["dense"], tmp_path / "out", mmproj="F16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_the_image_processors_settings(made: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "spoilt"
+    shutil.copytree(made("31B"), folder)
+    (folder / "processor_config.json").unlink()
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
+    with pytest.raises(MtpError, match="image_std"):
+        write_mmproj(folder, tmp_path / "x.gguf")

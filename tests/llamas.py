@@ -1,0 +1,37 @@
+"""What is done to a `Llama` in tests, and what it is told."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+from gemma_mtp.runtime import Llama
+from gemma_mtp.runtime.draft.costs import STEP, Costs
+from gemma_mtp.runtime.request import MOST
+from llama_cpp import llama_cpp as lib
+
+
+def see(llm: Llama, rows: int, seed: int = 0) -> None:
+    """Put embeddings at the next positions, as llama.cpp's multimodal helper does for an image."""
+    made = np.random.default_rng(seed).normal(0, 0.5, (rows, llm.n_embd())).astype(np.float32)
+    batch = lib.llama_batch_init(rows, llm.n_embd(), 1)
+    try:
+        ctypes.memmove(batch.embd, made.ctypes.data, made.nbytes)
+        batch.n_tokens = rows
+        for i in range(rows):
+            batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = llm.n_tokens + i, 1, 0, False
+        assert lib.llama_decode(llm.ctx, batch) == 0
+    finally:
+        lib.llama_batch_free(batch)
+    llm.n_tokens += rows
+
+
+def paying() -> Costs:
+    """Costs under which drafting always pays, far more than on the bundled pair."""
+    costs = Costs(MOST + 1)
+    for _ in range(20):
+        for n in range(1, MOST + 2):
+            costs.observe(n, 1.0 + 0.01 * n)
+        costs.observe(STEP, 0.01)
+    costs.observe = lambda place, seconds: None  # type: ignore[method-assign]
+    return costs

@@ -1,0 +1,263 @@
+"""Kernels for a few rows: equal to llama.cpp's own, row by row, to the last bit; and what follows for logits."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import re
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp
+import numpy as np
+import pytest
+from gemma_mtp.convert import Pair, convert_pair
+from gemma_mtp.convert.random_pair import generate
+from gemma_mtp.patches import check, source, toolchain
+from gemma_mtp.runtime import Llama
+from tiny import PAIR
+
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+VARIANTS = {"installed": Path(llama_cpp.__file__).parent / "lib"}
+VARIANTS |= {name: check.kernels_dir(name) for name in check.KERNEL_VARIANTS}
+# Variants of the portable wheel that have kernels of ours, and what a CPU must have for each.
+PORTABLE = {"haswell": "avx2", "alderlake": "avx_vnni", "icelake": "avx512_vnni", "zen4": "avx512_bf16",
+            "sapphirerapids": "amx_int8"}  # fmt: skip
+# How many rows our kernels serve.
+MOST = {"Q4_0": 16, "Q4_K": 16, "Q5_K": 9, "Q6_K": 16, "Q8_0": 16}
+SHAPES = [(256, 8), (512, 64), (1536, 264), (2048, 1000)]
+
+
+def library(variant: str) -> Path:
+    """The folder of libggml built for an instruction set; skips where there is none, or it would not run."""
+    if not VARIANTS[variant].exists():
+        pytest.skip(f"no {variant} build here; make check-kernels builds it")
+    runs_here(check.KERNEL_NEEDS.get(variant))
+    return VARIANTS[variant]
+
+
+def runs_here(needed: str | None) -> None:
+    if needed and needed not in toolchain.cpu_features().split():
+        pytest.skip(f"this CPU has no {needed}")
+
+
+def script(name: str, folder: Path, *arguments: Path | str, **env: str) -> str:
+    command = [sys.executable, Path(__file__).parents[1] / name, folder, *arguments]
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(not X86, reason="the kernels are for x86; other machines keep llama.cpp's")
+@pytest.mark.parametrize("kind", MOST)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("program", ["mul_mat.py", "mul_mat_id.py"])
+def test_products_are_those_of_one_row_kernels(program: str, variant: str, kind: str) -> None:
+    """1 to 9 or 16 rows at once by our kernels, one after the other by stock's; repacked experts take any number."""
+    folder, seed = library(variant), random.randrange(1 << 30)
+    most = 20 if program == "mul_mat_id.py" and kind in ("Q4_0", "Q4_K") else MOST[kind]
+
+    def digest(mode: str, seed: int, **env: str) -> str:
+        return script(program, folder, kind, *map(str, (*shape, seed, most)), mode, **env)
+
+    for shape in SHAPES if variant == "installed" and program == "mul_mat.py" else SHAPES[1:3]:
+        stock = digest("alone", seed, GGML_SMALL_BATCH_ROWS="0")
+        assert digest("batch", seed) == stock, (shape, seed)
+        assert digest("batch", seed + 1) != stock
+
+
+@pytest.mark.parametrize("kind", MOST)
+@pytest.mark.parametrize("variant", PORTABLE)
+def test_each_variant_of_the_portable_wheel_has_our_kernels(
+    variant: str, kind: str, portable: Path, tmp_path: Path
+) -> None:
+    built = portable / "llama_cpp" / "lib" / f"libggml-cpu-{variant}.so"
+    assert b"GGML_SMALL_BATCH_ROWS" in built.read_bytes()
+    runs_here(PORTABLE[variant])
+    (tmp_path / "libggml-cpu.so").symlink_to(built)
+    (tmp_path / "libggml-base.so").symlink_to(built.with_name("libggml-base.so"))
+    arguments = (kind, *map(str, (*SHAPES[1], 1, MOST[kind])))
+    stock = script("mul_mat.py", tmp_path, *arguments, "alone", GGML_SMALL_BATCH_ROWS="0")
+    assert script("mul_mat.py", tmp_path, *arguments, "batch") == stock
+
+
+def test_the_tile_configuration_of_amx_is_stored() -> None:
+    """gcc 12 dropped the stores of widths and rows, which lie 16 and 48 bytes into it: an illegal instruction."""
+    if not (built := VARIANTS["amx"] / "libggml-cpu.so").exists():
+        pytest.skip("no amx build here; make check-kernels builds it")
+    lines = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", built], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    loads = [place for place, line in enumerate(lines) if "ldtilecfg" in line]
+    assert loads
+    for place in loads:
+        offset, base = re.findall(r"ldtilecfg\s+(-?\w*)\((%\w+)\)", lines[place])[0]
+        begin = int(offset or "0", 16)
+        stored = [int(at or "0", 16) - begin
+                  for line in lines[place - 60 : place]
+                  for at in re.findall(rf"mov\w*\s+\S+,(-?\w*)\({base}\)", line)]  # fmt: skip
+        assert {0, 16, 48} <= set(stored), lines[place - 60 : place + 1]
+
+
+@pytest.mark.skipif("avx2" not in toolchain.cpu_features().split(), reason="Q4_0 is repacked for AVX2")
+def test_weights_stay_where_our_kernels_read_them(tmp_path: Path) -> None:
+    """On a CPU with AMX llama.cpp would put them into a layout that has kernels for one row and for sixteen."""
+    pair = convert_pair(PAIR / "gemma-4-demo", PAIR / "gemma-4-demo-assistant", tmp_path, "Q4_0", "Q4_0")
+    code = f"from gemma_mtp.runtime import Llama; Llama({str(pair.target)!r}, n_ctx=256)"
+
+    def log(**env: str) -> str:
+        environment = {name: value for name, value in os.environ.items() if name != "GGML_AMX"} | env
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
+
+    assert "CPU_REPACK model buffer" in (said := log())
+    assert "AMX model buffer" not in said
+    if "amx_int8" in toolchain.cpu_features().split():
+        assert "AMX model buffer" in log(GGML_AMX="1")
+
+
+# queries, heads, KV heads, keys, width, sliding window
+ATTENTION = [
+    (9, 8, 1, 1100, 512, None),
+    (5, 8, 1, 700, 256, 300),
+    (16, 32, 16, 600, 80, None),
+    (3, 4, 4, 77, 64, None),
+]
+KV_TYPES = {"F32": 0, "F16": 1, "BF16": 30, "Q8_0": 8, "Q4_0": 2}
+
+
+def attention(shape: tuple[int, int, int, int, int, int | None], kind: str, seed: int) -> dict[str, Any]:
+    """Random queries over keys of which the last twenty are of no one's past, as in a KV cache with room left."""
+    queries, heads, kv_heads, keys, width, window = shape
+    rng, key = np.random.default_rng(seed), np.arange(keys)
+    now = (keys - 20 - queries + np.arange(queries))[:, None]
+    seen = (key <= now) & (key > now - (window or keys))
+    return {
+        "q": rng.standard_normal((queries, heads, width), np.float32),
+        "k": rng.standard_normal((keys, kv_heads, width), np.float32),
+        "v": rng.standard_normal((keys, kv_heads, width), np.float32),
+        "mask": np.where(seen, 0, -np.inf).astype(np.float32),
+        "type": KV_TYPES[kind],
+        "scale": width**-0.5,
+        # threads, and queries at once
+        "runs": [(2, queries), (1, 1), (2, 1), (16, 1), (3, 2), (16, queries)],
+    }
+
+
+@pytest.mark.skipif(not X86, reason="the kernels are for x86; other machines keep llama.cpp's")
+@pytest.mark.parametrize("kind", KV_TYPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_of_a_few_queries(variant: str, kind: str, tmp_path: Path) -> None:
+    """Nearer to the exact sums than llama.cpp's own, and the same for any number of queries and threads."""
+    folder = library(variant)
+    path, found = tmp_path / "case.npz", tmp_path / "found.npy"
+
+    def attend(case: dict[str, Any], **env: str) -> Any:
+        np.savez(path, **case)
+        script("attention.py", folder, path, found, **env)
+        return np.load(found)
+
+    for seed, shape in enumerate(ATTENTION):
+        if kind in ("Q8_0", "Q4_0") and shape[4] % 32:
+            continue
+        case = attention(shape, kind, seed)
+        batch, *others = attend(case)
+        stock = attend({**case, "runs": case["runs"][:1]}, GGML_SMALL_BATCH_ROWS="0")[0]
+        k, v = (unpacked(case[name], kind).repeat(shape[1] // shape[2], 1) for name in "kv")
+        scores = (
+            np.einsum("qhd,khd->hqk", case["q"].astype(np.float64), k, optimize=True) * case["scale"] + case["mask"]
+        )
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        exact = np.einsum("hqk,khd->qhd", weights / weights.sum(-1, keepdims=True), v, optimize=True)
+        error = np.abs(batch - exact).max()
+        assert error < 2e-6
+        assert kind == "F32" or error < np.abs(stock - exact).max()
+        assert all(np.array_equal(other, batch) for other in others), shape
+
+
+def unpacked(values: Any, kind: str) -> Any:
+    """Keys or values as the cache of a type holds them."""
+    blocks = gguf.quantize(np.ascontiguousarray(values), gguf.GGMLQuantizationType[kind])
+    return gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind]).reshape(values.shape).astype(np.float64)
+
+
+@pytest.mark.skipif(not X86, reason="the kernels are for x86; other machines keep llama.cpp's")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tanh_and_gelu(variant: str, tmp_path: Path) -> None:
+    """Against float64; a value has the same result wherever it stands in a row."""
+    folder = library(variant)
+    rng = np.random.default_rng(0)
+    special = [0.0, -0.0, 1e-40, 11.0, -11.0, 1e30, -1e30, np.inf, -np.inf, np.nan]
+    row = np.concatenate([rng.standard_normal(2000) * size for size in (1e-6, 1e-2, 1, 4, 20)] + [special])
+    x = np.stack([np.roll(row, shift) for shift in range(3)]).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    wide = np.maximum(x.astype(np.float64), -20)
+    exact = {
+        "tanh": np.tanh(wide),
+        "gelu": wide / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * wide * (1 + 0.044715 * wide**2))),
+    }
+    exact["geglu"] = exact["gelu"] * np.arange(1, 4)[:, None]
+    for name, wanted in exact.items():
+        script("activations.py", folder, name, tmp_path / "x.npy", tmp_path / "y.npy")
+        y = np.load(tmp_path / "y.npy")
+        # far out on the left GELU loses digits as 1 + tanh does
+        np.testing.assert_allclose(y, wanted, rtol=5e-7 if name == "tanh" else 3e-6, atol=1e-7 if name != "tanh" else 0)
+        if name != "geglu":
+            rolled = [np.roll(row, -shift) for shift, row in enumerate(y)]
+            assert all(np.array_equal(row, rolled[0], equal_nan=True) for row in rolled)
+
+
+def check_rows(llm: Llama, ids: list[int], start: int, count: int) -> None:
+    """Every logit of tokens start to start + count, in batches of 2 to 9, is the one of the token decoded alone."""
+    llm.reset()
+    llm.eval(ids[:start])
+    alone = [llm.logits(llm.decode([token], [])).copy() for token in ids[start : start + count]]
+    for n in range(2, 10) if X86 else []:
+        llm.n_tokens = start
+        for at in range(0, count - n + 1, n):
+            row = llm.decode([ids[start + at]], ids[start + at + 1 : start + at + n])
+            for i in range(n):
+                assert np.array_equal(llm.logits(row + i), alone[at + i]), (start, n, at + i)
+            llm.n_tokens += n - 1
+
+
+def demo_pair(folder: Path, quant: str) -> tuple[Pair, bytes]:
+    """The bundled pair in a format, and a text of its held-out prompts."""
+    pair: Pair = convert_pair(PAIR / "gemma-4-demo", PAIR / "gemma-4-demo-assistant", folder, quant)
+    prompts = json.loads((PAIR / "prompts.json").read_text())["prompts"]
+    return pair, "\n".join(prompt["text"] for prompt in prompts).encode()
+
+
+@pytest.mark.parametrize("flash", [True, False], ids=["flash", "no flash"])
+@pytest.mark.parametrize("quant", ["Q4_0", "Q4_K_M", "Q8_0", "BF16"])
+def test_a_token_has_the_same_logits_alone_and_in_a_batch(quant: str, flash: bool, tmp_path: Path) -> None:
+    pair, text = demo_pair(tmp_path, quant)
+    with closing(Llama(pair.target, drafter=None, n_ctx=1024, flash_attn=flash, n_threads=2, verbose=False)) as llm:
+        for start in (64, 600):
+            check_rows(llm, llm.tokenize(text), start, 18)
+
+
+@pytest.mark.invariance
+@pytest.mark.parametrize("quant", ["Q4_0", "Q4_K_M", "Q8_0"])
+@pytest.mark.parametrize("weights", ["demo", "E2B"])
+def test_two_hundred_tokens_alone_and_in_batches(weights: str, quant: str, tmp_path: Path) -> None:
+    """On the bundled pair and on random weights at the shape of E2B, on contexts up to 3000."""
+    if weights == "demo":
+        pair, text = demo_pair(tmp_path, quant)
+        target = pair.target
+    else:
+        target, _ = generate(
+            "E2B", source.cache_dir() / "shapes", quant=quant, drafter_quant="Q4_0", drafter_head="Q4_0"
+        )
+        text = b""
+    with closing(Llama(target, drafter=None, n_ctx=4096, n_threads=2, verbose=False)) as llm:
+        ids = llm.tokenize(text) or random.Random(0).choices(range(1000, llm.n_vocab()), k=3200)
+        ids = (ids * (3200 // len(ids) + 1))[:3200]
+        for start in (64, 600, 3000):
+            check_rows(llm, ids, start, 200)

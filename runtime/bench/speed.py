@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_mtp.runtime.bench.rates import AUTO, OWN, Rates, rate, report, server_report
-from gemma_mtp.runtime.bench.replay import expected_tokens
+from gemma_mtp.runtime.bench.rates import AUTO, OWN, Rates, expected_tokens, rate, report, server_report
 from gemma_mtp.runtime.bench.server import Run, Server
 from gemma_mtp.runtime.bench.settings import Chance, Settings, Step
 from gemma_mtp.runtime.bench.worker import Worker

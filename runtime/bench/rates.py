@@ -10,7 +10,7 @@ from typing import Any, Literal
 from gemma_mtp.runtime.bench.settings import Chance
 
 OWN = "own"  # what is drafted is the drafter's own, not replayed
-AUTO: Literal["auto"] = "auto"  # the draft length that Llama has by default
+AUTO_LENGTH: Literal["auto"] = "auto"  # the draft length that Llama has by default
 
 
 @dataclass
@@ -97,7 +97,7 @@ def _auto(rates: Rates) -> dict[str, Any]:
     """The draft length "auto" beside plain and the best fixed length, which may be none at all."""
     fixed = {0: rates.plain, **rates.mtp}
     best = max(fixed, key=lambda length: median(fixed[length]))
-    runs = rates.runs[AUTO]
+    runs = rates.runs[AUTO_LENGTH]
     drafted, accepted = (sum(run["stats"][key] for run in runs) for key in ("drafted", "accepted"))
     found = {
         "tokens_per_s": round(median(rates.auto), 2),

@@ -12,14 +12,14 @@ from typing import Any
 from gemma_mtp.runtime.bench.settings import Chance
 from gemma_mtp.runtime.draft.drafter import Drafting, DraftSettings, FromDrafter
 from gemma_mtp.runtime.draft.lookup import FromText
-from gemma_mtp.runtime.draft.source import Draft, Place, Source
+from gemma_mtp.runtime.draft.source import Draft, Source, Start
 from gemma_mtp.runtime.llama import Llama
 from gemma_mtp.runtime.native import Floats
 from gemma_mtp.runtime.request import DraftLength
 from gemma_mtp.runtime.sampling import Choose, Sampler
 from gemma_mtp.runtime.target import Target
 
-GOLDEN = (math.sqrt(5) - 1) / 2
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 SURE = 1e4  # a logit that no other comes near
 
 
@@ -44,7 +44,7 @@ class Replay:
 
     def __init__(self, drafter: Drafting, record: Sequence[int], chance: Chance | None, seed: int, begin: int) -> None:
         self._drafter, self._record, self._chance, self._begin = drafter, record, chance, begin
-        self._place = seed * GOLDEN
+        self._place = seed * GOLDEN_RATIO
 
     def draft(self, token: int, hidden: Floats, position: int, length: int, choose: Any) -> list[int]:
         """As `Drafter.draft`, with the tokens exchanged.
@@ -73,7 +73,7 @@ class Replay:
 
     def _right(self, chance: float, length: int) -> int:
         """How many tokens of the next draft are right."""
-        self._place = (self._place + GOLDEN) % 1.0
+        self._place = (self._place + GOLDEN_RATIO) % 1.0
         if chance == 0.0 or self._place == 0.0:
             return 0
         return length if chance == 1.0 else min(length, int(math.log(self._place) / math.log(chance)))
@@ -93,9 +93,9 @@ class Fruitless(Source):
     def __init__(self, source: Source) -> None:
         self._source = source
 
-    def propose(self, place: Place, draft: Draft, room: int) -> None:
+    def propose(self, start: Start, draft: Draft, room: int) -> None:
         """As the source, without what it found."""
-        self._source.propose(place, draft, room)
+        self._source.propose(start, draft, room)
 
 
 class Until(Source):
@@ -109,14 +109,14 @@ class Until(Source):
     def __init__(self, target: Target, end: int) -> None:
         self._target, self._end = target, end
 
-    def propose(self, place: Place, draft: Draft, room: int) -> None:
+    def propose(self, start: Start, draft: Draft, room: int) -> None:
         """Proposes nothing."""
         if self._target.n_tokens + 1 >= self._end:
             raise Enough
 
 
 @dataclass(frozen=True)
-class Run:
+class Rehearsal:
     """What `Replaying` does instead of what a `Llama` does.
 
     Attributes:
@@ -135,17 +135,17 @@ class Replaying(Llama):
     """A `Llama` that ends after whole rounds, and drafts from a record, while it is told so.
 
     Attributes:
-        run: what it is told.
+        rehearsal: what it is told.
     """
 
-    run: Run | None = None
+    rehearsal: Rehearsal | None = None
 
     def sources(self, sampler: Sampler, length: DraftLength, settings: DraftSettings | None) -> list[Source]:
         """As there, with `Replay` in the drafter's place."""
         asked = super().sources(sampler, length, settings)
-        if self.run is None or not asked:
+        if self.rehearsal is None or not asked:
             return asked
-        run = self.run
+        run = self.rehearsal
         for place, source in enumerate(asked):
             if isinstance(source, FromDrafter):
                 source.drafter = Replay(source.drafter, run.record, run.chance, run.seed, run.begin)
@@ -153,9 +153,9 @@ class Replaying(Llama):
                 asked[place] = Fruitless(source)
         return [Until(self, run.end), *asked]
 
-    def running(self, run: Run, tokens: Sequence[int], **settings: Any) -> Generator[int, None, None]:
+    def running(self, run: Rehearsal, tokens: Sequence[int], **settings: Any) -> Generator[int, None, None]:
         """Generate after a prompt up to the end that `run` names; without drafts a token is a whole round."""
-        self.run = run
+        self.rehearsal = run
         try:
             with closing(self.generate(tokens, **settings)) as made, suppress(Enough):
                 for token in made:
@@ -163,4 +163,4 @@ class Replaying(Llama):
                     if self.n_tokens + 1 >= run.end and not self.stats.drafts:
                         return
         finally:
-            self.run = None
+            self.rehearsal = None

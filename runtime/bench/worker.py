@@ -17,7 +17,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gemma_mtp.runtime.bench.replay import Replaying, Run
+    from gemma_mtp.runtime.bench.replay import Rehearsal, Replaying
     from gemma_mtp.runtime.request import DraftLength
     from gemma_mtp.runtime.stats import Stats
 
@@ -172,7 +172,7 @@ class Measure:
 
         Should the target leave its record, which takes a near-tie, it is put back on it.
         """
-        from gemma_mtp.runtime.bench.replay import Run
+        from gemma_mtp.runtime.bench.replay import Rehearsal
         from gemma_mtp.runtime.bench.settings import Chance
         from gemma_mtp.runtime.stats import Stats
 
@@ -182,11 +182,11 @@ class Measure:
         given = None if chance is None else Chance.parse(chance)
         while at < begin + n:
             segments += 1
-            at = self._follow(at, Run(begin + n, self._record, given, seed + segments, begin))
+            at = self._follow(at, Rehearsal(begin + n, self._record, given, seed + segments, begin))
             total.add(self.llm.stats)
         return self._result(total, segments) | {"left_record": segments - 1}
 
-    def _follow(self, at: int, run: Run) -> int:
+    def _follow(self, at: int, run: Rehearsal) -> int:
         """Generate along the record from a place in it; returns the place to go on from."""
         with closing(self.llm.running(run, self._record[:at], temp=0.0)) as tokens:
             for token in tokens:
@@ -198,13 +198,13 @@ class Measure:
 
     def generate(self, prompt: list[int], n: int, length: DraftLength, temp: float, seed: int) -> dict[str, Any]:
         """Generate n tokens, or up to the end of the turn, with what the drafter proposes; length 0 for none."""
-        from gemma_mtp.runtime.bench.replay import Run
+        from gemma_mtp.runtime.bench.replay import Rehearsal
 
         self.llm.draft_length = length
         self.llm.set_seed(seed)
         made: list[int] = []
         settings = {"top_k": 64, "top_p": 0.95, "min_p": 0.0, "temp": temp}
-        with closing(self.llm.running(Run(len(prompt) + n), prompt, **settings)) as tokens:
+        with closing(self.llm.running(Rehearsal(len(prompt) + n), prompt, **settings)) as tokens:
             for token in tokens:
                 made.append(token)
                 if token == self.llm.token_eos():

@@ -15,7 +15,7 @@ import llama_cpp
 from gemma_mtp.convert.link import DRAFTER_ARCH
 from gemma_mtp.runtime import native
 from gemma_mtp.runtime.draft.costs import STEP, Costs
-from gemma_mtp.runtime.draft.source import Draft, Place, Proposal, Source
+from gemma_mtp.runtime.draft.source import Draft, Proposal, Source, Start
 from gemma_mtp.runtime.native import Floats
 from gemma_mtp.runtime.sampling import MASK, Choose, NoTokenLeft, Sampler
 from gemma_mtp.runtime.target import Target
@@ -149,9 +149,9 @@ class FromDrafter(Source):
         self.drafter = drafter
         self._target, self._costs, self._settings = target, costs, settings
 
-    def propose(self, place: Place, draft: Draft, room: int) -> Proposal:
+    def propose(self, start: Start, draft: Draft, room: int) -> Proposal:
         """As many tokens as there is room for."""
-        return Proposal(self.NAME, room, partial(self._take, place, draft))
+        return Proposal(self.NAME, room, partial(self._take, start, draft))
 
     def learn(self, draft: Draft, accepted: int) -> None:
         """Note what a step took."""
@@ -159,15 +159,15 @@ class FromDrafter(Source):
         if draft.steps:
             self._costs.observe(STEP, draft.seconds / draft.steps)
 
-    def _take(self, place: Place, draft: Draft, length: int) -> None:
-        forced, hidden, position = list(draft.tokens), self._target.hidden(place.row), self._target.n_tokens
+    def _take(self, start: Start, draft: Draft, length: int) -> None:
+        forced, hidden, position = list(draft.tokens), self._target.hidden(start.row), self._target.n_tokens
 
         def choose(logits: Floats, position: int) -> int:
             draft.steps += 1
             if draft.steps <= len(forced):
                 return forced[draft.steps - 1]
             try:
-                made = place.sampler(logits, position)
+                made = start.sampler(logits, position)
             except NoTokenLeft:
                 raise EndOfDraft from None
             draft.add(made, self.NAME)
@@ -176,12 +176,12 @@ class FromDrafter(Source):
             return made
 
         if self._settings is not None and not forced:
-            for made in self.drafter.draft(place.token, hidden, position, length, self._settings):
+            for made in self.drafter.draft(start.token, hidden, position, length, self._settings):
                 draft.steps += 1
                 draft.add(made, self.NAME)
             return
         with suppress(EndOfDraft):
-            self.drafter.draft(place.token, hidden, position, len(forced) + length, choose)
+            self.drafter.draft(start.token, hidden, position, len(forced) + length, choose)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gemma_mtp.runtime.draft.source import Draft, Place, Source
+from gemma_mtp.runtime.draft.source import Draft, Source, Start
 
 
 class FromGrammar(Source):
@@ -10,13 +10,13 @@ class FromGrammar(Source):
 
     NAME = "grammar"
 
-    def propose(self, place: Place, draft: Draft, room: int) -> None:
+    def propose(self, start: Start, draft: Draft, room: int) -> None:
         """Adds the forced tokens at once."""
-        mask = place.sampler.mask
+        mask = start.sampler.mask
         if mask is None:
             return
         for _ in range(room):
             if (forced := mask.forced()) is None:
                 return
             draft.add(forced, self.NAME)
-            place.sampler.accept(forced)
+            start.sampler.accept(forced)

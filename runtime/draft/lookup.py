@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from itertools import takewhile
 
 import numpy as np
-from gemma_mtp.runtime.draft.source import Draft, Place, Proposal, Source
+from gemma_mtp.runtime.draft.source import Draft, Proposal, Source, Start
 from gemma_mtp.runtime.target import Target
 
 GRAM = 3  # tokens that must agree
@@ -86,19 +86,19 @@ class FromText(Source):
     def __init__(self, target: Target) -> None:
         self._target, self._lookup, self._read = target, Lookup(), 0
 
-    def propose(self, place: Place, draft: Draft, room: int) -> Proposal | None:
+    def propose(self, start: Start, draft: Draft, room: int) -> Proposal | None:
         """What stood after the latest tokens before; its acceptance is remembered by the length of the agreement."""
         if draft.tokens:
             return None
         self._lookup.extend(self._target.input_ids[self._read : self._target.n_tokens].tolist())
-        self._lookup.extend([place.token])
+        self._lookup.extend([start.token])
         self._read = self._target.n_tokens + 1
         found, matched = self._lookup.find(room)
         if not found:
             return None
 
         def take(length: int) -> None:
-            mask = place.sampler.mask
+            mask = start.sampler.mask
             for token in found[:length]:
                 if mask is not None:
                     if not mask.allows(np.array([token], dtype=np.int32))[0]:

@@ -10,7 +10,7 @@ from gemma_mtp.runtime.draft.drafter import Drafter, DraftSettings, FromDrafter
 from gemma_mtp.runtime.draft.forced import FromGrammar
 from gemma_mtp.runtime.draft.length import Policy, fitting
 from gemma_mtp.runtime.draft.lookup import FromText
-from gemma_mtp.runtime.draft.source import Draft, Place, Proposal, Source
+from gemma_mtp.runtime.draft.source import Draft, Proposal, Source, Start
 from gemma_mtp.runtime.request import MOST, DraftLength
 from gemma_mtp.runtime.sampling import Sampler
 from gemma_mtp.runtime.target import Target
@@ -69,10 +69,10 @@ class Proposals:
             return draft
         clock = perf_counter()
         room = fitting(self._most, self._target.n_tokens, self._target.n_ctx(), self._target.n_batch)
-        place = Place(token, row, self._sampler.fork())
+        start = Start(token, row, self._sampler.fork())
         offers: dict[str, Proposal] = {}
         for source in self._sources:
-            proposal = source.propose(place, draft, room - len(draft.tokens))
+            proposal = source.propose(start, draft, room - len(draft.tokens))
             if proposal is not None:
                 offers[proposal.kind] = proposal
         draft.kind, length = self._choose(offers)

@@ -34,7 +34,7 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class Place:
+class Start:
     """Where a draft begins.
 
     Attributes:
@@ -68,11 +68,11 @@ class Proposal:
 class Source(Protocol):
     """One way of guessing what follows. Sources are asked in turn, and each sees what those before it added."""
 
-    def propose(self, place: Place, draft: Draft, room: int) -> Proposal | None:
+    def propose(self, start: Start, draft: Draft, room: int) -> Proposal | None:
         """What could be added to a draft; tokens that are certain are added at once.
 
         Args:
-            place: where the draft begins.
+            start: where the draft begins.
             draft: what is drafted already.
             room: how many more tokens fit.
         """

@@ -169,7 +169,7 @@ def test_replays_end_between_rounds_and_keep_to_the_record(length: int | str, de
     assert 40 <= found["generated"] + 1 < 40 + MOST + 1
     assert set(found["stats"]["drafted_from"]) == (set() if length == 0 else {"mtp"})
     assert len(record) == 60
-    assert llm.run is None
+    assert llm.rehearsal is None
 
 
 def test_best_length_weighs_cost_and_acceptance() -> None:

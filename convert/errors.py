@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,15 @@ class MtpError(ValueError):
 
 class PairError(MtpError):
     """The two files, or the two checkpoints, are not a target and its drafter."""
+
+
+class MtpWarning(UserWarning):
+    """What was left out or decided in a user's place; its text is one line."""
+
+
+def warn(text: str) -> None:
+    """Tell of something that a conversion goes on without."""
+    warnings.warn(text, MtpWarning, stacklevel=3)
 
 
 @contextmanager

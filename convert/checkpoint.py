@@ -5,20 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
 import numpy as np
-from gemma_mtp.convert.config import read_config, read_json
-from gemma_mtp.convert.errors import MtpError, damaged
+from gemma_mtp.convert import names
+from gemma_mtp.convert.config import DrafterConfig, TargetConfig, read_config, read_json
+from gemma_mtp.convert.errors import MtpError, damaged, warn
+from gemma_mtp.convert.generation import read_generation
 from gemma_mtp.convert.quantize import Bytes, Floats, widen
 from gemma_mtp.convert.safetensors_file import Entry, read_entries
 
 # The number of values taken from each of three places of every tensor for the fingerprint.
 SAMPLE = 4096
+# Values compared at a time.
+PIECE = 1 << 22
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = re.compile(r"(?P<stem>model)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+# What somebody may take for the weights of a folder.
+LIKELY = re.compile(r"(?i)\.(safetensors|bin|pt|pth|gguf|part|incomplete|crdownload)$")
 # Keys of config.json that change without the model changing.
 INCIDENTAL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
@@ -54,14 +63,13 @@ class Weights:
         self.folder = folder
         self._files: dict[Path, int] = {}
         self.index: dict[str, Source] = {}
-        for path in _weight_files(folder):
+        for path in [folder / name for name in weight_names(folder)]:
             for name, entry in sorted(read_entries(path).items()):
                 if name in self.index:
                     raise MtpError(f"{path} holds {name!r}, and so does {self.index[name].file.name}; download again.")
                 self.index[name] = _source(path, entry)
             self._files[path] = os.open(path, os.O_RDONLY)
             files.callback(os.close, self._files[path])
-        _check_index(folder, self.index)
 
     def read(self, name: str, start: int, size: int) -> Bytes:
         """Bytes [start, start + size) of a tensor, read into memory of their own; threads may do so at once.
@@ -84,18 +92,54 @@ class Weights:
         source = self.index[name]
         return widen(self.read(name, 0, source.size), source.dtype).reshape(source.shape)
 
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same values, whatever their types; raises what `read` raises."""
+        first, second = self.index[one], self.index[other]
+        if first.shape != second.shape:
+            return False
+        length = prod(first.shape)
+        sizes = first.size // max(length, 1), second.size // max(length, 1)
+        for start in range(0, length, PIECE):
+            count = min(PIECE, length - start)
+            left = self.read(one, start * sizes[0], count * sizes[0])
+            right = self.read(other, start * sizes[1], count * sizes[1])
+            if first.dtype == second.dtype:
+                same = np.array_equal(left, right)
+            else:
+                same = np.array_equal(widen(left, first.dtype), widen(right, second.dtype))
+            if not same:
+                return False
+        return True
+
 
 class Checkpoint(Weights):
-    """An open checkpoint: its weights, `config`, and `generation` (generation_config.json or {})."""
+    """An open checkpoint: its weights, `config`, and `generation` (of generation_config.json what can be used)."""
 
     def __init__(self, folder: Path, files: ExitStack) -> None:
         if not folder.is_dir():
             raise MtpError(f"{folder} is not a folder; pass the folder of a Hugging Face checkpoint.")
         with damaged(folder / "config.json"):
             self.config = read_config(folder)
-        generation = folder / "generation_config.json"
-        self.generation = read_json(generation) if generation.exists() else {}
+        self.generation = read_generation(folder)
         super().__init__(folder, files)
+        self.config = self._with_its_head()
+
+    def _with_its_head(self) -> TargetConfig | DrafterConfig:
+        """The configuration, untied where the weights hold another output matrix than the token embedding.
+
+        So does transformers, whatever tie_word_embeddings says (modeling_utils.py, `tie_weights`).
+        """
+        at = {place.gguf: name for name in self.index if (place := names.place(name)) is not None}
+        head, embedding = at.get(names.OUTPUT), at.get(names.EMBEDDING)
+        if not self.config.tied or head is None or embedding is None or self.equal(head, embedding):
+            return self.config
+        if isinstance(self.config, DrafterConfig):
+            raise MtpError(
+                f"{self.folder}: {head!r} and {embedding!r} differ, and a drafter's output matrix is its embedding in "
+                "llama.cpp; save the drafter with one of the two alone."
+            )
+        warn(f"{self.folder}: {head!r} differs from {embedding!r}: it is kept, whatever tie_word_embeddings says.")
+        return replace(self.config, tied=False)
 
     def fingerprint(self) -> str:
         """SHA-256 over configuration, tensor names, types and shapes, and a sample of every tensor's values.
@@ -129,31 +173,53 @@ def open_checkpoint(folder: Path) -> Iterator[Checkpoint]:
         yield Checkpoint(folder, files)
 
 
-def weight_names(folder: Path) -> list[str]:
-    """Names of the safetensors files that a folder should hold.
+def weight_names(folder: Path, present: Collection[str] | None = None) -> list[str]:
+    """Names of the safetensors files that a folder's weights are in, chosen as transformers does.
+
+    A model.safetensors comes before an index, whatever that says, and an index before shards that go by their names.
+
+    Args:
+        folder: a Hugging Face folder.
+        present: names of the files there are, where the folder does not hold the weights themselves.
 
     Raises:
-        MtpError: the index is damaged, or names what is not a file of its folder.
+        MtpError: there are no weights, not all of them, or the index is damaged.
     """
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return ["model.safetensors"]
-    names = sorted(set(_weight_map(index).values()))
-    outside = [name for name in names if Path(name).name != name or name == ".."]
+    index = folder / INDEX
+    there = {path.name for path in folder.iterdir()} if present is None else set(present)
+    shards = {name: found for name in there if (found := SHARD.fullmatch(name))}
+    if SINGLE in there:
+        aside = sorted([*shards, *([INDEX] if index.exists() else [])])
+        if aside:
+            more = f" and {len(aside) - 3} more" if len(aside) > 3 else ""
+            warn(
+                f"{folder}: {SINGLE} is converted, as transformers loads it; left aside: {', '.join(aside[:3])}{more}."
+            )
+        return [SINGLE]
+    if index.exists():
+        return _existing(folder, sorted({os.path.normpath(name) for name in _weight_map(index).values()}), there, index)
+    counts = {found["count"] for found in shards.values()}
+    if len(counts) == 1:
+        stem, count = next(iter(shards.values()))["stem"], next(iter(counts))
+        wanted = [f"{stem}-{number:05}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
+        return _existing(folder, wanted, there, index)
+    if len(counts) > 1:
+        said = ", ".join(sorted(shards)[:4])
+        raise MtpError(f"{folder} holds shards of several sets ({said}) and no {INDEX}; keep those of one.")
+    likely = sorted(name for name in there if LIKELY.search(name))
+    lies = f"; there lies {', '.join(likely[:3])}, which is none of them" if likely else ""
+    raise MtpError(f"{folder} has neither {SINGLE} nor {INDEX}{lies}; download the weights.")
+
+
+def _existing(folder: Path, names: list[str], there: Collection[str], index: Path) -> list[str]:
+    """The same names, if all are files of the folder."""
+    outside = [name for name in names if Path(name).name != name or name in ("..", ".")]
     if outside:
         raise MtpError(f"{index} names {outside[0]!r}, which is not a file of its folder; download it again.")
-    return names
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, all present."""
-    names = weight_names(folder)
-    missing = [name for name in names if not (folder / name).exists()]
-    if missing == ["model.safetensors"]:
-        raise MtpError(f"{folder} has neither {missing[0]} nor {missing[0]}.index.json; download the weights.")
+    missing = [name for name in names if name not in there]
     if missing:
         raise MtpError(f"{folder}: {len(missing)} of {len(names)} shards missing: {', '.join(missing)}; download them.")
-    return [folder / name for name in names]
+    return names
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -161,14 +227,6 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(mapped, dict) or not mapped or not all(isinstance(name, str) for name in mapped.values()):
         raise MtpError(f"{index} has no weight_map; download it again.")
     return mapped
-
-
-def _check_index(folder: Path, found: Mapping[str, Source]) -> None:
-    """Compare what the index file promises with what the shards hold."""
-    index = folder / "model.safetensors.index.json"
-    for name, file in (_weight_map(index) if index.exists() else {}).items():
-        if name not in found:
-            raise MtpError(f"{folder / file} does not hold {name!r}, which {index.name} promises; download it again.")
 
 
 def _source(path: Path, entry: Entry) -> Source:

@@ -175,7 +175,8 @@ def parse_config(values: Mapping[str, Any], file: Path) -> TargetConfig | Drafte
         raise MtpError(f"{file}: architecture {name!r} is not supported; wanted one of {wanted}.")
     text = root if root.get("text_config") is None else root.inner("text_config")
     _refuse_unsupported(root, text)
-    shared = _text(text) | {"tied": all(keys.get("tie_word_embeddings", True) is True for keys in (root, text))}
+    text.get("tie_word_embeddings")  # transformers goes by the outer one
+    shared = _text(text) | {"tied": root.get("tie_word_embeddings", True) is True}
     if name in TARGET_CLASSES:
         _check_donors(file, shared["layer_types"], shared["n_kv_shared"])
     backbone = {} if name in TARGET_CLASSES else _drafter(root, shared)

@@ -68,7 +68,7 @@ def resolve_headers(source: str, files: ExitStack) -> Path:
         return folder
     name, revision = _parse(source)
     cached = _download(name, revision, [each for each in FILES if each != WEIGHTS])
-    missing = [each for each in weight_names(cached) if not (cached / each).exists()]
+    missing = [each for each in weight_names(cached, _present(name, cached)) if not (cached / each).exists()]
     if not missing:
         return cached
     # Named like a snapshot in the cache, so that it is known which repository this is.
@@ -83,6 +83,17 @@ def resolve_headers(source: str, files: ExitStack) -> Path:
         (folder / each).write_bytes(header)
         os.truncate(folder / each, size)
     return folder
+
+
+def _present(name: str, cached: Path) -> list[str]:
+    """Names of the files in a repository, at the commit of a snapshot; offline those of the snapshot."""
+    from huggingface_hub import constants, list_repo_files
+
+    if constants.is_offline_mode():
+        return [path.name for path in cached.iterdir()]
+    with _explained(name, cached.name):
+        found: list[str] = list_repo_files(name, revision=cached.name)
+    return found
 
 
 def _header(name: str, file: str, commit: str) -> tuple[bytes, int]:

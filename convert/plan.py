@@ -107,8 +107,11 @@ def plan(
     optional = _optional(config)
     placed: dict[str, tuple[str, Source]] = {}
     dropped: dict[str, str] = {}
+    embedded = any(place.gguf == names.EMBEDDING for name in index if (place := names.place(name)) is not None)
     for name, source in index.items():
         place = names.place(name)
+        if place is not None and place.gguf == names.OUTPUT and config.tied and not embedded:
+            place = place._replace(gguf=names.EMBEDDING)  # safetensors.torch.save_model keeps one name of two
         reason = names.dropped(name) or _unused(config, place)
         if reason is not None:
             dropped[name] = reason
@@ -164,7 +167,7 @@ def _unused(config: Config, place: names.Place | None) -> str | None:
     """The reason why the model itself would not read a tensor that it could have."""
     if place is None:
         return None
-    if place.gguf == "output.weight" and config.tied:
+    if place.gguf == names.OUTPUT and config.tied:
         return names.TIED
     if place.key == "self_attn.v_proj.weight" and place.layer is not None and place.layer < config.n_layer:
         return names.V_IS_K if config.v_is_k and config.is_full(place.layer) else None

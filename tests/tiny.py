@@ -94,9 +94,11 @@ def edit_json(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def make_target(folder: Path, dtype: torch.dtype = torch.bfloat16, shard: str = "1GB", **text: Any) -> Path:
+def make_target(
+    folder: Path, dtype: torch.dtype = torch.bfloat16, shard: str = "1GB", seed: int = 0, **text: Any
+) -> Path:
     """A target like E2B: per-layer embeddings, shared-KV layers, both kinds of attention, double-wide MLP."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = Gemma4Config(text_config=TEXT | text, vision_config=None, audio_config=None)
     return save(Gemma4ForConditionalGeneration(config), folder, dtype, "gemma-4-demo", shard)
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
@@ -30,7 +31,7 @@ COMMANDS = {
     "build": "gemma_mtp.runtime.cli.build:build",
 }
 # What brings a package that is not there: generating needs nothing of the extra "convert", and llama_cpp is built here.
-INSTALLS = dict.fromkeys(("gguf", "huggingface_hub", "rich"), "pip install 'gemma-mtp[convert]'")
+INSTALLS = dict.fromkeys(("gguf", "huggingface_hub", "rich", "yaml"), "pip install 'gemma-mtp[convert]'")
 INSTALLS["llama_cpp"] = "gemma-mtp build"
 
 
@@ -102,6 +103,21 @@ def ending() -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN if asked else handler)
 
 
+@contextmanager
+def telling() -> Iterator[None]:
+    """Within the block what a conversion warns of is a line on stderr."""
+
+    def shown(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if category.__name__ == "MtpWarning":
+            click.echo(f"warning: {message}", err=True)
+        else:
+            kept(message, category, *where, **more)
+
+    with warnings.catch_warnings():
+        kept, warnings.showwarning = warnings.showwarning, shown
+        yield
+
+
 def leave(status: int, words: str) -> NoReturn:
     """End the program at once; sys.exit would wait for threads that download."""
     with suppress(OSError):  # the terminal may be gone
@@ -126,7 +142,7 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; an error that a user can cause becomes one line on stderr and an exit status."""
         try:
-            with ending():
+            with ending(), telling():
                 return super().invoke(ctx)
         except (click.exceptions.Exit, click.Abort, click.ClickException, BrokenPipeError):
             raise  # click's own way out

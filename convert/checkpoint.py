@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from gemma_mtp.convert import names
-from gemma_mtp.convert.config import DrafterConfig, TargetConfig, read_config, read_json
+from gemma_mtp.convert.config import DrafterConfig, TargetConfig, parse_config, read_json
 from gemma_mtp.convert.errors import MtpError, damaged, warn
 from gemma_mtp.convert.generation import read_generation
 from gemma_mtp.convert.quantize import Bytes, Floats, widen
@@ -22,6 +23,7 @@ from gemma_mtp.convert.safetensors_file import Entry, read_entries
 
 # The number of values taken from each of three places of every tensor for the fingerprint.
 SAMPLE = 4096
+FLOATS = ("F64", "F32", "F16", "BF16")
 # Values compared at a time.
 PIECE = 1 << 22
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -34,13 +36,19 @@ INCIDENTAL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
 @dataclass(frozen=True)
 class Source:
-    """One tensor of the checkpoint: file, shape as torch has it, safetensors' name of its type, bytes in the file."""
+    """One tensor of the checkpoint: file, shape as torch has it, safetensors' name of its type, bytes in the file.
+
+    `parts`: what it is put together from, one after the other, where an export has it in pieces. `wide`: the file has
+    it as F64, of twice the bytes, and it is read as F32.
+    """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
     offset: int = 0
     size: int = 0
+    parts: tuple[Source, ...] = ()
+    wide: bool = False
 
     @property
     def row_size(self) -> int:
@@ -64,12 +72,32 @@ class Weights:
         self._files: dict[Path, int] = {}
         self.index: dict[str, Source] = {}
         for path in [folder / name for name in weight_names(folder)]:
-            for name, entry in sorted(read_entries(path).items()):
+            for given, entry in sorted(read_entries(path).items()):
+                bare = names.bare(given)
+                name = bare if bare in (names.CENTROIDS, names.ORDERING) else given  # these are asked for by name
                 if name in self.index:
                     raise MtpError(f"{path} holds {name!r}, and so does {self.index[name].file.name}; download again.")
                 self.index[name] = _source(path, entry)
             self._files[path] = os.open(path, os.O_RDONLY)
             files.callback(os.close, self._files[path])
+        self._stack_experts()
+
+    def _stack_experts(self) -> None:
+        """Put experts that an export has one by one into one tensor for a layer."""
+        found: dict[str, dict[tuple[int, int], str]] = defaultdict(dict)
+        for name in self.index:
+            if (expert := names.expert(name)) is not None:
+                found[expert.name][expert.number, expert.part] = name
+        for whole, places in found.items():
+            parts = [self.index.pop(places[key]) for key in sorted(places)]
+            count, each = 1 + max(places)[0], 1 + max(part for _, part in places)
+            first = parts[0]
+            if len(parts) != count * each or len({(part.shape, part.dtype) for part in parts}) > 1:
+                raise MtpError(f"{first.file}: not every expert of {whole!r} is there, or not of one shape and type.")
+            shape = (count, each * first.shape[0], *first.shape[1:])
+            self.index[whole] = Source(
+                first.file, shape, first.dtype, 0, sum(part.size for part in parts), tuple(parts)
+            )
 
     def read(self, name: str, start: int, size: int) -> Bytes:
         """Bytes [start, start + size) of a tensor, read into memory of their own; threads may do so at once.
@@ -78,10 +106,29 @@ class Weights:
             MtpError: the file ends before the tensor does.
         """
         source = self.index[name]
+        if not source.parts:
+            return self._read(name, source, start, size)
+        found, at = [], 0
+        for part in source.parts:
+            first, last = max(start, at), min(start + size, at + part.size)
+            if first < last:
+                found.append(self._read(name, part, first - at, last - first))
+            at += part.size
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def _read(self, name: str, source: Source, start: int, size: int) -> Bytes:
+        if source.wide:
+            stored = self._read(name, replace(source, wide=False), 2 * start, 2 * size)
+            return stored.view("<f8").astype("<f4").view(np.uint8)
         raw = np.empty(size, np.uint8)
         done = 0
         while done < size:
-            more = os.preadv(self._files[source.file], [raw[done:].data], source.offset + start + done)
+            try:
+                more = os.preadv(self._files[source.file], [raw[done:].data], source.offset + start + done)
+            except OSError as problem:
+                raise MtpError(
+                    f"{source.file} cannot be read: {problem.strerror}; copy or download it again."
+                ) from None
             if not more:
                 raise MtpError(f"{source.file} ends within {name!r}; it was changed or cut off: download it again.")
             done += more
@@ -113,16 +160,31 @@ class Weights:
 
 
 class Checkpoint(Weights):
-    """An open checkpoint: its weights, `config`, and `generation` (of generation_config.json what can be used)."""
+    """An open checkpoint: its weights, `config` of `raw` (config.json), and `generation`."""
 
-    def __init__(self, folder: Path, files: ExitStack) -> None:
+    def __init__(self, folder: Path, files: ExitStack, allowed: Collection[str] = ()) -> None:
         if not folder.is_dir():
             raise MtpError(f"{folder} is not a folder; pass the folder of a Hugging Face checkpoint.")
-        with damaged(folder / "config.json"):
-            self.config = read_config(folder)
+        file = folder / "config.json"
+        self.raw = read_json(file)
+        with damaged(file):
+            self.config = parse_config(self.raw, file, allowed)
         self.generation = read_generation(folder)
         super().__init__(folder, files)
+        self._check_quantized()
         self.config = self._with_its_head()
+
+    def _check_quantized(self) -> None:
+        """Whether a quantization that the configuration tells of is one of the weights too."""
+        text = self.raw.get("text_config")
+        told = self.raw.get("quantization_config") or (isinstance(text, dict) and text.get("quantization_config"))
+        if not told:
+            return
+        method = told.get("quant_method", "?") if isinstance(told, dict) else told
+        for name, source in self.index.items():
+            if names.bare(name) != names.ORDERING and source.dtype not in FLOATS:
+                raise MtpError(f"{source.file}: the weights are quantized ({method}); {names.QUANTIZED}.")
+        warn(f"{self.folder / 'config.json'}: quantization_config ({method}) is left out: the weights are floats.")
 
     def _with_its_head(self) -> TargetConfig | DrafterConfig:
         """The configuration, untied where the weights hold another output matrix than the token embedding.
@@ -146,7 +208,7 @@ class Checkpoint(Weights):
 
         It does not depend on how the tensors are spread over files, nor on the version that saved them.
         """
-        config = {key: value for key, value in read_json(self.folder / "config.json").items() if key not in INCIDENTAL}
+        config = {key: value for key, value in self.raw.items() if key not in INCIDENTAL}
         if isinstance(text := config.get("text_config"), dict):
             config["text_config"] = {key: value for key, value in text.items() if key not in INCIDENTAL}
         total = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
@@ -163,14 +225,18 @@ class Checkpoint(Weights):
 
 
 @contextmanager
-def open_checkpoint(folder: Path) -> Iterator[Checkpoint]:
+def open_checkpoint(folder: Path, allowed: Collection[str] = ()) -> Iterator[Checkpoint]:
     """Open a Hugging Face folder for reading.
+
+    Args:
+        folder: where config.json and the weights lie.
+        allowed: as for `read_config`.
 
     Raises:
         MtpError: a file is missing, cut off or not what it should be.
     """
     with ExitStack() as files:
-        yield Checkpoint(folder, files)
+        yield Checkpoint(folder, files, allowed)
 
 
 def weight_names(folder: Path, present: Collection[str] | None = None) -> list[str]:
@@ -230,4 +296,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _source(path: Path, entry: Entry) -> Source:
-    return Source(path, entry.shape, entry.dtype, entry.start, entry.stop - entry.start)
+    size = entry.stop - entry.start
+    if entry.dtype == "F64":
+        return Source(path, entry.shape, "F32", entry.start, size // 2, wide=True)
+    return Source(path, entry.shape, entry.dtype, entry.start, size)

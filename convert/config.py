@@ -3,30 +3,60 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_mtp.convert.errors import MtpError
+from gemma_mtp.convert.errors import MtpError, warn
 
 TARGET_CLASSES = (
-    "Gemma4ForConditionalGeneration", "Gemma4ForCausalLM",
-    "Gemma4UnifiedForConditionalGeneration", "Gemma4UnifiedForCausalLM",
+    "Gemma4ForConditionalGeneration", "Gemma4ForCausalLM", "Gemma4TextForCausalLM", "Gemma4Model", "Gemma4TextModel",
+    "Gemma4UnifiedForConditionalGeneration", "Gemma4UnifiedForCausalLM", "Gemma4UnifiedTextForCausalLM",
+    "Gemma4UnifiedModel", "Gemma4UnifiedTextModel",
 )  # fmt: skip
 DRAFTER_CLASSES = ("Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM")
-# Keys of a text configuration that say nothing about its tensors or about how they are used.
+# model_type, for configurations whose architectures say nothing.
+TARGET_TYPES = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
+DRAFTER_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
+# Keys of a text configuration that say nothing about its tensors or about how they are used: of transformers itself, of
+# its older versions, of generation settings that were kept there once, of trainers and of tools that merge.
 IGNORED = {
-    "architectures", "attention_dropout", "cache_implementation", "chunk_size_feed_forward", "dtype", "id2label",
-    "initializer_range", "is_assistant", "is_encoder_decoder", "label2id", "model_type", "output_attentions",
-    "output_hidden_states", "problem_type", "return_dict", "task_specific_params", "torch_dtype", "use_cache",
-    "vocab_size_per_layer_input",
+    "architectures", "attention_dropout", "attn_implementation", "auto_map", "bad_words_ids", "begin_suppress_tokens",
+    "cache_implementation", "chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id",
+    "diversity_penalty", "do_sample", "dtype", "early_stopping", "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty",
+    "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing", "hidden_act", "id2label",
+    "initializer_range", "is_assistant", "is_decoder", "is_encoder_decoder", "label2id", "length_penalty", "max_length",
+    "max_new_tokens", "min_length", "model_name", "model_type", "name_or_path", "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores", "prefix",
+    "pretraining_tp", "problem_type", "pruned_heads", "query_pre_attn_scalar", "remove_invalid_values",
+    "repetition_penalty", "return_dict", "return_dict_in_generate", "rope_local_base_freq", "rope_theta",
+    "sep_token_id", "sliding_window_pattern", "suppress_tokens", "task_specific_params", "temperature",
+    "tf_legacy_loss",
+    "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p",
+    "use_bfloat16", "use_cache", "vocab_size_per_layer_input",
 }  # fmt: skip
 IGNORED_ENDS = ("_token_id", "_token_index", "_version", "_config", "_implementation")
-IGNORED_STARTS = ("_", "unsloth")
+IGNORED_STARTS = ("_", "unsloth", "mergekit", "axolotl", "trl_", "wandb")
+# What a key speaks of that would change tensors or their use; such a key refuses, any other unknown one warns.
+CHANGES = re.compile(
+    r"altup|laurel|sparsity|_bias$|softcap|multiplier|rope_scaling|lora|num_nextn|mtp_|qk_norm|expert|quant"
+)
 # What transformers assumes where the configuration is silent (configuration_gemma4.py).
 GLOBAL_HEAD_DIM = 512
 LAYER_PERIOD = 6
+ROPE = {
+    "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+}
+DEFAULTS = {
+    "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-6,
+    "sliding_window": 512, "vocab_size": 262_144, "rope_parameters": ROPE,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +133,10 @@ class _Keys:
         self.read: set[str] = set()
 
     def __getitem__(self, key: str) -> Any:
-        if self.get(key) is None:
+        value = self.get(key, DEFAULTS.get(key))
+        if value is None:
             raise MtpError(f"{self.file} has no {key!r}; download the configuration again.")
-        return self.values[key]
+        return value
 
     def get(self, key: str, default: Any = None) -> Any:
         self.read.add(key)
@@ -142,7 +173,7 @@ def read_json(path: Path) -> dict[str, Any]:
         MtpError: the file is missing, is not JSON, or holds something else than an object.
     """
     try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
+        parsed = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as problem:
         raise MtpError(f"{path}: {problem.strerror}; a Hugging Face model folder is wanted.") from None
     except (ValueError, RecursionError) as problem:
@@ -152,46 +183,69 @@ def read_json(path: Path) -> dict[str, Any]:
     return parsed
 
 
-def read_config(folder: Path) -> TargetConfig | DrafterConfig:
+def read_config(folder: Path, allowed: Collection[str] = ()) -> TargetConfig | DrafterConfig:
     """Read config.json.
+
+    Args:
+        folder: a Hugging Face folder.
+        allowed: keys that are let pass although they speak of what would change tensors or their use.
 
     Raises:
         MtpError: it is missing or damaged, lacks a key, or asks for a feature that is not supported.
     """
     file = folder / "config.json"
-    return parse_config(read_json(file), file)
+    return parse_config(read_json(file), file, allowed)
 
 
-def parse_config(values: Mapping[str, Any], file: Path) -> TargetConfig | DrafterConfig:
+def parse_config(values: Mapping[str, Any], file: Path, allowed: Collection[str] = ()) -> TargetConfig | DrafterConfig:
     """A parsed config.json as a configuration; `file` is named in errors.
 
     Raises:
         MtpError: as `read_config`.
     """
     root = _Keys(values, file)
-    name = str(next(iter(root["architectures"]), None))
-    if name not in TARGET_CLASSES + DRAFTER_CLASSES:
-        wanted = ", ".join(TARGET_CLASSES + DRAFTER_CLASSES)
-        raise MtpError(f"{file}: architecture {name!r} is not supported; wanted one of {wanted}.")
+    target = _is_target(root)
     text = root if root.get("text_config") is None else root.inner("text_config")
-    _refuse_unsupported(root, text)
+    _refuse_unsupported(text)
     text.get("tie_word_embeddings")  # transformers goes by the outer one
     shared = _text(text) | {"tied": root.get("tie_word_embeddings", True) is True}
-    if name in TARGET_CLASSES:
+    if target:
         _check_donors(file, shared["layer_types"], shared["n_kv_shared"])
-    backbone = {} if name in TARGET_CLASSES else _drafter(root, shared)
+    backbone = {} if target else _drafter(root, shared)
+    _unknown(text, allowed)
+    return TargetConfig(**shared) if target else DrafterConfig(**shared | backbone)
+
+
+def _is_target(root: _Keys) -> bool:
+    """Whether a configuration is a target's, by its class or, where that says nothing, by its model_type."""
+    classes = root.get("architectures", [])
+    named = [str(each) for each in (classes if isinstance(classes, list) else [classes])]
+    kind = root.get("model_type")
+    for targets, drafters, given in ((TARGET_CLASSES, DRAFTER_CLASSES, named), (TARGET_TYPES, DRAFTER_TYPES, [kind])):
+        if found := [each for each in given if each in targets + drafters]:
+            return found[0] in targets
+    said = f"architecture {named[0]!r}" if named else f"model_type {kind!r}"
+    raise MtpError(f"{root.file}: {said} is not supported; a Gemma 4 target or its assistant is wanted.")
+
+
+def _unknown(text: _Keys, allowed: Collection[str]) -> None:
+    """Refuse keys that nobody asked for and that may change tensors or their use; warn of others."""
+    unknown = []
     for key, value in text.unread():
-        raise MtpError(f"{file}: {key} = {json.dumps(value)[:60]} is not known; this converter could get it wrong.")
-    return TargetConfig(**shared) if name in TARGET_CLASSES else DrafterConfig(**shared | backbone)
+        if key in allowed:
+            continue
+        if CHANGES.search(key):
+            raise MtpError(
+                f"{text.file}: {key} = {json.dumps(value)[:60]} may change the model, and is not known here; "
+                f"--allow-unknown {key} converts as if it were not there."
+            )
+        unknown.append(key)
+    if unknown:
+        warn(f"{text.file}: not known, and left out as in transformers: {', '.join(unknown)}.")
 
 
-def _refuse_unsupported(root: _Keys, text: _Keys) -> None:
+def _refuse_unsupported(text: _Keys) -> None:
     """Name the features that this converter would get wrong."""
-    for keys in (root, text):
-        method = keys.get("quantization_config")
-        if method:
-            name = method.get("quant_method", "?") if isinstance(method, dict) else method
-            raise MtpError(f"{text.file}: the weights are quantized ({name}); pass the checkpoint before quantization.")
     known: dict[str, Any] = {
         "attention_bias": False,
         "hidden_activation": "gelu_pytorch_tanh",
@@ -205,8 +259,7 @@ def _refuse_unsupported(root: _Keys, text: _Keys) -> None:
     rope = text.inner("rope_parameters")
     for kind, wanted in (("full_attention", "proportional"), ("sliding_attention", "default")):
         inner = rope.inner(kind)
-        if inner["rope_type"] != wanted:
-            got = inner["rope_type"]
+        if (got := inner.get("rope_type", "default")) != wanted:
             raise MtpError(f"{text.file}: rope_type of {kind} is {got!r}, only {wanted!r} is supported.")
         if inner.get("factor", 1.0) != 1.0:
             raise MtpError(f"{text.file}: rope scaling of {kind} (factor {inner.get('factor')}) is not supported.")
@@ -243,7 +296,7 @@ def _full_layers(text: _Keys, types: tuple[str, ...]) -> tuple[int, int | None]:
             raise MtpError(f"{text.file}: per_layer_config of layer {layer} has {key} = {value!r}, which is not known.")
         if kind == "full_attention":
             found.add(pair)
-        elif pair != (None, None):
+        elif pair[0] not in (None, text.size("head_dim")) or pair[1] not in (None, text.size("num_key_value_heads")):
             raise MtpError(f"{text.file}: per_layer_config changes layer {layer}, which is no full-attention layer.")
     if len(found) != 1:
         raise MtpError(f"{text.file}: per_layer_config differs between full-attention layers, which is not supported.")
@@ -293,14 +346,22 @@ def _text(text: _Keys) -> dict[str, Any]:
         "n_expert_used": experts["top_k_experts"],
         "n_ff_expert": experts["moe_intermediate_size"],
         "context_length": text.size("max_position_embeddings"),
-        "rms_eps": float(text["rms_norm_eps"]),
-        "softcap": float(text.get("final_logit_softcapping", 0)) or None,
-        "rope_theta": float(full["rope_theta"]),
-        "rope_theta_sliding": float(sliding["rope_theta"]),
-        "partial_rotary": float(full["partial_rotary_factor"]),
-        "partial_rotary_sliding": float(sliding.get("partial_rotary_factor", 1.0)),
+        "rms_eps": _finite(text, "rms_norm_eps"),
+        "softcap": _finite(text, "final_logit_softcapping", 0) or None,
+        "rope_theta": _finite(full, "rope_theta"),
+        "rope_theta_sliding": _finite(sliding, "rope_theta"),
+        "partial_rotary": _finite(full, "partial_rotary_factor"),
+        "partial_rotary_sliding": _finite(sliding, "partial_rotary_factor", 1.0),
         "vocab_size": text.size("vocab_size"),
     }
+
+
+def _finite(keys: _Keys, key: str, default: float | None = None) -> float:
+    """A number, not negative, with which can be reckoned."""
+    value = keys[key] if default is None else keys.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise MtpError(f"{keys.file}: {key} = {value!r} is not a number to reckon with; download it again.")
+    return float(value)
 
 
 def _drafter(root: _Keys, text: dict[str, Any]) -> dict[str, Any]:

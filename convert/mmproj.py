@@ -16,7 +16,7 @@ from typing import Any
 
 import gguf
 import numpy as np
-from gemma_mtp.convert import tensor_types
+from gemma_mtp.convert import names, tensor_types
 from gemma_mtp.convert.checkpoint import Source, Weights
 from gemma_mtp.convert.config import read_json
 from gemma_mtp.convert.errors import MtpError, damaged
@@ -79,7 +79,7 @@ AUDIO_LAYER = {
 LAYER = re.compile(
     r"(vision_tower\.encoder|audio_tower)\.layers\.(\d+)\.(.+?)((?:\.linear)?\.weight|\.(?:in|out)put_m(?:in|ax)|)"
 )
-ENCODERS = re.compile(r"model\.(vision_tower|audio_tower|vision_embedder|embed_vision|embed_audio)\.")
+ENCODERS = re.compile(r"(vision_tower|audio_tower|vision_embedder|embed_vision|embed_audio)\.")
 # SLEEF's polynomials of e^x and log(1 + x), and log 2 as the sum of two float32 (sleefsimdsp.c, `xexpf`, `xlog1pf`).
 EXP = (0.000198527617612853646278381, 0.00139304355252534151077271, 0.00833336077630519866943359,
        0.0416664853692054748535156, 0.166666671633720397949219, 0.5)  # fmt: skip
@@ -183,9 +183,9 @@ def place_all(folder: Path, index: Mapping[str, Source], config: Mapping[str, An
         raise MtpError(f"unknown format {quant!r} of a projector; choose one of {', '.join(FORMATS)}.")
     placed = []
     for source, piece in index.items():
-        if not ENCODERS.match(source):
+        if not ENCODERS.match(bare := names.bare(source)):
             continue
-        name = gguf_name(source.removeprefix("model."), unified=_unified(config))
+        name = gguf_name(bare, unified=_unified(config))
         if name is None:
             raise MtpError(f"{folder}: unknown tensor {source!r}; its projector is not of a known kind.")
         if piece.dtype not in STORED_AS:

@@ -73,6 +73,25 @@ TIED = "the output matrix is the token embedding (tie_word_embeddings)"
 V_IS_K = "full-attention layers take their values from the key projection (attention_k_eq_v)"
 
 
+# What the model computes itself, or what belongs to a training: ends and starts of names.
+COMPUTED = "a buffer that the model computes itself"
+TRAINING = "it belongs to a training, and the model does not read it"
+BUFFERS = re.compile(r"(inv_freq|embed_scale|position_ids|(activation_post_process|weight_fake_quant|observer)\..*)$")
+HEADS = re.compile(r"(v_head|value_head|score|classifier|reward_head)\.")
+# Names that tell of another kind of checkpoint, and what is to be done with it.
+QUANTIZED = "pass the checkpoint before quantization"
+FOREIGN = (
+    (r"\.lora_|\.base_layer\.|modules_to_save", "is of a LoRA adapter; merge it into its model first, and save that"),
+    (r"\.(qweight|qzeros|g_idx)$", f"was quantized by GPTQ or AWQ; {QUANTIZED}"),
+    (r"\.(SCB|(nested_)?(absmax|quant_map)|quant_state\..*)$", f"was quantized by bitsandbytes; {QUANTIZED}"),
+    (r"\.(weight_scale|weight_scale_inv|weight_packed|weight_shape|input_scale|[kqv]_scale)$",
+     f"was quantized to FP8 or compressed; {QUANTIZED}"),
+    (r"\.(scales|biases)$", f"was quantized by MLX; {QUANTIZED}"),
+    (r"(^|\.)(mtp|nextn|assistant|draft_model|drafter)\.",
+     "is of a drafter within its target's checkpoint; pass the two folders as they were published"),
+)  # fmt: skip
+
+
 class Place(NamedTuple):
     """Where a tensor goes: its GGUF name, its row of the tables above, and its layer (None outside the layers)."""
 
@@ -81,18 +100,53 @@ class Place(NamedTuple):
     layer: int | None
 
 
+# What wraps a model when it is saved: at any place of a name, and before it, again and again.
+WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+PREFIXES = re.compile(r"(base_model\.model|module|model|language_model|text_model)\.")
+
+
+def bare(name: str) -> str:
+    """A Hugging Face name without what different exports put before it: "model.", "language_model.", both, and more."""
+    name = WRAPPERS.sub("", name)
+    while found := PREFIXES.match(name):
+        name = name[found.end() :]
+    return name.replace("language_model.", "")
+
+
 def short(name: str) -> str:
-    """A Hugging Face name without the prefixes that differ between exports: "model.", "language_model.", both."""
-    bare = name.replace("language_model.", "").removeprefix("model.")
-    return bare.removesuffix(".weight") if ".experts." in bare else bare
+    """As `bare`, and without ".weight" where experts of a layer are in one tensor."""
+    found = bare(name)
+    return found.removesuffix(".weight") if ".experts." in found else found
+
+
+def foreign(name: str) -> str | None:
+    """What a name tells of a checkpoint of another kind, with the next step; None if nothing."""
+    return next((said for pattern, said in FOREIGN if re.search(pattern, name)), None)
+
+
+class Expert(NamedTuple):
+    """One expert's matrix: name of the tensor that holds those of all, number of the expert, and which part of it."""
+
+    name: str
+    number: int
+    part: int
+
+
+def expert(name: str) -> Expert | None:
+    """Where a tensor of a single expert goes, as some exports have them: gate before up, as in experts.gate_up_proj."""
+    found = re.fullmatch(r"(layers\.\d+\.)(?:moe\.)?experts\.(\d+)\.(gate|up|down)_proj(?:\.weight)?", bare(name))
+    if found is None:
+        return None
+    whole = "down_proj" if found[3] == "down" else "gate_up_proj"
+    return Expert(f"{found[1]}experts.{whole}", int(found[2]), int(found[3] == "up"))
 
 
 def place(name: str) -> Place | None:
     """The place of a Hugging Face tensor, or None if the tables do not know it."""
-    bare = short(name)
-    if bare in MODEL:
-        return Place(MODEL[bare], bare, None)
-    inside = re.fullmatch(r"layers\.(\d+)\.(.+)", bare)
+    found = short(name)
+    if found in MODEL:
+        return Place(MODEL[found], found, None)
+    inside = re.fullmatch(r"layers\.(\d+)\.(.+)", found)
     if inside and inside[2] in LAYER:
         return Place(f"blk.{inside[1]}.{LAYER[inside[2]]}", inside[2], int(inside[1]))
     return None
@@ -100,4 +154,9 @@ def place(name: str) -> Place | None:
 
 def dropped(name: str) -> str | None:
     """The reason why a tensor is left out of every file, or None if it is not."""
-    return next((reason for start, reason in DROPPED.items() if short(name).startswith(start)), None)
+    found = short(name)
+    if BUFFERS.search(found):
+        return COMPUTED
+    if HEADS.match(found):
+        return TRAINING
+    return next((reason for start, reason in DROPPED.items() if found.startswith(start)), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,6 +68,7 @@ def convert_pair(
     imatrix: Folder | None = None,
     split_max_size: int | None = None,
     mmproj: str | None = None,
+    allow_unknown: Collection[str] = (),
 ) -> Pair:
     """Write OUT/<name>-<quant>.gguf, its drafter beside it, and a Modelfile for both.
 
@@ -86,6 +87,7 @@ def convert_pair(
         imatrix: file with the importance matrix of the target.
         split_max_size: bytes of tensors that a file holds at most; larger models are split as llama.cpp splits them.
         mmproj: format of the projector, F16, BF16, F32 or Q8_0, if it is to be converted too.
+        allow_unknown: keys of config.json that are let pass although they may change the model.
 
     Raises:
         PairError: the two folders do not hold a target and its drafter.
@@ -96,7 +98,7 @@ def convert_pair(
     from gemma_mtp.convert.write import write
 
     folder = Path(out)
-    with _open_pair(target_dir, drafter_dir) as (target, drafter):
+    with _open_pair(target_dir, drafter_dir, allowed=allow_unknown) as (target, drafter):
         weights = _imatrix(imatrix)
         plans = _plan(target, drafter, quant, drafter_quant, name, options, weights is not None, split_max_size, mmproj)
         first = plan_file(plans.files, plans.targets), plan_file(plans.files, plans.drafters)
@@ -143,12 +145,13 @@ def plan_pair(
     imatrix: Folder | None = None,
     split_max_size: int | None = None,
     mmproj: str | None = None,
+    allow_unknown: Collection[str] = (),
 ) -> PairPlan:
     """What `convert_pair` with the same arguments would write; raises what it raises.
 
     Of weights only the headers are read, and of repositories that are not in the cache only those are downloaded.
     """
-    with _open_pair(target_dir, drafter_dir, headers=True) as (target, drafter):
+    with _open_pair(target_dir, drafter_dir, True, allow_unknown) as (target, drafter):
         weights = _imatrix(imatrix)
         return _plan(target, drafter, quant, drafter_quant, name, options, weights is not None, split_max_size, mmproj)
 
@@ -171,7 +174,9 @@ def plan_file(files: Sequence[str], plans: Mapping[str, Plan]) -> str:
 
 
 @contextmanager
-def _open_pair(target: Folder, drafter: Folder, headers: bool = False) -> Iterator[tuple[Checkpoint, Checkpoint]]:
+def _open_pair(
+    target: Folder, drafter: Folder, headers: bool = False, allowed: Collection[str] = ()
+) -> Iterator[tuple[Checkpoint, Checkpoint]]:
     """Both checkpoints, downloaded if they are not there; on request no more of their weights than the headers."""
     from gemma_mtp.convert.checkpoint import open_checkpoint
     from gemma_mtp.convert.hub import AUTO, official_drafter, resolve, resolve_headers
@@ -180,7 +185,8 @@ def _open_pair(target: Folder, drafter: Folder, headers: bool = False) -> Iterat
     sources = source, official_drafter(source) if other == AUTO else other
     with ExitStack() as files:
         first, second = [resolve_headers(each, files) if headers else resolve(each) for each in sources]
-        yield files.enter_context(open_checkpoint(first)), files.enter_context(open_checkpoint(second))
+        opened = [files.enter_context(open_checkpoint(each, allowed)) for each in (first, second)]
+        yield opened[0], opened[1]
 
 
 def _imatrix(path: Folder | None) -> Imatrix | None:

@@ -117,6 +117,8 @@ def plan(
             dropped[name] = reason
             continue
         if place is None or place.gguf not in wanted:
+            if (said := names.foreign(name)) is not None:
+                raise MtpError(f"{source.file}: {name!r} {said}.")
             raise MtpError(f"{source.file}: unknown tensor {name!r}; this checkpoint is not a Gemma 4 of a known kind.")
         if place.gguf in placed:
             raise MtpError(f"{source.file}: {name!r} and {placed[place.gguf][0]!r} are both {place.gguf}.")

@@ -35,6 +35,8 @@ PROJECTOR_FORMATS = ["F16", "BF16", "F32", "Q8_0"]
 @click.option("--mmproj", is_flag=True, help="Convert the projector too: vision, and audio where there is one.")
 @click.option("--mmproj-quant", type=click.Choice(PROJECTOR_FORMATS, case_sensitive=False), default="F16",
               show_default=True, help="Format of the projector.")  # fmt: skip
+@click.option("--allow-unknown", metavar="KEY", multiple=True,
+              help="Convert although config.json has this key, which may change the model; repeatable.")  # fmt: skip
 @click.option("--name", help="Start of the file names. [default: the names of the two folders]")
 @click.option("--force", is_flag=True, help="Replace files of the same names.")
 @click.option("--dry-run", is_flag=True, help="Print the plan with sizes and what is left out; write nothing, "
@@ -44,7 +46,8 @@ def convert(
     target: str, drafter: str | None, named: str | None, out: Path, quant: tuple[str, ...],
     drafter_quant: tuple[str, ...], recipe: str | None, imatrix: Path | None, tensor_type: tuple[str, ...],
     token_embedding_type: str | None, output_tensor_type: str | None, pure: bool, split_max_size: str | None,
-    mmproj: bool, mmproj_quant: str, name: str | None, force: bool, dry_run: bool, as_json: bool,
+    mmproj: bool, mmproj_quant: str, allow_unknown: tuple[str, ...], name: str | None, force: bool, dry_run: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Convert a target and its drafter to two linked GGUF files and a Modelfile.
 
@@ -74,6 +77,7 @@ def convert(
         "imatrix": imatrix,
         "split_max_size": read_size(split_max_size),
         "mmproj": mmproj_quant if mmproj else None,
+        "allow_unknown": allow_unknown,
     }
     if dry_run:
         plans = plan_pair(*sources, *chosen, name, **options)

@@ -25,12 +25,13 @@ import numpy as np
 import numpy.typing as npt
 from gemma_mtp.convert import link, names
 from gemma_mtp.convert.checkpoint import Checkpoint, Source
-from gemma_mtp.convert.config import DrafterConfig, TargetConfig, read_config
+from gemma_mtp.convert.config import DrafterConfig, TargetConfig, parse_config
 from gemma_mtp.convert.errors import MtpError
-from gemma_mtp.convert.gguf_io.types import BLOCKS, Type
-from gemma_mtp.convert.integrity import seal
-from gemma_mtp.convert.metadata import header, padded
-from gemma_mtp.convert.plan import Part, Plan, Planned, plan, rope_freqs, shapes
+from gemma_mtp.convert.gguf_io.split import cut
+from gemma_mtp.convert.gguf_io.types import BLOCKS, Type, padded
+from gemma_mtp.convert.integrity import put_hashes
+from gemma_mtp.convert.metadata import Headers
+from gemma_mtp.convert.plan import Plan, Planned, plan, rope_freqs, shapes
 from gemma_mtp.convert.quantize import quantize
 from gemma_mtp.convert.staging import clean_up, staging
 from gemma_mtp.convert.tensor_types import Options, find_quant, parse_type
@@ -156,11 +157,7 @@ def generate(
         folder / f"gemma-4-{size}-random-assistant-{drafter_name}.gguf",
     )
     common = {link.KEY_VERSION: link.VERSION, KEY_SEED: seed}
-    links: list[dict[str, Any]] = [
-        {**common, link.KEY_ROLE: "target", link.KEY_SOURCE: source, link.KEY_PEER: files[1].name},
-        {**common, link.KEY_ROLE: "drafter", link.KEY_SOURCE: source, link.KEY_PEER: files[0].name,
-         link.KEY_TARGET: source},
-    ]  # fmt: skip
+    links = [common | each for each in link.entries((files[0].name, files[1].name), source, source)]
     formats = (quant, Options()), (drafter_quant, head)
     clean_up(folder)
     wanted = [job for job in zip(files, (target_config, drafter_config), formats, links, strict=True)
@@ -262,7 +259,8 @@ class Synthetic(Checkpoint):
         (folder / "tokenizer.json").write_text(model, encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(settings)
         self.folder, self.generation, self.seed = folder, {"eos_token_id": [1, 106, 50]}, seed
-        self.config = read_config(folder)
+        self.settings = dict(config)
+        self.config = parse_config(self.settings, folder / "config.json")
         self.index = {
             name: Source(folder, shape, "BF16") for name, shape in _hugging_face(shapes(self.config), self.config)
         }
@@ -311,10 +309,10 @@ def write(
     planned: Plan, checkpoint: Synthetic, path: Path, tied: Mapping[str, Any], count: Callable[[int], None]
 ) -> None:
     """Write one GGUF file with the metadata that convert would write and random blocks, on all cores."""
-    head = header(planned, Part(0, 1, planned.tensors), checkpoint, tied)
-    begins = list(accumulate((padded(tensor.n_bytes) for tensor in planned.tensors), initial=len(head)))
+    head = Headers(checkpoint, planned).head(planned, cut(path.stem, planned.tensors)[0], tied)
+    begins = list(accumulate((padded(tensor.n_bytes) for tensor in planned.tensors), initial=len(head.raw)))
     with path.open("xb") as file:
-        file.write(head)
+        file.write(head.raw)
         file.truncate(begins[-1])
     kinds = dict.fromkeys(tensor.type for tensor in planned.tensors if len(tensor.shape) > 1)
     rng = np.random.default_rng(checkpoint.seed)
@@ -336,7 +334,8 @@ def write(
         for tensor, made in zip(planned.tensors, executor.map(fill, range(len(planned.tensors))), strict=True):
             hashes.append(made)
             count(tensor.n_bytes)
-    seal(path, hashes)
+    with path.open("r+b") as whole:
+        put_hashes(whole.fileno(), head.hashes, hashes)
 
 
 def _pieces(tensor: Planned, config: Config, pools: Mapping[Type, Bytes], rng: np.random.Generator) -> Iterator[Bytes]:
@@ -366,6 +365,6 @@ def _vector(tensor: Planned, config: Config, rng: np.random.Generator) -> npt.ND
 
 def _pool(kind: Type, rng: np.random.Generator) -> Bytes:
     """Quantized random blocks, [count, bytes]."""
-    length, size = BLOCKS[kind]
+    length, size, _ = BLOCKS[kind]
     values = rng.standard_normal((POOL // 256, 256), np.float32) * np.float32(SCALE)
     return quantize(values, kind).reshape(-1, size * max(1, UNIT // length))

@@ -16,7 +16,7 @@ import numpy as np
 from gemma_mtp.convert import names, plan
 from gemma_mtp.convert.checkpoint import Source
 from gemma_mtp.convert.config import DrafterConfig, TargetConfig, parse_config
-from gemma_mtp.convert.metadata import ALIGNMENT
+from gemma_mtp.convert.gguf_io.types import ALIGNMENT
 from gguf import GGUFValueType, GGUFWriter
 
 COMMON = {

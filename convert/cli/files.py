@@ -33,7 +33,7 @@ def progress_bar(what: str) -> Progress:
 
 
 def type_counts(header: link.Header) -> str:
-    counts = Counter(tensor.type_name for tensor in header.tensors.values())
+    counts = Counter(tensor.type.name for tensor in header.tensors.values())
     return " ".join(f"{kind} x{count}" for kind, count in counts.most_common())
 
 
@@ -195,7 +195,7 @@ def describe(header: link.Header) -> dict[str, Any]:
         "architecture": header.arch,
         "metadata": {key: _plain(value) for key, value in header.metadata.items()},
         "tensors": [
-            {"name": name, "type": t.type_name, "shape": list(t.shape), "elements": t.elements, "bytes": t.size}
+            {"name": name, "type": t.type.name, "shape": list(t.shape), "elements": t.elements, "bytes": t.size}
             for name, t in header.tensors.items()
         ],
         "link": {

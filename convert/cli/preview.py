@@ -78,7 +78,7 @@ def describe_plan(plans: PairPlan) -> dict[str, Any]:
             for file, plan in each.items()
         }
     if plans.projector:
-        found["projector"] = {plans.projector[0]: {"bytes": plans.projector[1]}}
+        found["projector"] = {plans.projector[0]: {"bytes": plans.projector[1].n_bytes}}
     return found
 
 
@@ -92,7 +92,7 @@ def show_plan(plans: PairPlan) -> None:
         kinds = " ".join(f"{kind} x{count}" for kind, count in _types(plan))
         table.add_row(file, f"{plan.n_params:,}", f"{plan.n_bytes / 1e6:,.1f}", kinds)
     if plans.projector:
-        table.add_row(plans.projector[0], "", f"{plans.projector[1] / 1e6:,.1f}", "projector")
+        table.add_row(plans.projector[0], "", f"{plans.projector[1].n_bytes / 1e6:,.1f}", "projector")
     console = Console(highlight=False)
     console.print(table, markup=False)
     whole = {*plans.targets, *plans.drafters, *(plans.projector or ())}

@@ -217,7 +217,7 @@ def test_killed_while_making_random_weights(small: tuple[Path, Path], tmp_path: 
     (folder / small[0].name).touch()
     code = (
         "import os, signal, sys; from pathlib import Path; from gemma_mtp.convert import random_pair\n"
-        "random_pair.seal = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "random_pair.put_hashes = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "random_pair.generate('E2B', Path(sys.argv[1]), layers=5)"
     )
     assert subprocess.run([sys.executable, "-c", code, tmp_path], check=False).returncode == -signal.SIGKILL

@@ -21,6 +21,7 @@ from gemma_mtp.convert.gguf_io.types import Type, padded
 from gemma_mtp.convert.gguf_io.write import TensorInfo, header
 from gemma_mtp.convert.json_file import read_json
 from gemma_mtp.convert.metadata import add_card, collector, packed
+from gemma_mtp.convert.progress import More
 from gemma_mtp.convert.quantize import STORED_AS, Bytes, Floats, quantize
 from gguf import GGUFWriter
 
@@ -74,16 +75,14 @@ def plan_mmproj(checkpoint: Checkpoint, quant: str = "F16") -> ProjectorPlan:
         return ProjectorPlan(quant, settings, images, _place_all(checkpoint, quant))
 
 
-def write_mmproj(
-    plan: ProjectorPlan, checkpoint: Checkpoint, path: Path, progress: Callable[[int], None] = lambda more: None
-) -> None:
+def write_mmproj(plan: ProjectorPlan, checkpoint: Checkpoint, path: Path, more: More = lambda n_bytes: None) -> None:
     """Write a projector, tensor after tensor.
 
     Args:
         plan: of this checkpoint.
         checkpoint: where the values come from.
         path: file to write; the caller keeps it out of sight until it is whole.
-        progress: called with the number of bytes after each tensor.
+        more: called with the number of bytes after each tensor.
 
     Raises:
         MtpError: a tensor holds NaN or infinite values.
@@ -94,7 +93,7 @@ def write_mmproj(
             data = _blocks(checkpoint.folder, tensor, checkpoint.values(tensor.source))
             file.write(data.data)
             file.write(b"\0" * (padded(len(data)) - len(data)))
-            progress(len(data))
+            more(len(data))
         file.flush()
         os.fsync(file.fileno())
 

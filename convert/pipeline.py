@@ -5,7 +5,7 @@ from __future__ import annotations
 import filecmp
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_mtp.convert import link
 from gemma_mtp.convert.link import MtpError, PairError
+from gemma_mtp.convert.progress import Progress, counting
 
 if TYPE_CHECKING:
     from gemma_mtp.convert.checkpoint import Checkpoint
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from gemma_mtp.convert.write import Output
 
 
-Progress = Callable[[int, int], None]
 Folder = str | os.PathLike[str]
 
 
@@ -122,19 +122,13 @@ def convert_pair(
         plans = _plan(target, drafter, quant, drafter_quant, name, options, weights is not None, split_max_size, mmproj)
         links = link.entries(plans.first, target.fingerprint(), drafter.fingerprint())
         qat = options is not None and options.qat
-        done = 0
-
-        def count(more: int) -> None:
-            nonlocal done
-            done += more
-            progress(done, plans.n_bytes)
-
+        more = counting(progress, plans.n_bytes)
         with staging(folder, [*plans.files, "Modelfile"], plans.n_bytes, force) as hidden:
-            write(_outputs(plans, plans.targets, hidden, links[0], weights, qat), target, count)
-            write(_outputs(plans, plans.drafters, hidden, links[1], None, qat), drafter, count)
+            write(_outputs(plans, plans.targets, hidden, links[0], weights, qat), target, more)
+            write(_outputs(plans, plans.drafters, hidden, links[1], None, qat), drafter, more)
             link.check(*(link.read_header(hidden / file) for file in plans.first))
             if plans.projector:
-                write_mmproj(plans.projector[1], target, hidden / plans.projector[0], count)
+                write_mmproj(plans.projector[1], target, hidden / plans.projector[0], more)
             text = modelfile(*plans.first, target.generation, plans.projector[0] if plans.projector else None)
             (hidden / "Modelfile").write_text(text, encoding="utf-8")
     return _pair(folder, plans)

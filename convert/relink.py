@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from gemma_mtp.convert.gguf_io.split import KEY_COUNT
 from gemma_mtp.convert.gguf_io.write import entry
 from gemma_mtp.convert.hub import resolve
 from gemma_mtp.convert.integrity import check_tensors, seal
+from gemma_mtp.convert.progress import Progress, counting
 from gemma_mtp.convert.staging import staging
 
 PIECE = 1 << 24
-Progress = Callable[[int, int], None]
 
 
 def link_files(
@@ -92,7 +92,7 @@ def rewrite(header: Header, values: Mapping[str, Any], path: Path, progress: Pro
         progress: called with bytes written and bytes in all.
     """
     kept = [span for key, span in header.spans.items() if key not in values]
-    size, done = header.path.stat().st_size - header.data_start, 0
+    more = counting(progress, header.path.stat().st_size - header.data_start)
     with header.path.open("rb") as source, path.open("xb") as file:
 
         def copy(start: int, stop: int) -> None:
@@ -110,8 +110,7 @@ def rewrite(header: Header, values: Mapping[str, Any], path: Path, progress: Pro
         source.seek(header.data_start)
         while piece := source.read(PIECE):
             file.write(piece)
-            done += len(piece)
-            progress(done, size)
+            more(len(piece))
 
 
 def _ordered_head(drafter: Header, folder: Path) -> dict[str, Any]:

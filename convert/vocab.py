@@ -16,6 +16,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 from gemma_mtp.convert.errors import MtpError, damaged
 from gemma_mtp.convert.gguf_io.write import Array
 from gemma_mtp.convert.json_file import read_json
@@ -97,19 +98,18 @@ def _named_specials(folder: Path) -> set[str]:
     return {value["content"] if isinstance(value, Mapping) else value for value in named if value}
 
 
-def token_types(tokenizer: Tokenizer, specials: Container[str]) -> list[TokenType]:
-    """The type of every token; `specials` are those with a part to play."""
-
-    def kind(place: int, token: str) -> TokenType:
+def token_types(tokenizer: Tokenizer, specials: Container[str]) -> npt.NDArray[np.int32]:
+    """The type of every token, [tokens]; `specials` are those with a part to play."""
+    kinds = np.full(len(tokenizer.tokens), TokenType.NORMAL, np.int32)
+    kinds[tokenizer.n_base :] = TokenType.USER_DEFINED
+    for place, token in enumerate(tokenizer.tokens):
         if token in VISIBLE:
-            return TokenType.USER_DEFINED
-        if token.startswith("<0x") and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
-            return TokenType.BYTE
-        if token in specials:
-            return TokenType.CONTROL
-        return TokenType.USER_DEFINED if place >= tokenizer.n_base else TokenType.NORMAL
-
-    return [kind(place, token) for place, token in enumerate(tokenizer.tokens)]
+            kinds[place] = TokenType.USER_DEFINED
+        elif token.startswith("<0x") and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
+            kinds[place] = TokenType.BYTE
+        elif token in specials:
+            kinds[place] = TokenType.CONTROL
+    return kinds
 
 
 def other_ends(folder: Path, tokens: Sequence[str], generation: Mapping[str, Any]) -> list[int]:
@@ -149,11 +149,10 @@ def add_tokenizer(
     """
     keys, count = gguf.Keys.Tokenizer, len(tokenizer.tokens)
     writer.add_tokenizer_model("gemma4")
-    kinds = np.array(token_types(tokenizer, _named_specials(folder)), np.int32)
     arrays = {
         keys.LIST: tokenizer.packed,
         keys.SCORES: Array.of(np.full(count, SCORE, np.float32)),
-        keys.TOKEN_TYPE: Array.of(kinds),
+        keys.TOKEN_TYPE: Array.of(token_types(tokenizer, _named_specials(folder))),
         keys.MERGES: tokenizer.merges,
     }
     for key, array in arrays.items():

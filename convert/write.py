@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from gemma_mtp.convert.imatrix import Imatrix
 from gemma_mtp.convert.integrity import put_hashes
 from gemma_mtp.convert.metadata import Headers
 from gemma_mtp.convert.plan import SOURCE_TYPES, Plan, Planned, rope_freqs
+from gemma_mtp.convert.progress import More
 from gemma_mtp.convert.qat import regrid
 from gemma_mtp.convert.quantize import Bytes, blocks_of, largest, valid, widen
 from gemma_mtp.convert.tensor_types import EMBEDDINGS
@@ -34,7 +35,6 @@ from gemma_mtp.convert.tensor_types import EMBEDDINGS
 PIECE = 1 << 21
 # Values in pieces that are begun or wait for their turn to be hashed.
 AHEAD = 3 * PIECE * (os.cpu_count() or 1)
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,13 @@ class _Rows(NamedTuple):
     stop: int
 
 
-def write(outputs: Sequence[Output], checkpoint: Checkpoint, progress: Progress) -> None:
+def write(outputs: Sequence[Output], checkpoint: Checkpoint, more: More) -> None:
     """Write GGUF files; the same input gives the same bytes.
 
     Args:
         outputs: with plans of this checkpoint; the caller keeps the files out of sight until all are whole.
         checkpoint: where the rows come from; each is read once.
-        progress: called with the number of bytes after each piece.
+        more: called with the number of bytes after each piece.
 
     Raises:
         MtpError: the vocabulary does not fit the model, or a tensor holds NaN or infinite values.
@@ -100,7 +100,7 @@ def write(outputs: Sequence[Output], checkpoint: Checkpoint, progress: Progress)
         for name, made in _in_order(pool, _pieces(outputs[0].plan), places, checkpoint):
             for place, data in zip(places[name], made, strict=True):
                 place.hash.update(data.data)
-            progress(sum(data.nbytes for data in made))
+            more(sum(data.nbytes for data in made))
         for file in created:
             put_hashes(file.file, file.place, [each.hexdigest() for each in file.hashes])
 

@@ -25,7 +25,6 @@ from gemma_mtp.convert.progress import More
 from gemma_mtp.convert.quantize import STORED_AS, Bytes, Floats, quantize
 from gguf import GGUFWriter
 
-FORMATS = ("F16", "BF16", "F32", "Q8_0")
 # SLEEF's polynomials of e^x and log(1 + x), and log 2 as the sum of two float32 (sleefsimdsp.c, `xexpf`, `xlog1pf`).
 EXP = (0.000198527617612853646278381, 0.00139304355252534151077271, 0.00833336077630519866943359,
        0.0416664853692054748535156, 0.166666671633720397949219, 0.5)  # fmt: skip
@@ -61,7 +60,7 @@ def plan_mmproj(checkpoint: Checkpoint, quant: str = "F16") -> ProjectorPlan:
 
     Args:
         checkpoint: of a target with vision, or vision and audio.
-        quant: one of FORMATS.
+        quant: one of `tensor_types.PROJECTOR_QUANTS`.
 
     Raises:
         MtpError: the checkpoint has no encoder, a file is missing or damaged, or a tensor is unknown or missing.
@@ -119,8 +118,10 @@ def _unified(config: Mapping[str, Any]) -> bool:
 
 def _place_all(checkpoint: Checkpoint, quant: str) -> tuple[Placed, ...]:
     """Place every tensor of the encoders, in the order of the checkpoint."""
-    if quant not in FORMATS:
-        raise MtpError(f"unknown format {quant!r} of a projector; choose one of {', '.join(FORMATS)}.")
+    if quant not in tensor_types.PROJECTOR_QUANTS:
+        raise MtpError(
+            f"unknown format {quant!r} of a projector; choose one of {', '.join(tensor_types.PROJECTOR_QUANTS)}."
+        )
     config, placed = checkpoint.settings, []
     for source, piece in checkpoint.index.items():
         if not names.ENCODER_NAME.match(source):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gemma_mtp.convert import link
 from gemma_mtp.convert.link import MtpError, PairError
@@ -28,11 +28,18 @@ if TYPE_CHECKING:
 Folder = str | os.PathLike[str]
 
 
+class Content(NamedTuple):
+    """What a file holds: its role, "" if another part of it says so; ggml type to number of tensors, most first."""
+
+    role: str
+    types: Mapping[str, int]
+
+
 @dataclass(frozen=True)
 class Pair:
     """What `convert_pair` wrote: the first of the targets and of the drafters, their Modelfile, and all GGUF files.
 
-    `types` has for each of these what its tensors are, by how many, most first.
+    `contents` says of each of these what it holds.
     """
 
     target: Path
@@ -40,7 +47,7 @@ class Pair:
     modelfile: Path
     files: tuple[Path, ...] = ()
     projector: Path | None = None
-    types: Mapping[Path, Mapping[str, int]] = field(default_factory=dict, repr=False)
+    contents: Mapping[Path, Content] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -169,11 +176,17 @@ def checked_pair(target_dir: Folder, drafter_dir: Folder) -> Iterator[tuple[Chec
 def _pair(folder: Path, plans: PairPlan) -> Pair:
     """What stands in a folder after all of a plan was written."""
     target, drafter = (folder / file for file in plans.first)
-    types = {folder / part.file: type_counts(part.tensors) for parts in plans.parts.values() for part in parts}
-    projector = folder / plans.projector[0] if plans.projector else None
-    if plans.projector and projector:
-        types[projector] = type_counts(plans.projector[1].tensors)
-    return Pair(target, drafter, folder / "Modelfile", tuple(types), projector, types)
+    contents = {
+        folder / part.file: Content("" if part.index else role, type_counts(part.tensors))
+        for role, plan in (("target", plans.targets), ("drafter", plans.drafters))
+        for file in plan
+        for part in plans.parts[file]
+    }
+    projector = None
+    if plans.projector:
+        projector = folder / plans.projector[0]
+        contents[projector] = Content("projector", type_counts(plans.projector[1].tensors))
+    return Pair(target, drafter, folder / "Modelfile", tuple(contents), projector, contents)
 
 
 def type_counts(tensors: Iterable[Any]) -> dict[str, int]:

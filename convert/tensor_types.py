@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
+from gemma_mtp.convert.errors import MtpError
 from gemma_mtp.convert.gguf_io.types import BLOCKS, READ_ONLY, UNQUANTIZED, Type, fits
-from gemma_mtp.convert.link import MtpError
 
 T = Type
 
@@ -46,6 +46,9 @@ QUANTS: Mapping[str, Quant] = {
     "TQ2_0": Quant(T.TQ2_0, 37), "TQ1_0": Quant(T.TQ1_0, 36), "Q2_0": Quant(T.Q2_0, 41), "Q1_0": Quant(T.Q1_0, 40),
 }  # fmt: skip
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+
+# Formats of a projector.
+PROJECTOR_QUANTS = ("F16", "BF16", "F32", "Q8_0")
 
 # Formats of target and drafter together, and why.
 # cpu: a Q4_0 drafter drafts in 2.3 ms where a Q8_0 one takes 5.5 (E2B's shape, 2 threads, AVX512-VNNI), and what is

@@ -19,7 +19,8 @@ from click.testing import CliRunner
 from faulty import edit_weights
 from gemma_mtp.convert import MtpError, convert_pair
 from gemma_mtp.convert.checkpoint import open_checkpoint
-from gemma_mtp.convert.mmproj import FORMATS, plan_mmproj, write_mmproj
+from gemma_mtp.convert.mmproj import plan_mmproj, write_mmproj
+from gemma_mtp.convert.tensor_types import PROJECTOR_QUANTS
 from gemma_mtp.runtime.cli.main import main
 from hub import run_against, serving
 from tiny import PAIR, TEXT
@@ -92,7 +93,7 @@ def theirs(made: Callable[[str], Path], upstream: Path, tmp_path_factory: pytest
             str(root / f"{kind}-{quant}.gguf"),
         ]
         for kind in KINDS
-        for quant in FORMATS
+        for quant in PROJECTOR_QUANTS
     ]
     code = (
         "import json, runpy, sys\n"
@@ -106,7 +107,7 @@ def theirs(made: Callable[[str], Path], upstream: Path, tmp_path_factory: pytest
     return root
 
 
-@pytest.mark.parametrize("quant", FORMATS)
+@pytest.mark.parametrize("quant", PROJECTOR_QUANTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_file_is_upstreams_byte_for_byte(
     kind: str, quant: str, made: Callable[[str], Path], theirs: Path, tmp_path: Path

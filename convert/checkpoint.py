@@ -10,16 +10,19 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from pathlib import Path
 
 import numpy as np
 from gemma_mtp.convert import names
-from gemma_mtp.convert.config import DrafterConfig, TargetConfig, parse_config, read_json
+from gemma_mtp.convert.config import DrafterConfig, TargetConfig, parse_config
 from gemma_mtp.convert.errors import MtpError, damaged, warn
 from gemma_mtp.convert.generation import read_generation
+from gemma_mtp.convert.json_file import read_json
 from gemma_mtp.convert.quantize import Bytes, Floats, widen
 from gemma_mtp.convert.safetensors_file import Entry, read_entries
+from gemma_mtp.convert.vocab import Tokenizer, read_tokenizer
 
 # The number of values taken from each of three places of every tensor for the fingerprint.
 SAMPLE = 4096
@@ -160,15 +163,18 @@ class Weights:
 
 
 class Checkpoint(Weights):
-    """An open checkpoint: its weights, `config` of `raw` (config.json), and `generation`."""
+    """An open checkpoint: its weights, `settings` (config.json), the same as `config`, `tokenizer`, and `generation`
+    (of generation_config.json what can be used)."""
+
+    _twin: Checkpoint | None = None
 
     def __init__(self, folder: Path, files: ExitStack, allowed: Collection[str] = ()) -> None:
         if not folder.is_dir():
             raise MtpError(f"{folder} is not a folder; pass the folder of a Hugging Face checkpoint.")
         file = folder / "config.json"
-        self.raw = read_json(file)
         with damaged(file):
-            self.config = parse_config(self.raw, file, allowed)
+            self.settings = read_json(file)
+            self.config = parse_config(self.settings, file, allowed)
         self.generation = read_generation(folder)
         super().__init__(folder, files)
         self._check_quantized()
@@ -176,8 +182,8 @@ class Checkpoint(Weights):
 
     def _check_quantized(self) -> None:
         """Whether a quantization that the configuration tells of is one of the weights too."""
-        text = self.raw.get("text_config")
-        told = self.raw.get("quantization_config") or (isinstance(text, dict) and text.get("quantization_config"))
+        text = self.settings.get("text_config")
+        told = self.settings.get("quantization_config") or (isinstance(text, dict) and text.get("quantization_config"))
         if not told:
             return
         method = told.get("quant_method", "?") if isinstance(told, dict) else told
@@ -203,12 +209,21 @@ class Checkpoint(Weights):
         warn(f"{self.folder}: {head!r} differs from {embedding!r}: it is kept, whatever tie_word_embeddings says.")
         return replace(self.config, tied=False)
 
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """tokenizer.json, read when it is asked for; raises what `read_tokenizer` raises."""
+        return self._twin.tokenizer if self._twin else read_tokenizer(self.folder / "tokenizer.json")
+
+    def share_tokenizer(self, other: Checkpoint) -> None:
+        """Take the tokenizer of a checkpoint that has the same tokenizer.json."""
+        self._twin = other
+
     def fingerprint(self) -> str:
         """SHA-256 over configuration, tensor names, types and shapes, and a sample of every tensor's values.
 
         It does not depend on how the tensors are spread over files, nor on the version that saved them.
         """
-        config = {key: value for key, value in self.raw.items() if key not in INCIDENTAL}
+        config = {key: value for key, value in self.settings.items() if key not in INCIDENTAL}
         if isinstance(text := config.get("text_config"), dict):
             config["text_config"] = {key: value for key, value in text.items() if key not in INCIDENTAL}
         total = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
@@ -230,7 +245,7 @@ def open_checkpoint(folder: Path, allowed: Collection[str] = ()) -> Iterator[Che
 
     Args:
         folder: where config.json and the weights lie.
-        allowed: as for `read_config`.
+        allowed: as for `parse_config`.
 
     Raises:
         MtpError: a file is missing, cut off or not what it should be.

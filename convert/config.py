@@ -166,42 +166,16 @@ class _Keys:
                 yield key, value
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        MtpError: the file is missing, is not JSON, or holds something else than an object.
-    """
-    try:
-        parsed = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as problem:
-        raise MtpError(f"{path}: {problem.strerror}; a Hugging Face model folder is wanted.") from None
-    except (ValueError, RecursionError) as problem:
-        raise MtpError(f"{path} is not JSON ({problem}); download it again.") from None
-    if not isinstance(parsed, dict):
-        raise MtpError(f"{path} does not hold a JSON object; download it again.")
-    return parsed
-
-
-def read_config(folder: Path, allowed: Collection[str] = ()) -> TargetConfig | DrafterConfig:
-    """Read config.json.
+def parse_config(values: Mapping[str, Any], file: Path, allowed: Collection[str] = ()) -> TargetConfig | DrafterConfig:
+    """A parsed config.json as a configuration.
 
     Args:
-        folder: a Hugging Face folder.
+        values: config.json.
+        file: named in errors.
         allowed: keys that are let pass although they speak of what would change tensors or their use.
 
     Raises:
-        MtpError: it is missing or damaged, lacks a key, or asks for a feature that is not supported.
-    """
-    file = folder / "config.json"
-    return parse_config(read_json(file), file, allowed)
-
-
-def parse_config(values: Mapping[str, Any], file: Path, allowed: Collection[str] = ()) -> TargetConfig | DrafterConfig:
-    """A parsed config.json as a configuration; `file` is named in errors.
-
-    Raises:
-        MtpError: as `read_config`.
+        MtpError: it is damaged, lacks a key, or asks for a feature that is not supported.
     """
     root = _Keys(values, file)
     target = _is_target(root)

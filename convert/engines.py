@@ -11,12 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from gemma_mtp.convert.sizes import SIZES
+
 # Whether an engine is ready, and what it serves. Both answer alike (vllm/entrypoints, sglang/srt/entrypoints).
 HEALTH, MODELS = "/health", "/v1/models"
 # Tokens to draft in a round, by the hidden size of the target: those of vLLM's recipe for Gemma 4, tried on A100 and
 # H100 (vllm-project/recipes, Google/Gemma4.md, 2026-05).
-E2B = 1536
-LENGTHS, LENGTH = {E2B: 2}, 4
+LENGTHS, LENGTH = {SIZES["E2B"].n_embd: 2}, 4
 
 
 @dataclass(frozen=True)

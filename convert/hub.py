@@ -14,6 +14,7 @@ from pathlib import Path
 
 from gemma_mtp.convert.errors import MtpError
 from gemma_mtp.convert.safetensors_file import MAX_HEADER
+from gemma_mtp.convert.sizes import SIZES
 
 # What a conversion reads of a repository.
 WEIGHTS = "*.safetensors"
@@ -26,7 +27,7 @@ NOT = ("original/*", "*/*", "consolidated*.safetensors")
 FIRST = 100_000
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Every official target has a drafter of its name with "-assistant" at the end (Hugging Face, organisation google).
-OFFICIAL = re.compile(r"gemma-4-(E2B|E4B|12B|26B-A4B|31B)-it(-qat-q4_0-unquantized)?")
+OFFICIAL = re.compile(rf"gemma-4-({'|'.join(SIZES)})-it(-qat-q4_0-unquantized)?")
 AUTO = "auto"
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from gemma_mtp.convert import link
+from gemma_mtp.convert.gguf_io.types import Type
 from gemma_mtp.convert.link import MtpError
 
 SUMS, COUNTS = ".in_sum2", ".counts"
@@ -83,7 +84,7 @@ def _gguf(path: Path) -> Imatrix:
 
     def values(name: str) -> npt.NDArray[np.float32]:
         tensor = header.tensors.get(name)
-        if tensor is None or tensor.type != 0:
+        if tensor is None or tensor.type is not Type.F32:
             raise MtpError(f"{path}: {name} is missing or not F32; compute the matrix again.")
         return data[tensor.offset : tensor.offset + tensor.size].view(np.float32)
 

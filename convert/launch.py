@@ -57,14 +57,13 @@ def check(target: str, drafter: str) -> Checked:
         PairError: they are no target and its drafter.
         MtpError: one is missing, damaged, quantized already, or cannot be downloaded.
     """
-    from gemma_mtp.convert.config import read_json
     from gemma_mtp.convert.hub import AUTO, official_drafter
     from gemma_mtp.convert.pipeline import checked_pair
 
     found = official_drafter(target) if drafter == AUTO else drafter
     _check_published(target, found)
     with checked_pair(target, found) as (first, second):
-        names = read_json(second.folder / "config.json").get("architectures") or []
+        names = second.settings.get("architectures") or []
         unified = any("Unified" in str(name) for name in names)
         return Checked(_model(target), _model(found), first.config.n_embd, unified)
 

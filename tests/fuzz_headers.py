@@ -93,7 +93,7 @@ def judge_gguf(path: Path) -> str:
     """Read one GGUF file here and, if it is accepted, with libggml and llama.cpp; what happened, in a word."""
     import llama_cpp
     from gemma_mtp.convert import link
-    from gemma_mtp.convert.cli.files import describe
+    from gemma_mtp.convert.cli.inspect import describe
     from gemma_mtp.convert.integrity import verify_files
 
     try:

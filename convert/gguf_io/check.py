@@ -10,15 +10,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from gemma_mtp.convert.errors import MtpError
+from gemma_mtp.convert.gguf_io.ordered import (
+    KEY_CENTROIDS,
+    KEY_N_CENTROIDS,
+    KEY_ORDERING,
+    KEY_TOP_K,
+    broken_sizes,
+    broken_tables,
+    quoted,
+)
 from gemma_mtp.convert.gguf_io.read import Header, Strings
+from gemma_mtp.convert.gguf_io.split import KEY_COUNT
 
 TARGET_ARCH = "gemma4"
 DRAFTER_ARCH = "gemma4-assistant"
-
-KEY_CENTROIDS = "mtp.ordered.centroids"
-KEY_ORDERING = "mtp.ordered.token_ordering"
-KEY_N_CENTROIDS = "mtp.ordered.n_centroids"
-KEY_TOP_K = "mtp.ordered.top_k"
 
 
 class Bound(NamedTuple):
@@ -90,9 +95,7 @@ def check_model(header: Header) -> None:
 
 
 def _wrong(header: Header, key: str, got: Any, wanted: str) -> MtpError:
-    text = repr(got)
-    short = text if len(text) < 60 else text[:60].replace("\n", " ") + "..."
-    return MtpError(f"{header.path}: {key} is {short}, wanted {wanted}; convert the checkpoint again.")
+    return MtpError(f"{header.path}: {key} is {quoted(got)}, wanted {wanted}; convert the checkpoint again.")
 
 
 def _number(header: Header, key: str, bound: Bound) -> float:
@@ -159,7 +162,7 @@ def _check_vocabulary(header: Header) -> None:
         if value is not None and not (isinstance(value, int) and 0 <= value < count):
             raise _wrong(header, f"tokenizer.ggml.{name}_token_id", value, f"a token id from 0 to {count - 1}")
     embedding = header.tensors.get("token_embd.weight")
-    if embedding is None and header.metadata.get("split.count", 0) > 1:
+    if embedding is None and header.metadata.get(KEY_COUNT, 0) > 1:
         return  # it is in another file of the split
     if embedding is None or len(embedding.shape) != 2 or embedding.shape[1] != count:
         shape = None if embedding is None else list(embedding.shape)
@@ -169,18 +172,10 @@ def _check_vocabulary(header: Header) -> None:
 def _check_ordered(header: Header) -> None:
     """The tables of an ordered head: equal clusters, finite centroids, an ordering that names every token once."""
     count, width = len(header.vocabulary), header.of_arch("embedding_length")
-    clusters, top_k = header.metadata.get(KEY_N_CENTROIDS), header.metadata.get(KEY_TOP_K)
-    if not isinstance(clusters, int) or clusters < 1 or count % clusters:
-        raise _wrong(header, KEY_N_CENTROIDS, clusters, f"a divisor of {count}, the number of tokens")
-    if not isinstance(top_k, int) or not 1 <= top_k <= clusters:
-        raise _wrong(header, KEY_TOP_K, top_k, f"1 to {clusters}")
+    n_centroids, top_k = header.metadata.get(KEY_N_CENTROIDS), header.metadata.get(KEY_TOP_K)
+    for broken in broken_sizes(count, n_centroids, top_k):
+        raise _wrong(header, *broken)
+    assert isinstance(n_centroids, int)
     centroids, ordering = header.metadata[KEY_CENTROIDS], header.metadata.get(KEY_ORDERING)
-    fits = isinstance(centroids, np.ndarray) and centroids.dtype == np.float32 and len(centroids) == clusters * width
-    if not fits or not bool(np.isfinite(centroids).all()):
-        raise _wrong(header, KEY_CENTROIDS, centroids, f"{clusters} x {width} finite float32 values")
-    if (
-        not isinstance(ordering, np.ndarray)
-        or ordering.dtype != np.int32
-        or not np.array_equal(np.sort(ordering), np.arange(count))
-    ):
-        raise _wrong(header, KEY_ORDERING, ordering, f"every token from 0 to {count - 1} once, as int32")
+    for broken in broken_tables(centroids, ordering, count, n_centroids, width):
+        raise _wrong(header, *broken)

@@ -18,11 +18,11 @@ import click
 # does without libllama, generating without the packages of the extra "convert".
 COMMANDS = {
     "convert": "gemma_mtp.convert.cli.convert:convert",
-    "link": "gemma_mtp.convert.cli.files:link_command",
-    "inspect": "gemma_mtp.convert.cli.files:inspect",
-    "verify": "gemma_mtp.convert.cli.files:verify",
-    "modelfile": "gemma_mtp.convert.cli.convert:modelfile_command",
-    "ollama": "gemma_mtp.convert.cli.convert:ollama",
+    "link": "gemma_mtp.convert.cli.link:link_command",
+    "inspect": "gemma_mtp.convert.cli.inspect:inspect",
+    "verify": "gemma_mtp.convert.cli.verify:verify",
+    "modelfile": "gemma_mtp.convert.cli.modelfile:modelfile_command",
+    "ollama": "gemma_mtp.convert.cli.ollama:ollama",
     "launch": "gemma_mtp.convert.cli.launch:launch",
     "run": "gemma_mtp.runtime.cli.run:run",
     "chat": "gemma_mtp.runtime.cli.chat:chat",

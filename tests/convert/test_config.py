@@ -12,8 +12,9 @@ import pytest
 import torch
 from faulty import Folders, edit_config, edit_weights, refused
 from gemma_mtp.convert import convert_pair, plan_pair
-from gemma_mtp.convert.config import parse_config, read_config
+from gemma_mtp.convert.config import TextConfig, parse_config
 from gemma_mtp.convert.errors import MtpError, MtpWarning
+from gemma_mtp.convert.json_file import read_json
 from safetensors.torch import load_file
 from tiny import make_pair
 
@@ -22,6 +23,10 @@ HARMLESS = [
     "auto_map", "rope_theta", "rope_local_base_freq", "hidden_act", "unsloth_version", "transformers.js_config", "_x",
 ]  # fmt: skip
 Change = Callable[[dict[str, Any]], Any]
+
+
+def read_config(folder: Path) -> TextConfig:
+    return parse_config(read_json(folder / "config.json"), folder / "config.json")
 
 
 def text_of(config: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from gemma_mtp.convert.engines import ENGINES, VLLM, SGLang
 from gemma_mtp.convert.errors import MtpError
 from gemma_mtp.runtime.cli.main import main
 from hub import run_against, serving
-from tiny import PAIR, edit_json
+from tiny import PAIR, SIZES, edit_json
 
 FOLDERS = PAIR / "gemma-4-demo", PAIR / "gemma-4-demo-assistant"
 BOTH = pytest.mark.parametrize("engine", ENGINES)
@@ -53,10 +53,10 @@ def sparse_pair(root: Path, size: str) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
     root = tmp_path_factory.mktemp("published sizes")  # a name that a shell has to see quoted
-    return {size: sparse_pair(root, size) for size in shapes.TARGETS}
+    return {size: sparse_pair(root, size) for size in SIZES}
 
 
-@pytest.mark.parametrize("size", shapes.TARGETS)
+@pytest.mark.parametrize("size", SIZES)
 def test_print_for_vllm(size: str, pairs: dict[str, tuple[Path, Path]]) -> None:
     target, drafter = pairs[size]
     done = run("vllm", target, drafter, "--print", "--", "--max-model-len", "8192")
@@ -68,7 +68,7 @@ def test_print_for_vllm(size: str, pairs: dict[str, tuple[Path, Path]]) -> None:
     assert json.loads(drafting) == {"method": "mtp", "model": str(drafter), "num_speculative_tokens": length}
 
 
-@pytest.mark.parametrize("size", shapes.TARGETS)
+@pytest.mark.parametrize("size", SIZES)
 def test_print_for_sglang(size: str, pairs: dict[str, tuple[Path, Path]]) -> None:
     target, drafter = pairs[size]
     done = run("sglang", target, "--print", "--port", "30000", "--draft-length", "5", "--", "--tp-size", "2")

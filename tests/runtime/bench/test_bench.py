@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from gemma_mtp.convert import Pair, link, random_pair
+from gemma_mtp.convert import Pair, link, random_pair, sizes
 from gemma_mtp.convert.integrity import verify_files
 from gemma_mtp.patches import stock
 from gemma_mtp.runtime import native
@@ -214,7 +214,7 @@ def test_killed_while_making_random_weights(small: tuple[Path, Path], tmp_path: 
     (folder / small[0].name).touch()
     code = (
         "import os, signal, sys; from pathlib import Path; from gemma_mtp.convert import random_pair\n"
-        "random_pair.seal = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "random_pair.put_hashes = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "random_pair.generate('E2B', Path(sys.argv[1]), layers=5)"
     )
     assert subprocess.run([sys.executable, "-c", code, tmp_path], check=False).returncode == -signal.SIGKILL
@@ -238,17 +238,17 @@ def test_random_weights_generate_with_mtp(small: tuple[Path, Path], library: Pat
         assert found["seconds"] >= stats["pass_seconds"] + stats["draft_seconds"] > 0
 
 
-@pytest.mark.parametrize("shape", list(random_pair.SHAPES))
+@pytest.mark.parametrize("shape", list(sizes.SIZES))
 def test_every_shape_is_planned_whole_and_shortened(shape: str) -> None:
-    spec = random_pair.SHAPES[shape]
+    spec = sizes.SIZES[shape]
     for layers in (None, spec.period, 2 * spec.period):
-        target, drafter = random_pair.configs(shape, layers)
+        target, drafter = sizes.configs(shape, layers)
         text = target["text_config"]
         assert len(text["layer_types"]) == text["num_hidden_layers"]
         assert (text["num_hidden_layers"] - text["num_kv_shared_layers"]) % spec.period == 0
         assert drafter["backbone_hidden_size"] == text["hidden_size"]
     with pytest.raises(link.MtpError, match=f"multiple of {spec.period}"):
-        random_pair.configs(shape, spec.period + 1)
+        sizes.configs(shape, spec.period + 1)
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,8 @@ def written(target: Any, prompts: Tensor, count: int) -> Tensor:
 
 def written_by_target(target: Any, sampler: Sampler, seconds: float, rows: int) -> Tensor:
     """Training text for the drafter: prompts of various lengths continued by the target to LENGTH tokens."""
-    start, made, chooser = time.monotonic(), [], random.Random(3)
+    made: list[Tensor] = []
+    start, chooser = time.monotonic(), random.Random(3)
     while time.monotonic() - start < seconds or not made:
         keep = chooser.randrange(24, 140)
         prompts = torch.tensor(sampler.batch(rows), device=device_of(target))[:, :keep]

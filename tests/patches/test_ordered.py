@@ -95,11 +95,11 @@ def several(pair: Pair, texts: list[list[int]]) -> Iterator[tuple[Any, Any, Any]
     for i in range(len(texts)):
         found = native.candidates(ctx, i)
         assert found is not None
-        ids, logits = (part.copy() for part in found)
+        candidates, logits = found[0].copy(), found[1].copy()
         full = native.logits_row(ctx, i, len(drafter.vocabulary))
-        assert np.array_equal(full[ids], logits)
-        assert np.isneginf(np.delete(full, ids)).all()
-        yield capture.rows[i], ids, logits
+        assert np.array_equal(full[candidates], logits)
+        assert np.isneginf(np.delete(full, candidates)).all()
+        yield capture.rows[i], candidates, logits
     for opened in (ctx, target):
         lib.llama_free(opened)
     for model in models:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -15,12 +14,13 @@ import gguf
 import llama_cpp
 import numpy as np
 import pytest
-from children import GUARD, ended, serving, started
+from children import ended, post, serving, started
 from gemma_mtp.convert import Pair, convert_pair, link
 from gemma_mtp.patches import source
 from gemma_mtp.runtime import Llama, native
 from gemma_mtp.runtime.draft.drafter import DraftSettings
 from gemma_mtp.runtime.sampling import gumbel
+from gguf_files import copy_metadata, copy_tensors, finish
 from llama_cpp import llama_cpp as lib
 from llama_cpp import llama_cpp_ext as ext
 from prompts import PROMPT
@@ -182,21 +182,13 @@ def with_tensors(drafter: Path, path: Path, ordering: Any) -> Path:
     """The drafter with its ordered head in tensors, as upstream's names have it."""
     reader, known = gguf.GGUFReader(drafter), link.read_header(drafter).metadata
     writer = gguf.GGUFWriter(path, link.DRAFTER_ARCH)
-    for name, field in reader.fields.items():
-        if name.startswith("GGUF.") or name in ("general.architecture", link.KEY_CENTROIDS, link.KEY_ORDERING):
-            continue
-        part = field.types[-1] if field.types[0] is gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(name, field.contents(), field.types[0], sub_type=part)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    copy_metadata(reader, writer, leaving=(link.KEY_CENTROIDS, link.KEY_ORDERING))
+    copy_tensors(reader, writer)
     writer.add_tensor(
         "masked_embd_centroids.weight", known[link.KEY_CENTROIDS].reshape(known[link.KEY_N_CENTROIDS], -1)
     )
     writer.add_tensor("masked_embd_ordering", known[link.KEY_ORDERING].astype(ordering))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 
@@ -237,9 +229,7 @@ def test_llama_server_drafts_with_it(backend: bool, demo: Pair, tmp_path: Path) 
     sampling = "--spec-draft-backend-sampling" if backend else "--no-spec-draft-backend-sampling"
     options = "--spec-draft-model", demo.drafter, "--spec-type", "draft-mtp", sampling, "-c", 512
     with serving(SERVER, tmp_path / "log", "-m", demo.target, *options) as url:
-        body = json.dumps({"prompt": PROMPT, "n_predict": 64, "temperature": 0.0}).encode()
-        request = urllib.request.Request(f"{url}/completion", body, {"Content-Type": "application/json"})
-        timings = json.load(urllib.request.urlopen(request, timeout=GUARD))["timings"]
+        timings = post(f"{url}/completion", {"prompt": PROMPT, "n_predict": 64, "temperature": 0.0})["timings"]
     assert timings["draft_n_accepted"] > timings["draft_n"] / 3 > 0
 
 

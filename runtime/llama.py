@@ -16,7 +16,8 @@ from gemma_mtp.runtime.api import Api, exclusive_stream
 from gemma_mtp.runtime.draft.costs import Costs, costs_path
 from gemma_mtp.runtime.draft.drafter import DraftSettings, attached
 from gemma_mtp.runtime.draft.length import Policy
-from gemma_mtp.runtime.draft.proposals import Drafts
+from gemma_mtp.runtime.draft.proposals import Proposals, sources
+from gemma_mtp.runtime.draft.source import Source
 from gemma_mtp.runtime.faults import check_options, explain_decode, explaining_load
 from gemma_mtp.runtime.grammar import Mask, Vocabulary
 from gemma_mtp.runtime.native import Floats
@@ -198,14 +199,28 @@ class Llama(Api):
             try:
                 left = self._reuse_prefix(tokens, reset)
                 length = request.length(self.draft_length)
-                native_round = DraftSettings.of(settings, seed)
-                drafts = Drafts(self, sampler, length, self._policy, self._costs, native_round)
+                asked = self.sources(sampler, length, DraftSettings.of(settings, seed))
+                proposals = Proposals(self, sampler, asked, length, self._policy, self._costs)
                 choose = sampler if kept is None else kept.recording(sampler)
-                yield from loop.generate(self, left, choose, drafts, stop, stats)
+                yield from loop.generate(self, left, choose, proposals, stop, stats)
             finally:
                 if self._costs.seen(1):
                     stats.plain_pass_seconds = max(stats.tokens - 1, 0) * self._costs.pass_seconds(1)
                 self._costs.save(self._costs_path)
+
+    def sources(self, sampler: Sampler, length: DraftLength, settings: DraftSettings | None) -> list[Source]:
+        """What is asked for drafts, in this order; for a request.
+
+        Args:
+            sampler: chooses the target's tokens.
+            length: tokens per draft, or "auto".
+            settings: how `sampler` chooses, if arguments say it all; without processors and grammar a round of the
+                drafter is then one native call.
+        """
+        if self.drafter is None or length == 0:
+            return []
+        native_round = settings if sampler.plain and native.drafts_rounds() else None
+        return sources(self, self.drafter, self._costs, native_round, length)
 
     def _choice(self, settings: dict[str, Any], logits_processor: Any, grammar: Any, seed: int) -> Sampler:
         """What chooses tokens under these settings: llama.cpp's sampler chain, with our noise for its draw."""
@@ -323,6 +338,10 @@ class Llama(Api):
             self.scores[past : past + len(batch)] = [self.logits(row) for row in range(len(batch))]
         self.n_tokens = past + len(tokens)
         return len(tokens) - 1
+
+    def ends(self, token: int) -> bool:
+        """Whether a token ends the generation."""
+        return bool(lib.llama_vocab_is_eog(self._model.vocab, token))
 
     def roll_back(self) -> None:
         """Cut the KV cache to `n_tokens`; what the last decode left is then no longer that of the last token."""

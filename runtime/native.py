@@ -161,61 +161,38 @@ class DraftParams(ctypes.Structure):
     )
 
 
-_Ids, _Reals = ctypes.POINTER(ctypes.c_int32), ctypes.POINTER(ctypes.c_float)
-
-
 _P, _I = ctypes.c_void_p, ctypes.c_int32
-_SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "llama_mtp_get_candidates_ith": (_P, _I, ctypes.POINTER(_Ids), ctypes.POINTER(_Reals)),
-    "llama_mtp_draft": (_P, DraftParams, _I, _I, _P, _I, _P, _P),
-}
 
 
 @functools.cache
-def _exported(name: str) -> Any:
-    """A function of our include/llama-mtp.h, which returns a count; None where libllama lacks it."""
-    function = getattr(lib._lib, name, None)
+def _llama_mtp_draft() -> Any:
+    """The function of our include/llama-mtp.h that drafts a round; None where libllama lacks it."""
+    function = getattr(lib._lib, "llama_mtp_draft", None)
     if function is not None:
-        function.restype, function.argtypes = _I, _SIGNATURES[name]
+        function.restype, function.argtypes = _I, (_P, DraftParams, _I, _I, _P, _I, _P, _P)
     return function
 
 
 def drafts_rounds() -> bool:
     """Whether libllama has `llama_mtp_draft`, which `draft_round` calls."""
-    return _exported("llama_mtp_draft") is not None
+    return _llama_mtp_draft() is not None
 
 
-def draft_round(ctx: Any, params: DraftParams, token: int, hidden: Floats, position: int) -> tuple[Ids, Floats]:
+def draft_round(ctx: Any, params: DraftParams, token: int, hidden: Floats, position: int) -> Ids:
     """Draft up to `params.n_max` tokens in one call; the arguments are those of Drafter.draft.
 
     Returns:
-        The token ids and the drafter's probability of each, both [drafted].
+        The token ids, shape [drafted].
 
     Raises:
         RuntimeError: llama_decode refused.
     """
-    tokens, probabilities = np.empty(params.n_max, np.int32), np.empty(params.n_max, np.float32)
+    tokens = np.empty(params.n_max, np.int32)
     row = np.ascontiguousarray(hidden, np.float32)
-    count = _exported("llama_mtp_draft")(
-        ctx, params, 0, token, row.ctypes.data, position, tokens.ctypes.data, probabilities.ctypes.data
-    )
+    count = _llama_mtp_draft()(ctx, params, 0, token, row.ctypes.data, position, tokens.ctypes.data, None)
     if count < 0:
         raise RuntimeError(f"llama_decode of the drafter returned {count}")
-    return tokens[:count], probabilities[:count]
-
-
-def candidates(ctx: Any, index: int) -> tuple[Ids, Floats] | None:
-    """What an ordered head computed for batch entry `index` of the last decode; every other token counts as -inf.
-
-    Returns:
-        Views of token ids and logits, both [n_candidates], valid until the next decode; None for a dense head.
-    """
-    ids, logits = _Ids(), _Reals()
-    function = _exported("llama_mtp_get_candidates_ith")
-    count = function(ctx, index, ctypes.byref(ids), ctypes.byref(logits)) if function else 0
-    if not count:
-        return None
-    return np.ctypeslib.as_array(ids, shape=(count,)), np.ctypeslib.as_array(logits, shape=(count,))
+    return tokens[:count]
 
 
 class DraftBatch:

@@ -128,7 +128,7 @@ def scripts(into: Path) -> None:
     here = TESTS / "gpu"
     shutil.copy2(here / "run.sh", into / "run.sh")
     (into / "tests" / "gpu").mkdir(parents=True)
-    for path in (here / "test_gpu.py", here / "table.py", TESTS / "gpu_cuda.py"):
+    for path in (here / "test_gpu.py", here / "table.py", TESTS / "gpu_cuda.py", TESTS / "mtp_library.py"):
         shutil.copy2(path, into / "tests" / path.name)
     shutil.copytree(gpu_cuda.CUBLAS, into / "tests" / "gpu" / "cublas")
     counts = into / "bin" / "libcounts.so"

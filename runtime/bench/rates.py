@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import harmonic_mean, median
 from typing import Any, Literal
 
+from gemma_mtp.runtime.bench.settings import Chance
+
 OWN = "own"  # what is drafted is the drafter's own, not replayed
-AUTO: Literal["auto"] = "auto"  # the draft length that Llama has by default
+AUTO_LENGTH: Literal["auto"] = "auto"  # the draft length that Llama has by default
 
 
 @dataclass
@@ -36,6 +38,17 @@ class Rates:
     def best(self) -> int:
         """The fastest fixed draft length."""
         return max(self.mtp, key=lambda length: median(self.mtp[length]))
+
+
+def expected_tokens(chance: Chance | None, length: int) -> float:
+    """Tokens a round of `length` drafted tokens brings on average when each is accepted with this chance; 1 for None.
+
+    Leviathan et al., arXiv 2211.17192, equation 1: 1 + p + ... + p^length. Of chances that take turns, the harmonic
+    mean: each lasts for equally many tokens.
+    """
+    if chance is None:
+        return 1.0
+    return harmonic_mean(sum(level**place for place in range(length + 1)) for level in chance.levels)
 
 
 def rate(runs: Iterable[Mapping[str, Any]]) -> float:
@@ -84,14 +97,14 @@ def _auto(rates: Rates) -> dict[str, Any]:
     """The draft length "auto" beside plain and the best fixed length, which may be none at all."""
     fixed = {0: rates.plain, **rates.mtp}
     best = max(fixed, key=lambda length: median(fixed[length]))
-    runs = rates.runs[AUTO]
+    runs = rates.runs[AUTO_LENGTH]
     drafted, accepted = (sum(run["stats"][key] for run in runs) for key in ("drafted", "accepted"))
     found = {
         "tokens_per_s": round(median(rates.auto), 2),
         "speedup": round(ratio(rates.auto, rates.plain), 3),
         "best_fixed": best,
         "over_best_fixed": round(ratio(rates.auto, fixed[best]), 3),
-        "drafted_per_round": round(drafted / max(sum(run["rounds"] for run in runs), 1), 2),
+        "drafted_per_round": round(drafted / max(sum(run["stats"]["target_passes"] for run in runs), 1), 2),
         "acceptance": round(accepted / max(drafted, 1), 3),
     }
     return found | ({"learning": round(ratio(rates.learning, rates.plain), 3)} if rates.learning else {})
@@ -109,11 +122,11 @@ def _acceptance(runs: Iterable[Mapping[str, Any]]) -> float:
 
 
 def _overhead(runs: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """What a round of the loop spends outside llama_decode and the draft call: share of the round, and ms."""
-    runs = list(runs)
-    total = sum(run["loop_seconds"] for run in runs)
-    outside = total - sum(run["decode_seconds"] + run["draft_seconds"] for run in runs)
-    rounds = sum(run["rounds"] for run in runs)
+    """What a round of the loop spends outside of the target's pass and of drafting: share of the round, and ms."""
+    stats = [run["stats"] for run in runs]
+    total = sum(each["loop_seconds"] for each in stats)
+    outside = total - sum(each["pass_seconds"] + each["draft_seconds"] for each in stats)
+    rounds = sum(each["target_passes"] for each in stats)
     return {"share": round(outside / total, 4), "ms_per_round": round(outside / rounds * 1e3, 3)} if rounds else {}
 
 

@@ -1,45 +1,30 @@
-"""Drafts with a known chance of acceptance: the real drafter runs, and a recorded continuation takes its place.
-
-And the clocks of such a run, with its end: `watched`.
-"""
+"""Drafts with a known chance of acceptance: the real drafter runs, and a recorded continuation takes its place."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from inspect import isfunction
-from statistics import harmonic_mean
-from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gemma_mtp.runtime.bench.settings import Chance
-from gemma_mtp.runtime.draft import proposals
-from gemma_mtp.runtime.draft.lookup import Lookup
+from gemma_mtp.runtime.draft.drafter import Drafting, DraftSettings, FromDrafter
+from gemma_mtp.runtime.draft.lookup import FromText
+from gemma_mtp.runtime.draft.source import Draft, Source, Start
+from gemma_mtp.runtime.llama import Llama
 from gemma_mtp.runtime.native import Floats
-from gemma_mtp.runtime.sampling import Choose
-from llama_cpp import llama_cpp as lib
+from gemma_mtp.runtime.request import DraftLength
+from gemma_mtp.runtime.sampling import Choose, Sampler
+from gemma_mtp.runtime.target import Target
 
-if TYPE_CHECKING:
-    from gemma_mtp.runtime.llama import Llama
-
-GOLDEN = (math.sqrt(5) - 1) / 2
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 SURE = 1e4  # a logit that no other comes near
 
 
 class Enough(Exception):
     """As many tokens as asked for have been generated; raised between two rounds."""
-
-
-def expected_tokens(chance: Chance | None, length: int) -> float:
-    """Tokens a round of `length` drafted tokens brings on average when each is accepted with this chance; 1 for None.
-
-    Leviathan et al., arXiv 2211.17192, equation 1: 1 + p + ... + p^length. Of chances that take turns, the harmonic
-    mean: each lasts for equally many tokens.
-    """
-    if chance is None:
-        return 1.0
-    return harmonic_mean(sum(level**place for place in range(length + 1)) for level in chance.levels)
 
 
 class Replay:
@@ -50,23 +35,16 @@ class Replay:
     the share accepted is near p after a few dozen rounds.
 
     Args:
-        drafter: the drafter of an open pair; other attributes are passed through to it.
+        drafter: the drafter of an open pair.
         record: the whole sequence, prompt first.
         chance: p, or None to propose what the drafter does.
         seed: where the random numbers begin.
         begin: position that turns of `chance` are counted from.
-
-    Attributes:
-        seconds: time spent in the drafter.
     """
 
-    def __init__(self, drafter: Any, record: Sequence[int], chance: Chance | None, seed: int, begin: int) -> None:
+    def __init__(self, drafter: Drafting, record: Sequence[int], chance: Chance | None, seed: int, begin: int) -> None:
         self._drafter, self._record, self._chance, self._begin = drafter, record, chance, begin
-        self._place = seed * GOLDEN
-        self.seconds = 0.0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._drafter, name)
+        self._place = seed * GOLDEN_RATIO
 
     def draft(self, token: int, hidden: Floats, position: int, length: int, choose: Any) -> list[int]:
         """As `Drafter.draft`, with the tokens exchanged.
@@ -75,12 +53,8 @@ class Replay:
         behind what it would anyhow. Otherwise the tokens returned are exchanged.
         """
         proposed = [] if self._chance is None else self._proposal(self._chance, position, length)
-        clock = perf_counter()
-        try:
-            asked = self._steered(choose, proposed, position) if proposed and isfunction(choose) else choose
-            made: list[int] = self._drafter.draft(token, hidden, position, length, asked)
-        finally:
-            self.seconds += perf_counter() - clock
+        asked = self._steered(choose, proposed, position) if proposed and isfunction(choose) else choose
+        made = self._drafter.draft(token, hidden, position, length, asked)
         return proposed[: len(made)] if proposed else made
 
     def _proposal(self, chance: Chance, position: int, length: int) -> list[int]:
@@ -99,7 +73,7 @@ class Replay:
 
     def _right(self, chance: float, length: int) -> int:
         """How many tokens of the next draft are right."""
-        self._place = (self._place + GOLDEN) % 1.0
+        self._place = (self._place + GOLDEN_RATIO) % 1.0
         if chance == 0.0 or self._place == 0.0:
             return 0
         return length if chance == 1.0 else min(length, int(math.log(self._place) / math.log(chance)))
@@ -109,74 +83,84 @@ class Replay:
         return token - 1 if token else 1
 
 
-class Fruitless(Lookup):
-    """Looks, and finds nothing: a record may repeat itself, and what it holds is right whatever the chance."""
-
-    def find(self, length: int) -> tuple[list[int], int]:
-        """As `Lookup.find`, without what was found."""
-        super().find(length)
-        return [], 0
-
-
-class Spent:
-    """Seconds in llama_decode outside of drafts, and in drafts, since `start`."""
-
-    def __init__(self, replay: Replay) -> None:
-        self.decode, self._replay, self._at_start = 0.0, replay, (0.0, 0.0)
-
-    def start(self) -> None:
-        """Count from here."""
-        self._at_start = (self.decode, self._replay.seconds)
-
-    def add_to(self, shares: list[float]) -> None:
-        """Add both, target first, to these."""
-        shares[0] += self.decode - self._at_start[0]
-        shares[1] += self._replay.seconds - self._at_start[1]
-
-
-@contextmanager
-def watched(
-    llm: Llama, record: Sequence[int], chance: Chance | None, seed: int, begin: int, end: int
-) -> Iterator[Spent]:
-    """Put `Replay` in the drafter's place, a clock around llama_decode and an end to the run; take them away again.
+class Fruitless(Source):
+    """Asks a source and proposes nothing: a record may repeat itself, and what it holds is right whatever the chance.
 
     Args:
-        llm: an open pair.
-        record, chance, seed, begin: for `Replay`.
-        end: tokens of the sequence after which no further round begins: `Enough` is raised between two.
+        source: what is asked.
     """
-    real, decode, make = llm.drafter, lib.llama_decode, proposals.Drafts.make
-    replay = Replay(real, record, chance, seed, begin)
-    spent = Spent(replay)
-    target = llm.ctx
 
-    def timed(ctx: Any, batch: Any) -> int:
-        if ctx is not target:
-            return int(decode(ctx, batch))
-        clock = perf_counter()
-        status = int(decode(ctx, batch))
-        lib.llama_synchronize(ctx)
-        spent.decode += perf_counter() - clock
-        return status
+    def __init__(self, source: Source) -> None:
+        self._source = source
 
-    def ending(self: proposals.Drafts, token: int, row: int) -> proposals.Draft:
-        if llm.n_tokens + 1 >= end:
+    def propose(self, start: Start, draft: Draft, room: int) -> None:
+        """As the source, without what it found."""
+        self._source.propose(start, draft, room)
+
+
+class Until(Source):
+    """Ends a run between two rounds: `Enough` is raised instead of drafting on.
+
+    Args:
+        target: whose sequence it is.
+        end: tokens of the sequence after which no further round begins.
+    """
+
+    def __init__(self, target: Target, end: int) -> None:
+        self._target, self._end = target, end
+
+    def propose(self, start: Start, draft: Draft, room: int) -> None:
+        """Proposes nothing."""
+        if self._target.n_tokens + 1 >= self._end:
             raise Enough
-        return make(self, token, row)
-
-    lib.llama_decode, llm.drafter = timed, replay  # type: ignore[assignment]
-    proposals.Drafts.make = ending  # type: ignore[method-assign]
-    proposals.Lookup = Lookup if chance is None else Fruitless  # type: ignore[attr-defined]
-    try:
-        yield spent
-    finally:
-        lib.llama_decode, llm.drafter = decode, real
-        proposals.Drafts.make, proposals.Lookup = make, Lookup  # type: ignore[attr-defined, method-assign]
 
 
-def until_enough(tokens: Iterator[int]) -> Iterator[int]:
-    """Tokens up to the end that `watched` was given."""
-    try:
-        yield from tokens
-    except Enough:
-        return
+@dataclass(frozen=True)
+class Rehearsal:
+    """What `Replaying` does instead of what a `Llama` does.
+
+    Attributes:
+        end: for `Until`.
+        record, chance, seed, begin: for `Replay`.
+    """
+
+    end: int
+    record: Sequence[int] = ()
+    chance: Chance | None = None
+    seed: int = 0
+    begin: int = 0
+
+
+class Replaying(Llama):
+    """A `Llama` that ends after whole rounds, and drafts from a record, while it is told so.
+
+    Attributes:
+        rehearsal: what it is told.
+    """
+
+    rehearsal: Rehearsal | None = None
+
+    def sources(self, sampler: Sampler, length: DraftLength, settings: DraftSettings | None) -> list[Source]:
+        """As there, with `Replay` in the drafter's place."""
+        asked = super().sources(sampler, length, settings)
+        if self.rehearsal is None or not asked:
+            return asked
+        run = self.rehearsal
+        for place, source in enumerate(asked):
+            if isinstance(source, FromDrafter):
+                source.drafter = Replay(source.drafter, run.record, run.chance, run.seed, run.begin)
+            elif isinstance(source, FromText) and run.chance is not None:
+                asked[place] = Fruitless(source)
+        return [Until(self, run.end), *asked]
+
+    def running(self, run: Rehearsal, tokens: Sequence[int], **settings: Any) -> Generator[int, None, None]:
+        """Generate after a prompt up to the end that `run` names; without drafts a token is a whole round."""
+        self.rehearsal = run
+        try:
+            with closing(self.generate(tokens, **settings)) as made, suppress(Enough):
+                for token in made:
+                    yield token
+                    if self.n_tokens + 1 >= run.end and not self.stats.drafts:
+                        return
+        finally:
+            self.rehearsal = None

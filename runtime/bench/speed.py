@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_mtp.runtime.bench.rates import AUTO, OWN, Rates, rate, report, server_report
-from gemma_mtp.runtime.bench.replay import expected_tokens
+from gemma_mtp.runtime.bench.rates import AUTO_LENGTH, OWN, Rates, expected_tokens, rate, report, server_report
 from gemma_mtp.runtime.bench.server import Run, Server
 from gemma_mtp.runtime.bench.settings import Chance, Settings, Step
 from gemma_mtp.runtime.bench.worker import Worker
@@ -102,13 +101,13 @@ class Speeds:
         learned: list[dict[str, Any]] = []
         while sum(run["generated"] for run in learned) < self.settings.warm_tokens:
             # Drafts that are replayed fall otherwise each time.
-            runs = self._generate(case, AUTO, visit, 1 + len(learned))
+            runs = self._generate(case, AUTO_LENGTH, visit, 1 + len(learned))
             learned += runs
             if not any(run["generated"] for run in runs):
                 break
-        runs = self._generate(case, AUTO, visit)
+        runs = self._generate(case, AUTO_LENGTH, visit)
         rates.auto.append(rate(runs))
-        rates.runs.setdefault(AUTO, []).extend(runs)
+        rates.runs.setdefault(AUTO_LENGTH, []).extend(runs)
         if learned:
             rates.learning.append(rate(learned))
 

@@ -11,15 +11,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gemma_mtp.runtime.bench.settings import Chance
-    from gemma_mtp.runtime.llama import Llama
+    from gemma_mtp.runtime.bench.replay import Rehearsal, Replaying
     from gemma_mtp.runtime.request import DraftLength
     from gemma_mtp.runtime.stats import Stats
 
@@ -94,7 +92,7 @@ class Worker:
 class Measure:
     """What can be measured of an open pair. Times are in milliseconds unless said."""
 
-    def __init__(self, llm: Llama) -> None:
+    def __init__(self, llm: Replaying) -> None:
         self.llm = llm
         self._prompt: list[int] = []
         self._record: list[int] = []
@@ -174,70 +172,54 @@ class Measure:
 
         Should the target leave its record, which takes a near-tie, it is put back on it.
         """
+        from gemma_mtp.runtime.bench.replay import Rehearsal
         from gemma_mtp.runtime.bench.settings import Chance
         from gemma_mtp.runtime.stats import Stats
 
-        total, shares, segments = Stats(), [0.0, 0.0], 0
-        at, end = len(self._prompt), len(self._prompt) + n
+        total, segments = Stats(), 0
+        begin = at = len(self._prompt)
         self.llm.draft_length = length
         given = None if chance is None else Chance.parse(chance)
-        while at < end:
+        while at < begin + n:
             segments += 1
-            at = self._follow(at, end, given, seed + segments, shares)
+            at = self._follow(at, Rehearsal(begin + n, self._record, given, seed + segments, begin))
             total.add(self.llm.stats)
-        return self._result(total, segments, shares) | {"left_record": segments - 1}
+        return self._result(total, segments) | {"left_record": segments - 1}
 
-    def _follow(self, at: int, end: int, chance: Chance | None, seed: int, shares: list[float]) -> int:
+    def _follow(self, at: int, run: Rehearsal) -> int:
         """Generate along the record from a place in it; returns the place to go on from."""
-        from gemma_mtp.runtime.bench.replay import until_enough, watched
-
-        with watched(self.llm, self._record, chance, seed, len(self._prompt), end) as spent:
-            tokens = self.llm.generate(self._record[:at], temp=0.0)
-            with closing(tokens):
-                for token in until_enough(tokens):
-                    if self.llm.stats.tokens == 1:
-                        spent.start()
-                    right = token == self._record[at]
-                    at += 1
-                    if not right:
-                        break
-            spent.add_to(shares)
+        with closing(self.llm.running(run, self._record[:at], temp=0.0)) as tokens:
+            for token in tokens:
+                right = token == self._record[at]
+                at += 1
+                if not right:
+                    break
         return at
 
     def generate(self, prompt: list[int], n: int, length: DraftLength, temp: float, seed: int) -> dict[str, Any]:
         """Generate n tokens, or up to the end of the turn, with what the drafter proposes; length 0 for none."""
-        from gemma_mtp.runtime.bench.replay import until_enough, watched
+        from gemma_mtp.runtime.bench.replay import Rehearsal
 
         self.llm.draft_length = length
         self.llm.set_seed(seed)
         made: list[int] = []
-        shares = [0.0, 0.0]
-        with watched(self.llm, [], None, 0, 0, len(prompt) + n) as spent:
-            tokens = self.llm.generate(prompt, top_k=64, top_p=0.95, min_p=0.0, temp=temp)
-            with closing(tokens):
-                for token in until_enough(tokens):
-                    if not made:
-                        spent.start()
-                    made.append(token)
-                    if token == self.llm.token_eos():
-                        break
-            spent.add_to(shares)
-        return self._result(self.llm.stats, 1, shares) | {"tokens": made[:n]}
+        settings = {"top_k": 64, "top_p": 0.95, "min_p": 0.0, "temp": temp}
+        with closing(self.llm.running(Rehearsal(len(prompt) + n), prompt, **settings)) as tokens:
+            for token in tokens:
+                made.append(token)
+                if token == self.llm.token_eos():
+                    break
+        return self._result(self.llm.stats, 1) | {"tokens": made[:n]}
 
-    def _result(self, stats: Stats, segments: int, shares: Sequence[float]) -> dict[str, Any]:
-        """Counters, and the seconds by where they went. The first token of a segment is its prompt's.
+    def _result(self, stats: Stats, segments: int) -> dict[str, Any]:
+        """Counters, and what a speed is made of. The first token of a segment is its prompt's.
 
         "seconds" are the clock's, as a user has them and as llama-server counts them, plain and with MTP alike; the
-        loop's own leave out what this measurement does between two tokens.
+        loop's own, in the counters, leave out what this measurement does between two tokens.
         """
-        decode, draft = shares
         return {
             "generated": stats.tokens - segments,
             "seconds": stats.generation_seconds,
-            "loop_seconds": stats.loop_seconds,
-            "decode_seconds": decode,
-            "draft_seconds": draft,
-            "rounds": stats.target_passes,
             "stats": stats.as_dict(),
         }
 
@@ -273,10 +255,10 @@ def main() -> None:
 def _open(target: str, drafter: str, **options: Any) -> tuple[Measure, dict[str, Any]]:
     import llama_cpp
     from gemma_mtp.runtime import native
-    from gemma_mtp.runtime.llama import Llama
+    from gemma_mtp.runtime.bench.replay import Replaying
 
     clock = perf_counter()
-    llm = Llama(target, drafter=drafter, verbose=False, **options)
+    llm = Replaying(target, drafter=drafter, verbose=False, **options)
     about = {
         "llama_cpp": llama_cpp.__version__,
         "patched": native.patched(),

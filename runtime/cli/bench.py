@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -146,26 +147,14 @@ def bench(
     """  # fmt: skip
     if (pair is None) == (shape is None):
         raise click.UsageError("name a PAIR, or give --shape for random weights.")
-    if plot is not None and rest["passes"]:
-        raise click.UsageError("--plot draws speed-up, which --passes leaves out; give one of them.")
-    if plot is not None and find_spec("matplotlib") is None:
-        raise click.ClickException("--plot needs matplotlib; run: pip install 'gemma-mtp[plot]'")
-    if plot is not None and not plot.absolute().parent.is_dir():
-        raise click.ClickException(f"--plot {plot}: there is no folder {plot.absolute().parent}; make it first.")
+    if plot is not None:
+        _check_plot(plot, rest["passes"])
     from gemma_mtp.runtime.bench import report
     from gemma_mtp.runtime.bench.machine import physical_cores
     from gemma_mtp.runtime.bench.measure import measure
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-
-        def step(label: str, done: int, total: int) -> None:
-            bar.update(task, description=label, completed=done, total=total)
-
+    with _progress() as step:
         if shape is not None:
             target, found = _random(
                 generate, shape, rest["seed"], step,
@@ -187,6 +176,33 @@ def bench(
         report.plot(result, plot)
         click.echo(f"wrote {plot}", err=True)
     click.echo(json.dumps(result))
+
+
+def _check_plot(plot: Path, passes: bool) -> None:
+    """What would stop the picture, before anything is measured.
+
+    Raises:
+        click.ClickException: saying what.
+    """
+    if passes:
+        raise click.UsageError("--plot draws speed-up, which --passes leaves out; give one of them.")
+    if find_spec("matplotlib") is None:
+        raise click.ClickException("--plot needs matplotlib; run: pip install 'gemma-mtp[plot]'")
+    if not plot.absolute().parent.is_dir():
+        raise click.ClickException(f"--plot {plot}: there is no folder {plot.absolute().parent}; make it first.")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr, told what is done, how far and of how much."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda label, done, total: bar.update(task, description=label, completed=done, total=total)
 
 
 def _random(generate: Any, shape: str, seed: int, step: Any, **formats: Any) -> tuple[Path, Path]:

@@ -71,14 +71,6 @@ class Costs:
         grown = (1 + GROWTH * (n - 1)) / (1 + GROWTH * (nearest - 1))
         return math.exp(self._factor[nearest] + self._speed) * (grown if n > nearest else min(grown, 1.0))
 
-    def table(self) -> dict[str, float]:
-        """Milliseconds as measured: "1", "2", ... for passes over so many tokens, and "step"."""
-        return {
-            "step" if place == STEP else str(place): round(1000 * math.exp(factor + self._speed), 3)
-            for place, (factor, seen) in enumerate(zip(self._factor, self._seen, strict=True))
-            if seen
-        }
-
     def save(self, path: Path) -> None:
         """Write the table, if much was learned since; a folder that cannot be written to is left alone."""
         if sum(self._seen) < 2 * self._saved + 8:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import llama_cpp
-import numpy as np
 from gemma_mtp.convert.link import DRAFTER_ARCH
 from gemma_mtp.runtime import native
+from gemma_mtp.runtime.draft.costs import STEP, Costs
+from gemma_mtp.runtime.draft.source import Draft, Proposal, Source, Start
 from gemma_mtp.runtime.native import Floats
-from gemma_mtp.runtime.sampling import MASK, Choose, Sampler
+from gemma_mtp.runtime.sampling import MASK, Choose, NoTokenLeft, Sampler
+from gemma_mtp.runtime.target import Target
 from llama_cpp import _internals as internals
 from llama_cpp import llama_cpp as lib
 from llama_cpp._utils import suppress_stdout_stderr
@@ -33,7 +36,6 @@ class DraftSettings:
         top_p: probability mass kept, 1 for all.
         min_p: tokens kept by their probability relative to the highest, 0 for all.
         seed: of the noise, the target's own.
-        p_min: the round ends before a token that the drafter itself gives less than this probability.
     """
 
     temp: float = 0.0
@@ -41,7 +43,6 @@ class DraftSettings:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
-    p_min: float = 0.0
 
     @classmethod
     def of(cls, request: Mapping[str, Any], seed: int) -> DraftSettings | None:
@@ -58,7 +59,7 @@ class DraftSettings:
 
     def params(self, length: int) -> native.DraftParams:
         """As libllama takes them, for a round of `length` tokens."""
-        return native.DraftParams(length, self.p_min, self.temp, self.top_k, self.top_p, self.min_p, self.seed & MASK)
+        return native.DraftParams(length, 0.0, self.temp, self.top_k, self.top_p, self.min_p, self.seed & MASK)
 
 
 @functools.lru_cache(maxsize=4)
@@ -80,16 +81,12 @@ class Drafter:
         ctx: the drafter's llama_context, made with `ctx_other` set to the target's.
         n_vocab: vocabulary size of both.
         width: the target's embedding length, that of the hidden rows.
-
-    Attributes:
-        probabilities: the drafter's own of each token of the latest round with `DraftSettings`, at temperature 1.
     """
 
     def __init__(self, ctx: Any, n_vocab: int, width: int) -> None:
         self.ctx = ctx
         self.n_vocab = n_vocab
         self.width = width
-        self.probabilities: list[float] = []
         self._batch = native.DraftBatch(width)
 
     def draft(self, token: int, hidden: Floats, position: int, length: int, choose: Choose) -> list[int]:
@@ -108,30 +105,83 @@ class Drafter:
                 token will stand at. The logits of an ordered head are -inf but for its candidates.
 
         Returns:
-            Token ids: `length` of them, or fewer, perhaps none, where `DraftSettings.p_min` ends the round.
+            Token ids, `length` of them.
 
         Raises:
             RuntimeError: llama.cpp refused to decode.
         """
-        self.probabilities = []
         if isinstance(choose, DraftSettings) and native.drafts_rounds():
-            tokens, chances = native.draft_round(self.ctx, choose.params(length), token, hidden, position)
-            self.probabilities = chances.tolist()
-            drafted: list[int] = tokens.tolist()
-            return drafted
-        drafted = []
+            made: list[int] = native.draft_round(self.ctx, choose.params(length), token, hidden, position).tolist()
+            return made
+        made = []
         for step in range(1, length + 1):
             self._batch.decode(self.ctx, token, hidden, position)
-            logits = native.logits_row(self.ctx, 0, self.n_vocab)
-            token = choose(logits, position + step)
-            if isinstance(choose, DraftSettings):
-                chance = float(1 / np.exp(logits - logits[token], dtype=np.float64).sum())
-                if chance < choose.p_min:
-                    break
-                self.probabilities.append(chance)
+            token = choose(native.logits_row(self.ctx, 0, self.n_vocab), position + step)
             hidden = native.hidden_row(self.ctx, 0, self.width)
-            drafted.append(token)
-        return drafted
+            made.append(token)
+        return made
+
+
+class Drafting(Protocol):
+    """What `FromDrafter` asks of a drafter."""
+
+    def draft(self, token: int, hidden: Floats, position: int, length: int, choose: Choose) -> list[int]:
+        """As `Drafter.draft`."""
+
+
+class EndOfDraft(Exception):
+    """Raised by a choice in mid-draft: there is no use in drafting on."""
+
+
+class FromDrafter(Source):
+    """Asks the drafter, which reads what the grammar forced before it goes on from there.
+
+    Args:
+        target: whose hidden row the round starts from.
+        drafter: its drafter.
+        costs: where draft steps are noted.
+        settings: how the request chooses, if that is a matter of logits and position alone: a round is one call then.
+    """
+
+    NAME = "mtp"
+
+    def __init__(self, target: Target, drafter: Drafting, costs: Costs, settings: DraftSettings | None) -> None:
+        self.drafter = drafter
+        self._target, self._costs, self._settings = target, costs, settings
+
+    def propose(self, start: Start, draft: Draft, room: int) -> Proposal:
+        """As many tokens as there is room for."""
+        return Proposal(self.NAME, room, partial(self._take, start, draft))
+
+    def learn(self, draft: Draft, accepted: int) -> None:
+        """Note what a step took."""
+        del accepted
+        if draft.steps:
+            self._costs.observe(STEP, draft.seconds / draft.steps)
+
+    def _take(self, start: Start, draft: Draft, length: int) -> None:
+        forced, hidden, position = list(draft.tokens), self._target.hidden(start.row), self._target.n_tokens
+
+        def choose(logits: Floats, position: int) -> int:
+            draft.steps += 1
+            if draft.steps <= len(forced):
+                return forced[draft.steps - 1]
+            try:
+                made = start.sampler(logits, position)
+            except NoTokenLeft:
+                raise EndOfDraft from None
+            draft.add(made, self.NAME)
+            if self._target.ends(made):
+                raise EndOfDraft
+            return made
+
+        if self._settings is not None and not forced:
+            for made in self.drafter.draft(start.token, hidden, position, length, self._settings):
+                draft.steps += 1
+                draft.add(made, self.NAME)
+            return
+        with suppress(EndOfDraft):
+            self.drafter.draft(start.token, hidden, position, len(forced) + length, choose)
 
 
 @contextmanager

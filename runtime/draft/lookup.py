@@ -6,12 +6,17 @@ common/ngram-cache.cpp.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from itertools import takewhile
 
+import numpy as np
+from gemma_mtp.runtime.draft.source import Draft, Proposal, Source, Start
+from gemma_mtp.runtime.target import Target
+
 GRAM = 3  # tokens that must agree
 TRIED = 8  # earlier places compared for the longest agreement
-LONGEST = 32  # agreement beyond this says nothing more
+AGREEMENT = 32  # agreement beyond this says nothing more
 
 
 class Lookup:
@@ -63,7 +68,47 @@ class Lookup:
     def _agreed(self, place: int) -> int:
         """How many tokens up to and including `place` equal the latest ones."""
         last, tokens = len(self.tokens) - 1, self.tokens
-        for back in range(min(place + 1, LONGEST)):
+        for back in range(min(place + 1, AGREEMENT)):
             if tokens[place - back] != tokens[last - back] or tokens[last - back] < 0:
                 return back
-        return min(place + 1, LONGEST)
+        return min(place + 1, AGREEMENT)
+
+
+class FromText(Source):
+    """Proposes what followed before, as far as the grammar allows; not behind tokens that the grammar forced.
+
+    Args:
+        target: whose text it is.
+    """
+
+    NAME = "lookup"
+
+    def __init__(self, target: Target) -> None:
+        self._target, self._lookup, self._read = target, Lookup(), 0
+
+    def propose(self, start: Start, draft: Draft, room: int) -> Proposal | None:
+        """What stood after the latest tokens before; its acceptance is remembered by the length of the agreement."""
+        if draft.tokens:
+            return None
+        self._lookup.extend(self._target.input_ids[self._read : self._target.n_tokens].tolist())
+        self._lookup.extend([start.token])
+        self._read = self._target.n_tokens + 1
+        found, matched = self._lookup.find(room)
+        if not found:
+            return None
+
+        def take(length: int) -> None:
+            mask = start.sampler.mask
+            for token in found[:length]:
+                if mask is not None:
+                    if not mask.allows(np.array([token], dtype=np.int32))[0]:
+                        return
+                    mask.accept(token)
+                draft.add(token, self.NAME)
+
+        return Proposal(f"{self.NAME} {matched_class(matched)}", len(found), take, free=True)
+
+
+def matched_class(matched: int) -> int:
+    """Length of an agreement, rounded down to a power of two: how far a copy can be trusted grows with it."""
+    return 1 << int(math.log2(matched))

@@ -25,6 +25,7 @@ from gemma_mtp.runtime import Llama, native
 from gemma_mtp.runtime.draft import drafter
 from gemma_mtp.runtime.draft.drafter import DraftSettings
 from gemma_mtp.runtime.sampling import Choose, gumbel
+from mtp_library import candidates
 
 DRY = os.environ.get("GPU_KIT_DRY") == "1"
 NO_GPU = "no GPU: llama.cpp finds no device that layers could go to"
@@ -187,7 +188,7 @@ def heads(llm: Llama) -> Iterator[tuple[Any, Any]]:
     assert llm.drafter is not None
     for token, hidden, position in states(llm):
         llm.drafter.draft(token, hidden, position, 1, lambda row, at: int(row.argmax()))
-        found = native.candidates(llm.drafter.ctx, 0)
+        found = candidates(llm.drafter.ctx, 0)
         if found is None:
             yield None, native.logits_row(llm.drafter.ctx, 0, llm.n_vocab()).copy()
         else:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from subprocess import PIPE, STDOUT
 from typing import Any
@@ -23,6 +24,7 @@ from gemma_mtp.runtime.sampling import gumbel
 from gguf_files import copy_metadata, copy_tensors, finish
 from llama_cpp import llama_cpp as lib
 from llama_cpp import llama_cpp_ext as ext
+from mtp_library import candidates, round_with_chances
 from prompts import PROMPT
 from tiny import PAIR
 
@@ -93,13 +95,13 @@ def several(pair: Pair, texts: list[list[int]]) -> Iterator[tuple[Any, Any, Any]
         step.pos[i] = len(ids)
     assert lib.llama_decode(ctx, step) == 0
     for i in range(len(texts)):
-        found = native.candidates(ctx, i)
+        found = candidates(ctx, i)
         assert found is not None
-        candidates, logits = found[0].copy(), found[1].copy()
+        tokens, logits = found[0].copy(), found[1].copy()
         full = native.logits_row(ctx, i, len(drafter.vocabulary))
-        assert np.array_equal(full[candidates], logits)
-        assert np.isneginf(np.delete(full, candidates)).all()
-        yield capture.rows[i], candidates, logits
+        assert np.array_equal(full[tokens], logits)
+        assert np.isneginf(np.delete(full, tokens)).all()
+        yield capture.rows[i], tokens, logits
     for opened in (ctx, target):
         lib.llama_free(opened)
     for model in models:
@@ -133,16 +135,20 @@ def llm(demo: Pair) -> Iterator[Llama]:
         yield opened
 
 
-def rounds(llm: Llama, length: int, choose: Any) -> list[tuple[list[int], list[float]]]:
-    """Drafts after prefixes of a text, and their probabilities."""
+def rounds(llm: Llama, draft: Callable[..., Any]) -> list[Any]:
+    """What a way to draft makes after prefixes of a text."""
     assert llm.drafter is not None
     prompts = [prompt["text"] for prompt in json.loads((PAIR / "prompts.json").read_text())["prompts"]]
     ids, made = llm.tokenize("\n\n".join(prompts[:5]).encode()), []
     for n in range(5, 200, 24):
         llm.reset()
         hidden = llm.hidden(llm.decode(ids[:n], []))
-        made.append((llm.drafter.draft(ids[n], hidden, n, length, choose), llm.drafter.probabilities))
+        made.append(draft(llm.drafter, ids[n], hidden, n))
     return made
+
+
+def drafting(choose: Any, length: int = 5) -> Callable[..., list[int]]:
+    return lambda drafter, token, hidden, position: drafter.draft(token, hidden, position, length, choose)
 
 
 @pytest.mark.parametrize("settings", [DraftSettings(), SAMPLED], ids=["greedy", "sampled"])
@@ -150,20 +156,30 @@ def test_a_native_round_is_the_python_loop(
     settings: DraftSettings, llm: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert native.drafts_rounds()
-    ours = rounds(llm, 5, settings)
-    assert [tokens for tokens, _ in rounds(llm, 5, lambda logits, position: settings(logits, position))] == [
-        tokens for tokens, _ in ours
-    ]
-    unsure = DraftSettings(**{**vars(settings), "p_min": 0.5})
-    cut = rounds(llm, 5, unsure)
-    for (tokens, chances), (first, known) in zip(ours, cut, strict=True):
-        kept = next((i for i, chance in enumerate(chances) if chance < 0.5), 5)
-        assert (first, known) == (tokens[:kept], chances[:kept])
-    assert len({len(tokens) for tokens, _ in cut}) > 2
+    ours = rounds(llm, drafting(settings))
+    assert rounds(llm, drafting(lambda logits, position: settings(logits, position))) == ours
     monkeypatch.setattr(native, "drafts_rounds", lambda: False)
-    for (tokens, chances), (first, known) in zip(rounds(llm, 5, unsure), cut, strict=True):
-        assert tokens == first
-        assert np.allclose(chances, known, rtol=1e-4)
+    assert rounds(llm, drafting(settings)) == ours
+
+
+@pytest.mark.parametrize("settings", [DraftSettings(), SAMPLED], ids=["greedy", "sampled"])
+def test_a_native_round_tells_and_minds_its_chances(settings: DraftSettings, llm: Llama) -> None:
+    """They are of all candidates, at temperature 1; a round may end before one that is too small."""
+    seen: list[float] = []
+
+    def noted(logits: Any, position: int) -> int:
+        token = settings(logits, position)
+        seen.append(float(1 / np.exp(logits - logits[token], dtype=np.float64).sum()))
+        return token
+
+    ours = rounds(llm, partial(round_with_chances, length=5, settings=settings))
+    assert [tokens for tokens, _ in ours] == rounds(llm, drafting(noted))
+    assert np.allclose([chance for _, chances in ours for chance in chances], seen, rtol=1e-4)
+    cut = rounds(llm, partial(round_with_chances, length=5, settings=settings, p_min=0.5))
+    for (tokens, chances), found in zip(ours, cut, strict=True):
+        kept = next((i for i, chance in enumerate(chances) if chance < 0.5), 5)
+        assert found == (tokens[:kept], chances[:kept])
+    assert len({len(tokens) for tokens, _ in cut}) > 2
 
 
 def test_noise_is_that_of_the_python_side() -> None:
@@ -196,7 +212,7 @@ def with_tensors(drafter: Path, path: Path, ordering: Any) -> Path:
 def test_tables_in_tensors_are_read_too(ordering: Any, demo: Pair, llm: Llama, tmp_path: Path) -> None:
     path = with_tensors(demo.drafter, tmp_path / "drafter.gguf", ordering)
     with closing(Llama(demo.target, drafter=path, **OPTIONS)) as other:
-        assert rounds(other, 3, DraftSettings()) == rounds(llm, 3, DraftSettings())
+        assert rounds(other, drafting(DraftSettings(), 3)) == rounds(llm, drafting(DraftSettings(), 3))
 
 
 SERVER = Path(llama_cpp.__file__).parent / "lib" / "llama-server"

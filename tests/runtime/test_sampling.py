@@ -23,7 +23,7 @@ from gemma_mtp.runtime import Llama, Stats, loop
 from gemma_mtp.runtime.accept import verify
 from gemma_mtp.runtime.draft.costs import Costs
 from gemma_mtp.runtime.draft.length import Policy
-from gemma_mtp.runtime.draft.proposals import Drafts
+from gemma_mtp.runtime.draft.proposals import Proposals, sources
 from gemma_mtp.runtime.request import MOST
 from gemma_mtp.runtime.sampling import Sampler
 from tiny import PAIR
@@ -41,7 +41,6 @@ class Replay:
 
     def __init__(self, llm: Llama, prompt: list[int]) -> None:
         self.llm, self.prompt, self.drafter = llm, prompt, self
-        self._model = llm._model
         self.input_ids = np.zeros(llm.n_ctx(), dtype=np.intc)
         self.target: dict[Key, npt.NDArray[np.float32]] = {}
         self.drafted: dict[tuple[Key, Key], npt.NDArray[np.float32]] = {}
@@ -56,6 +55,9 @@ class Replay:
 
     def roll_back(self) -> None:
         pass
+
+    def ends(self, token: int) -> bool:
+        return self.llm.ends(token)
 
     def decode(self, tokens: Sequence[int], draft: Sequence[int]) -> int:
         past, batch = self.n_tokens, [*tokens, *draft]
@@ -112,8 +114,8 @@ def places(replay: Replay, temp: float, settings: dict[str, Any], draws: int) ->
     for seed in range(draws):
         replay.rewind()
         sampler.seed, key, stats = seed, tuple(replay.prompt), Stats()
-        drafts = Drafts(replay, sampler, 2, policy, costs)
-        made = loop.generate(replay, [replay.prompt[-1]], sampler, drafts, lambda row: False, stats)
+        proposals = Proposals(replay, sampler, sources(replay, replay, costs, None, 2), 2, policy, costs)
+        made = loop.generate(replay, [replay.prompt[-1]], sampler, proposals, lambda row: False, stats)
         for place, token in zip(range(TOKENS), made, strict=False):
             if key not in cumulated:
                 share = probabilities(replay.target[key], temp, **settings)

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 from gemma_mtp.convert import Pair, convert_pair
-from gemma_mtp.runtime import Llama, native
+from gemma_mtp.runtime import Llama
 from gemma_mtp.runtime.draft import drafter
 from gemma_mtp.runtime.draft.drafter import DraftSettings
+from mtp_library import candidates, round_with_chances
 from tiny import PAIR
 from transformers import Gemma4ForConditionalGeneration, GenerationConfig
 from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
@@ -188,9 +189,9 @@ def test_upstreams_head_and_window_on_request(
             for ids in rounds:
                 token, wanted = reference.round(ids)
                 assert drafted(dense, ids, token) == wanted, len(ids)
-                assert native.candidates(dense.drafter.ctx, 0) is None
-                dense.drafter.draft(token, dense.hidden(len(ids) - 1), len(ids), 1, DraftSettings())
-                sure[-1].append(dense.drafter.probabilities)
+                assert candidates(dense.drafter.ctx, 0) is None
+                place = dense.drafter, token, dense.hidden(len(ids) - 1), len(ids)
+                sure[-1].append(round_with_chances(*place, 1, DraftSettings())[1])
     changed = [a != b for a, b in zip(*sure, strict=True)]
     print(json.dumps({"rounds": len(rounds), "changed_by_the_window": sum(changed)}))
     # two keys more of W move a draft that is all but sure by less than a float shows

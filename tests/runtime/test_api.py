@@ -316,7 +316,8 @@ def test_an_object_with_a_seed_makes_the_same_sequence_again(demo: Pair) -> None
 
 
 def test_a_seed_is_a_whole_number(mtp: Llama) -> None:
-    for seed in ("x", 2.5, []):
+    wrong: list[Any] = ["x", 2.5, []]
+    for seed in wrong:
         with pytest.raises(ValueError, match=r"seed is .+; give a whole number"):
             mtp(PROMPT, seed=seed)
 

@@ -389,7 +389,9 @@ def test_a_closed_object_says_so(demo: Pair) -> None:
     llm.close()
     with pytest.raises(RuntimeError):
         next(stream)
-    calls = [*CALLS.values(), lambda llm: llm.tokenize(b"x"), lambda llm: llm.n_ctx(), lambda llm: llm.token_eos()]
+    calls: list[Callable[[Llama], Any]] = [
+        *CALLS.values(), lambda llm: llm.tokenize(b"x"), lambda llm: llm.n_ctx(), lambda llm: llm.token_eos(),
+    ]  # fmt: skip
     for call in calls:
         if call is not CALLS["close"]:
             with pytest.raises(RuntimeError, match="closed"):
@@ -455,7 +457,7 @@ try:
 except (ValueError, RuntimeError) as problem:
     print(problem)
 """
-    command = [sys.executable, "-c", code, demo.target]
+    command = [sys.executable, "-c", code, str(demo.target)]
     done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert hint in done.stdout

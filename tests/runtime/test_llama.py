@@ -103,7 +103,7 @@ def test_chat(settings: dict[str, Any], mtp: Llama, plain: Llama) -> None:
 def test_responses_have_the_shape_of_stocks(mtp: Llama, stock: llama_cpp.Llama) -> None:
     """With the seed beside it: in an answer, and in the last chunk of a stream."""
     messages, seed = [{"role": "user", "content": "hi"}], {"seed": "int"}
-    for call, more in (
+    calls: list[tuple[Callable[[Any], Any], dict[str, str]]] = [
         (lambda llm: llm(PROMPT, max_tokens=6, **GREEDY), seed),
         (lambda llm: llm(PROMPT, max_tokens=6, echo=True, stop=["x"], **GREEDY), seed),
         (lambda llm: next(iter(list(llm(PROMPT, max_tokens=6, stream=True, **GREEDY)))), {}),
@@ -111,7 +111,8 @@ def test_responses_have_the_shape_of_stocks(mtp: Llama, stock: llama_cpp.Llama) 
         (lambda llm: llm.create_chat_completion(messages, max_tokens=6, **GREEDY), seed),
         (lambda llm: list(llm.create_chat_completion(messages, max_tokens=6, stream=True, **GREEDY))[1], {}),
         (lambda llm: list(llm.create_chat_completion(messages, max_tokens=6, stream=True, **GREEDY))[-1], seed),
-    ):
+    ]
+    for call, more in calls:
         assert shape(call(mtp)) == shape(call(stock)) | more
 
 
@@ -125,7 +126,7 @@ def test_generate_yields_tokens_one_by_one(mtp: Llama, plain: Llama) -> None:
     ids = mtp.tokenize(PROMPT.encode())
     made = []
     for llm in (mtp, plain):
-        tokens = []
+        tokens: list[int] = []
         for token in llm.generate(ids, temp=0.0, repeat_penalty=1.0):
             assert llm.n_tokens == len(ids) + len(tokens)
             assert list(llm._input_ids) == ids + tokens
@@ -182,7 +183,7 @@ def test_any_draft_length_gives_the_same_text(length: int, demo: Pair, plain: Ll
         assert (llm.stats.drafted > 0) == (length > 0)
 
 
-WRONG_LENGTHS = [-1, 16, 2.5, True, "3", "long", [3]]
+WRONG_LENGTHS: list[Any] = [-1, 16, 2.5, True, "3", "long", [3]]
 
 
 def test_a_draft_length_is_checked_wherever_it_is_given(demo: Pair) -> None:
@@ -203,8 +204,10 @@ def test_a_draft_length_is_checked_wherever_it_is_given(demo: Pair) -> None:
         for way, length in product(ways, WRONG_LENGTHS):
             with pytest.raises(ValueError, match=f"^draft_length {allowed}"):
                 way(length)
-        for mtp in ("no", 0, 1, []):
-            for call in (llm, llm.create_completion, lambda prompt, mtp: next(llm.generate([2, 5], mtp=mtp))):
+        wrong_wishes: list[Any] = ["no", 0, 1, []]
+        calls: list[Any] = [llm, llm.create_completion, lambda prompt, mtp: next(llm.generate([2, 5], mtp=mtp))]
+        for mtp in wrong_wishes:
+            for call in calls:
                 with pytest.raises(ValueError, match=r"^mtp is .+; give True, False or None\.$"):
                     call(PROMPT, mtp=mtp)
         llm.draft_length = np.int64(4)
@@ -235,7 +238,7 @@ def test_seconds_are_what_the_user_waits_for(mtp: Llama, monkeypatch: pytest.Mon
     """By a clock that only stands still where nothing outside of the loop is done."""
     now, detokenize = 100.0, mtp.detokenize
 
-    def slow(*args: Any, **kwargs: Any) -> bytes:
+    def slow(*args: Any, **kwargs: Any) -> Any:
         nonlocal now
         now += 1.0
         return detokenize(*args, **kwargs)
@@ -440,7 +443,7 @@ def test_run_names_what_is_wrong_in_one_line(demo: Pair, tmp_path: Path) -> None
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(demo.target.read_bytes()[:-50000])
     for target in (tmp_path / "none.gguf", cut, demo.drafter):
-        command = [sys.executable, "-c", MAIN, "run", target, "-p", "x"]
+        command = [sys.executable, "-c", MAIN, "run", str(target), "-p", "x"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 1
         assert done.stderr.startswith("error: "), done.stderr

@@ -43,7 +43,7 @@ def mtp(demo: Pair) -> Iterator[Llama]:
 
 def tokens_of(llm: Llama, text: str, length: int | str, count: int = 64, seed: int = 5, **settings: Any) -> list[int]:
     """Tokens of a request with a draft length; the object keeps its own."""
-    kept, llm.draft_length = llm.draft_length, length  # type: ignore[assignment]
+    kept, llm.draft_length = llm.draft_length, length
     llm.set_seed(seed)
     made: list[int] = []
     for token in llm.generate(llm.tokenize(text.encode()), **settings):
@@ -215,7 +215,7 @@ def test_an_image_that_is_gone_is_an_error(mtp: Llama) -> None:
 def test_lookup_helps_where_the_text_repeats_itself(mtp: Llama) -> None:
     """Tokens per target pass, greedy, on a prompt of repeated lines, with lookup and with the drafter alone."""
     lines = "".join(f"    parser.add_argument('--option{i}', help='set option {i}', default=None)\n" for i in range(6))
-    text, settings = f"def options(parser):\n{lines}{lines}", {"temp": 0.0, "repeat_penalty": 1.0}
+    text, settings = f"def options(parser):\n{lines}{lines}", dict[str, Any](temp=0.0, repeat_penalty=1.0)
     mtp._costs = paying()
     mtp._policy = Policy(mtp._costs, MOST)
     made = tokens_of(mtp, text, "auto", 128, **settings)

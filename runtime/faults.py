@@ -110,6 +110,18 @@ def explain_decode(problem: RuntimeError) -> RuntimeError:
 
 
 @contextmanager
+def explaining_decode() -> Iterator[None]:
+    """Raise what llama.cpp refuses within a block with the next step; any other error as it is."""
+    try:
+        yield
+    except RuntimeError as problem:
+        explained = explain_decode(problem)
+        if str(explained) == str(problem):
+            raise
+        raise explained from problem
+
+
+@contextmanager
 def explaining_load(options: Mapping[str, Any]) -> Iterator[None]:
     """Give stock's errors at load, which name no cause, the next step; their types stay.
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -21,6 +22,7 @@ from coupling import probabilities
 from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import Llama, Stats, loop
 from gemma_mtp.runtime.accept import verify
+from gemma_mtp.runtime.borrowed import bind
 from gemma_mtp.runtime.draft.costs import Costs
 from gemma_mtp.runtime.draft.length import Policy
 from gemma_mtp.runtime.draft.proposals import Drafts
@@ -75,7 +77,7 @@ class Replay:
         return self._rows[row]
 
     def _real(self, key: Key) -> int:
-        return self.llm.decode(self.llm._reuse_prefix(list(key), True), [])
+        return self.llm.decode(self.llm.reuse_prefix(list(key)), [])
 
     def draft(self, token: int, hidden: Key, position: int, length: int, choose: Callable[[Any, int], int]) -> None:
         made: list[int] = []
@@ -98,8 +100,7 @@ class Replay:
 
 
 def sampler_of(llm: Llama, temp: float, settings: dict[str, Any], seed: int) -> Sampler:
-    neutral = {"repeat_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "min_p": 0.0, "typical_p": 1.0}
-    return llm._choice({"temp": temp, **settings, **neutral}, None, None, seed)
+    return llm._choice(bind(llama_cpp.Llama.generate, [], temp=temp, min_p=0.0, **settings), seed)
 
 
 def places(replay: Replay, temp: float, settings: dict[str, Any], draws: int) -> npt.NDArray[np.float64]:

@@ -25,9 +25,9 @@ from gemma_mtp.runtime.draft.drafter import Drafter, DraftSettings, attached
 from gemma_mtp.runtime.draft.length import Policy
 from gemma_mtp.runtime.draft.proposals import Drafts
 from gemma_mtp.runtime.faults import Careful, Closed, check_options, explaining_decode, explaining_load
-from gemma_mtp.runtime.grammar import Mask, Vocabulary
+from gemma_mtp.runtime.grammar import Mask, TokenIndex
 from gemma_mtp.runtime.guard import Guard, exclusive_stream
-from gemma_mtp.runtime.pair import Wanted, fetch_drafter, resolve
+from gemma_mtp.runtime.pair import Wanted, drafter_of, fetch_drafter
 from gemma_mtp.runtime.request import MOST, WISHES, DraftLength, Request, checked_length, checked_mtp, chosen_seed
 from gemma_mtp.runtime.sampling import Sampler, reading
 from gemma_mtp.runtime.stats import Stats
@@ -92,7 +92,7 @@ class Llama(Api):
         wishes = Request(mtp, checked_length(draft_length))
         check_options(options)
         native.check_cpu()
-        path = resolve(model_path, drafter)
+        path = drafter_of(model_path, drafter)
         reason = next((WITHOUT_DRAFTER[name] for name in WITHOUT_DRAFTER if options.get(name)), None)
         self._wanted, self._told = drafter, set[str]()
         self._undrafted = _undrafted(model_path, drafter, path, reason)
@@ -205,15 +205,15 @@ class Llama(Api):
             seed=None if temp == 0.0 else seed,
             keep=1 if temp == 0.0 else top_k if temp > 0.0 and 0 < top_k < self._n_vocab else None,
             penalized=0 if penalties == (1.0, 0.0, 0.0) else max(self.last_n_tokens_size, 0),
-            mask=Mask.of(given["grammar"], self._vocabulary) if given["grammar"] is not None else None,
+            mask=Mask.of(given["grammar"], self._token_index) if given["grammar"] is not None else None,
             processors=given["logits_processor"] or (),
             input_ids=lambda: self._input_ids,
         )
 
     @cached_property
-    def _vocabulary(self) -> Vocabulary:
+    def _token_index(self) -> TokenIndex:
         """Tokens by their first byte, for grammars; made with the first of these, as it asks for every token's text."""
-        return Vocabulary(self._model.vocab, self._n_vocab)
+        return TokenIndex(self._model.vocab, self._n_vocab)
 
     def _costs_file(self) -> Path:
         settings = ("n_threads", "n_ubatch", "flash_attn_type", "type_k", "type_v", "offload_kqv")
@@ -299,7 +299,7 @@ def open_pair(target: str | PathLike[str], drafter: Wanted = "auto", **options: 
     Raises:
         gemma_mtp.convert.link.MtpError: there is no drafter, or not of this target.
     """
-    path = resolve(target, drafter)
+    path = drafter_of(target, drafter)
     if path is None and drafter is not None and Path(target).exists():
         raise link.PairError(f"{NO_DRAFTER.format(target)}.")
     with closing(Llama(target, drafter=path, **options)) as llm:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from gemma_mtp.runtime.accept import verify
+from gemma_mtp.runtime.accept import walk
 from gemma_mtp.runtime.draft.proposals import Draft, Drafts
 from gemma_mtp.runtime.sampling import Choose
 from gemma_mtp.runtime.stats import Stats
@@ -62,7 +62,7 @@ def generate(
 
             tokens = []
             hits = 0
-            for i, (token, accepted) in enumerate(verify(draft.tokens, choice)):
+            for i, (token, accepted) in enumerate(walk(draft.tokens, choice)):
                 if accepted:
                     hits += 1
                     stats.accepted_at(i, draft.sources[i])

@@ -12,7 +12,7 @@ from gemma_mtp.convert import link
 Wanted = str | PathLike[str] | Literal["auto"] | None
 
 
-def resolve(target: str | PathLike[str], drafter: Wanted) -> Path | None:
+def drafter_of(target: str | PathLike[str], drafter: Wanted) -> Path | None:
     """The drafter to load with a target, its link checked.
 
     Args:

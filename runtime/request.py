@@ -31,6 +31,8 @@ def checked_length(value: Any) -> DraftLength:
     raise ValueError(f"draft_length is {value!r}; give {LENGTHS}.")
 
 
+# What Gemma 4's generation_config.json says; it has no min_p, of which llama-cpp-python's own default is not 0.
+SAMPLING = {"temperature": 1.0, "top_k": 64, "top_p": 0.95, "min_p": 0.0}
 # llama.cpp draws a seed where it is given this one, which is -1 in 32 bits.
 DRAWN = 0xFFFFFFFF
 

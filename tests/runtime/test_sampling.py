@@ -21,7 +21,7 @@ import pytest
 from coupling import probabilities
 from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import Llama, Stats, loop
-from gemma_mtp.runtime.accept import verify
+from gemma_mtp.runtime.accept import walk
 from gemma_mtp.runtime.borrowed import bind
 from gemma_mtp.runtime.draft.costs import Costs
 from gemma_mtp.runtime.draft.length import Policy
@@ -58,6 +58,9 @@ class Replay:
 
     def roll_back(self) -> None:
         pass
+
+    def ends(self, token: int) -> bool:
+        return self.llm.ends(token)
 
     def decode(self, tokens: Sequence[int], draft: Sequence[int]) -> int:
         past, batch = self.n_tokens, [*tokens, *draft]
@@ -172,7 +175,7 @@ def test_wrong_rules_are_noticed(llm: Llama, monkeypatch: pytest.MonkeyPatch) ->
     """A draft taken over unasked, and a second draw where the first differs from the draft."""
 
     def trusting(draft: Sequence[int], choose: Callable[[int], int]) -> Iterator[tuple[int, bool]]:
-        for i, (token, accepted) in enumerate(verify(draft, choose)):
+        for i, (token, accepted) in enumerate(walk(draft, choose)):
             yield (draft[i], True) if i == 0 and draft else (token, accepted)
 
     replay = Replay(llm, prompt_of(llm, 0))

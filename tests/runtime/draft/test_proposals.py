@@ -16,7 +16,7 @@ from gemma_mtp.runtime import Llama, Stats
 from gemma_mtp.runtime.draft.lookup import Lookup
 from gemma_mtp.runtime.grammar import Mask
 from gemma_mtp.runtime.request import MOST
-from gemma_mtp.runtime.sampling import NoTokenLeft, Sampler, draw, gumbel, largest, lowest_best
+from gemma_mtp.runtime.sampling import NoTokenLeft, Sampler, draw, gumbel, likeliest, lowest_best
 from llamas import drafting, see
 from prompts import PROMPT
 
@@ -286,7 +286,7 @@ def test_the_mask_agrees_with_asking_about_every_token(mtp: Llama) -> None:
         ('root ::= ("ab" | "cd" | "é☃" [à-ü]+ | "e")+ "\\n"', "abcdé☃äüe\n"),
         ('root ::= "{" ws "\\"x\\":" ws [0-9]+ "}"\nws ::= [ \\n]*', '{ "x": 12}'),
     ):
-        mask = Mask.of(grammar(rules), mtp._vocabulary)
+        mask = Mask.of(grammar(rules), mtp._token_index)
         for token in mtp.tokenize(text.encode(), add_bos=False):
             legal = mask.legal()
             assert legal.tolist() == everything[mask.allows(everything)].tolist()
@@ -318,7 +318,7 @@ def test_short_cuts_change_nothing() -> None:
         values = np.round(chooser.standard_normal(size) * 3, 1).astype(np.float32)
         ids = np.arange(size, dtype=np.int32)
         for count in (1, 2, 64, size):
-            found = largest(values, count)
+            found = likeliest(values, count)
             bound = np.sort(values)[-min(count, size)]
             assert set(np.flatnonzero(values >= bound)) <= set(found.tolist())
         for position in range(20):

@@ -179,7 +179,7 @@ def test_wrong_rules_are_noticed(llm: Llama, monkeypatch: pytest.MonkeyPatch) ->
             yield (draft[i], True) if i == 0 and draft else (token, accepted)
 
     replay = Replay(llm, prompt_of(llm, 0))
-    monkeypatch.setattr(loop, "verify", trusting)
+    monkeypatch.setattr(loop, "walk", trusting)
     first, *later = chi_squares(places(replay, 1.0, TRUNCATED, 1000))
     assert first < LIMIT < max(later)
 

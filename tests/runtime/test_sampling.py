@@ -188,7 +188,7 @@ def test_wrong_rules_are_noticed(llm: Llama, monkeypatch: pytest.MonkeyPatch) ->
         return wrong_second_draw.sampler  # type: ignore[attr-defined, no-any-return]
 
     made = sampler_of
-    monkeypatch.setattr(loop, "verify", wrong_second_draw)
+    monkeypatch.setattr(loop, "walk", wrong_second_draw)
     monkeypatch.setitem(globals(), "sampler_of", keeping)
     first, *later = chi_squares(places(replay, 1.0, TRUNCATED, 1000))
     assert first < LIMIT < max(later)

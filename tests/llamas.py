@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from gemma_mtp.runtime import Llama
 from gemma_mtp.runtime.draft.costs import STEP, Costs
+from gemma_mtp.runtime.draft.length import Policy
 from gemma_mtp.runtime.request import MOST
 from llama_cpp import llama_cpp as lib
 
@@ -35,3 +38,15 @@ def paying() -> Costs:
         costs.observe(STEP, 0.01)
     costs.observe = lambda place, seconds: None  # type: ignore[method-assign]
     return costs
+
+
+@contextmanager
+def drafting(llm: Llama) -> Iterator[None]:
+    """Within the block the draft length "auto" always drafts."""
+    kept = llm._costs, llm._policy
+    llm._costs = paying()
+    llm._policy = Policy(llm._costs, MOST)
+    try:
+        yield
+    finally:
+        llm._costs, llm._policy = kept

@@ -46,7 +46,7 @@ def random_pair(*arguments: Any, **options: Any) -> Any:
 
 
 # What asks a program to end, beside Ctrl-C, and what is said then. Windows has no SIGHUP.
-ENDS = {"SIGTERM": "terminated", "SIGHUP": "hung up"}
+SIGNALS = {"SIGTERM": "terminated", "SIGHUP": "hung up"}
 
 
 class Ended(BaseException):
@@ -91,7 +91,7 @@ def ending() -> Iterator[None]:
 
     kept, kept_hook = {}, sys.unraisablehook
     if threading.current_thread() is threading.main_thread():
-        numbers = [getattr(signal, name) for name in ENDS if hasattr(signal, name)]
+        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
         kept = {each: signal.signal(each, end) for each in numbers if signal.getsignal(each) is signal.SIG_DFL}
         sys.unraisablehook = lost
     try:
@@ -148,7 +148,7 @@ class LazyGroup(click.Group):
         except KeyboardInterrupt:
             leave(130, "\ninterrupted")
         except Ended as asked:
-            leave(128 + asked.number, ENDS[signal.Signals(asked.number).name])
+            leave(128 + asked.number, SIGNALS[signal.Signals(asked.number).name])
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -16,7 +16,7 @@ from gemma_mtp.convert import Pair, convert_pair, link
 from gemma_mtp.convert.relink import link_files
 from gemma_mtp.convert.staging import PREFIX
 from gemma_mtp.runtime.cli.main import main
-from gemma_mtp.runtime.pair import resolve
+from gemma_mtp.runtime.pair import drafter_of
 from gguf_files import copy_metadata, copy_tensors, finish
 from tiny import PAIR, make_drafter
 from upstream import Upstream, data, plain
@@ -52,7 +52,7 @@ def test_one_link_serves_every_quantization(files: tuple[Path, Path, Path]) -> N
     assert done.exit_code == 0, done.output
     linked = drafter.with_name(f"{drafter.stem}-linked.gguf")
     assert link.find_drafter(q4) == link.find_drafter(bf16) == linked
-    assert resolve(bf16, "auto") == linked
+    assert drafter_of(bf16, "auto") == linked
     assert {path: path.read_bytes() for path in files} == before
     assert run("verify", q4).exit_code == 0
     assert f"DRAFT ./{linked.name}" in run("modelfile", q4).stdout

@@ -116,7 +116,7 @@ SHAPE: dict[str, Call] = {
     "mirostat 2": lambda llm: llm(PROMPT, **SAMPLED, mirostat_mode=2, logprobs=1),
     "negative temperature": lambda llm: llm(PROMPT, **SAMPLED | {"temperature": -1.0}),
     "save_state": lambda llm: vars(llm.save_state()),
-    "getstate": lambda llm: {k: v for k, v in llm.__getstate__().items() if k not in ("drafter", "draft_length")},
+    "getstate": lambda llm: {k: v for k, v in llm.__getstate__().items() if k not in {"drafter", *OURS}},
 }
 
 
@@ -192,7 +192,7 @@ def test_the_same_keys_and_types(call: Call, mtp: Llama, stock: llama_cpp.Llama)
 
 
 METHODS = [name for name, kind in inspect.getmembers(llama_cpp.Llama, callable) if not name.startswith("_")]
-OURS = {"mtp", "draft_length", "chat_template_kwargs"}
+OURS: set[str] = {"mtp", "draft_length", "chat_template_kwargs"}
 
 
 @pytest.mark.parametrize("name", [*METHODS, "__call__"])

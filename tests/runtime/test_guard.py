@@ -337,13 +337,10 @@ def test_a_failed_decode_rolls_back(code: int, place: int, usable: Llama, monkey
 
 def test_a_drafter_that_fails_says_how_to_go_on(usable: Llama, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By rounds in one native call, and by one decode for each token."""
-    real, exported = lib.llama_decode, native._exported
-
-    def failing(name: str) -> Any:
-        return (lambda *_: -2) if name == "llama_mtp_draft" and exported(name) is not None else exported(name)
-
+    real = lib.llama_decode
     monkeypatch.setattr(lib, "llama_decode", lambda ctx, batch: real(ctx, batch) if ctx == usable.ctx else -2)
-    monkeypatch.setattr(native, "_exported", failing)
+    if native.drafts_rounds():
+        monkeypatch.setattr(native, "_llama_mtp_draft", lambda: lambda *_: -2)
     for settings in (GREEDY, GREEDY | {"repeat_penalty": 1.2}):
         with pytest.raises(RuntimeError, match=r"memory ran out.*mtp=False"):
             usable(PROMPT, **settings)

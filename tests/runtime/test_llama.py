@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -183,40 +182,101 @@ def test_any_draft_length_gives_the_same_text(length: int, demo: Pair, plain: Ll
         assert (llm.stats.drafted > 0) == (length > 0)
 
 
-WRONG_LENGTHS: list[Any] = [-1, 16, 2.5, True, "3", "long", [3]]
+WRONG = {
+    "draft_length": ([-1, 16, 2.5, True, "3", "foo", [3]],
+                     r'^draft_length is .+; give a number of tokens, 0 for none and 15 at most, or "auto"\.$'),
+    "mtp": (["no", "auto", 0, 1, 2.5, []], r"^mtp is .+; give True, False or None\.$"),
+}  # fmt: skip
+MESSAGES = [{"role": "user", "content": "x"}]
+# Every way to say how far, and whether, to draft.
+LOADING: dict[str, Callable[..., Any]] = {
+    "Llama": lambda path, **wish: Llama(path, **OPTIONS, **wish),
+    "open_pair": lambda path, **wish: open_pair(path, **OPTIONS, **wish).__enter__(),
+    "from_pretrained": lambda path, **wish: Llama.from_pretrained("nobody/asks-for-this", path.name, **wish),
+}
 
 
-def test_a_draft_length_is_checked_wherever_it_is_given(demo: Pair) -> None:
-    """One rule, which names what is allowed: beyond it the text would depend on how far was drafted."""
-    allowed = r'is .+; give a number of tokens, 0 for none and 15 at most, or "auto"\.$'
-    for length in WRONG_LENGTHS:
-        with pytest.raises(ValueError, match=f"^draft_length {allowed}"):
-            Llama(demo.target, draft_length=length, **OPTIONS)
-    messages = [{"role": "user", "content": "x"}]
-    with closing(Llama(demo.target, draft_length=3, **OPTIONS)) as llm:
-        ways: list[Callable[[Any], Any]] = [
-            lambda length: setattr(llm, "draft_length", length),
-            lambda length: llm(PROMPT, draft_length=length),
-            lambda length: list(llm(PROMPT, draft_length=length, stream=True)),
-            lambda length: llm.create_chat_completion(messages, draft_length=length),
-            lambda length: next(llm.generate([2, 5], draft_length=length)),
-        ]
-        for way, length in product(ways, WRONG_LENGTHS):
-            with pytest.raises(ValueError, match=f"^draft_length {allowed}"):
-                way(length)
-        wrong_wishes: list[Any] = ["no", 0, 1, []]
-        calls: list[Any] = [llm, llm.create_completion, lambda prompt, mtp: next(llm.generate([2, 5], mtp=mtp))]
-        for mtp in wrong_wishes:
-            for call in calls:
-                with pytest.raises(ValueError, match=r"^mtp is .+; give True, False or None\.$"):
-                    call(PROMPT, mtp=mtp)
-        llm.draft_length = np.int64(4)
-        assert (llm.draft_length, type(llm.draft_length)) == (4, int)
-        assert llm(PROMPT, max_tokens=2, draft_length="auto")["choices"]
-    for length in ("16", "-1", "2.5", "few"):
-        wrong = CliRunner().invoke(main, ["run", str(demo.target), "-p", "x", "--draft", length])
+def assign(llm: Llama, **wish: Any) -> None:
+    for name, value in wish.items():
+        setattr(llm, name, value)
+
+
+ASKING: dict[str, Callable[..., Any]] = {
+    "call": lambda llm, **wish: llm(PROMPT, max_tokens=4, **wish),
+    "completion": lambda llm, **wish: llm.create_completion(PROMPT, max_tokens=4, **wish),
+    "stream": lambda llm, **wish: list(llm(PROMPT, max_tokens=4, stream=True, **wish)),
+    "chat": lambda llm, **wish: llm.create_chat_completion(MESSAGES, max_tokens=4, **wish),
+    "chat stream": lambda llm, **wish: list(llm.create_chat_completion(MESSAGES, max_tokens=4, stream=True, **wish)),
+    "generate": lambda llm, **wish: next(llm.generate([2, 5], **wish)),
+    "attribute": assign,
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in WRONG for value in WRONG[name][0]])
+def test_wishes_are_checked_wherever_they_are_given(name: str, value: Any, demo: Pair, mtp: Llama) -> None:
+    """One rule, which names what is allowed: beyond 15 the text would depend on how far was drafted."""
+    for subject, ways in ((demo.target, LOADING), (mtp, ASKING)):
+        for way in ways.values():
+            with pytest.raises(ValueError, match=WRONG[name][1]):
+                way(subject, **{name: value})
+    assert mtp(PROMPT, max_tokens=8, **GREEDY) and mtp.stats.drafted > 0
+
+
+@pytest.mark.parametrize("command", [["run", "-p", "x"], ["chat"], ["serve"], ["bench"]], ids=lambda words: words[0])
+def test_the_commands_check_the_draft_length(command: list[str], demo: Pair) -> None:
+    for length in ("16", "-1", "2.5", "True", "foo"):
+        wrong = CliRunner().invoke(main, [*command, str(demo.target), "--draft", length])
         assert wrong.exit_code == 2
-        assert 'a number of tokens, 0 for none and 15 at most, or "auto"' in wrong.stderr.replace("\n", " ")
+        said = " ".join(wrong.stderr.split())
+        assert 'a number of tokens, 0 for none and 15 at most, or "auto"' in said or "not a list of numbers" in said
+
+
+def test_a_draft_length_may_be_of_any_whole_number_type(mtp: Llama) -> None:
+    kept = mtp.draft_length
+    number: Any = np.int64(4)
+    mtp.draft_length = number
+    assert (mtp.draft_length, type(mtp.draft_length)) == (4, int)
+    mtp.draft_length = kept
+    assert mtp(PROMPT, max_tokens=2, draft_length="auto")["choices"]
+
+
+@pytest.mark.parametrize("way", ASKING)
+def test_mtp_asked_for_where_it_cannot_be_had_is_an_error(way: str, plain: Llama, mtp: Llama) -> None:
+    with pytest.raises(ValueError, match=r"^MTP was asked for, but drafter=None was given .+; load it with"):
+        ASKING[way](plain, mtp=True)
+    with pytest.raises(ValueError, match=r"^MTP was asked for, but draft_length is 0"):
+        ASKING[way](mtp, draft_length=0, mtp=True)
+    if way != "attribute":
+        assert ASKING[way](plain, mtp=False)
+        assert ASKING[way](mtp, mtp=True)
+        if not way.startswith("chat"):
+            with pytest.raises(ValueError, match=r"^MTP was asked for, but mirostat draws .+mirostat_mode"):
+                ASKING[way](mtp, mtp=True, mirostat_mode=2)
+    mtp.mtp, mtp.draft_length = None, 3
+
+
+def test_mtp_of_an_object(demo: Pair, tmp_path: Path) -> None:
+    """What requests go by that say nothing; and with True there must be a drafter, before anything is loaded."""
+    with closing(Llama(demo.target, draft_length=3, mtp=False, **OPTIONS)) as llm:
+        assert llm.drafter is not None and llm.mtp is False
+        for wish, drafts in (({}, False), ({"mtp": True}, True), ({"draft_length": 2}, False)):
+            llm(PROMPT, max_tokens=8, **GREEDY, **wish)
+            assert (llm.stats.drafted > 0) == drafts
+        llm.mtp = None
+        llm(PROMPT, max_tokens=8, **GREEDY)
+        assert llm.stats.drafted > 0
+    alone = shutil.copy(demo.target, tmp_path)
+    for path, options, reason in (
+        (alone, {}, "no linked drafter beside"),
+        (demo.target, {"drafter": None}, "drafter=None"),
+        (demo.target, {"embedding": True}, "embedding=True .+ leave that argument out"),
+        (demo.target, {"vocab_only": True}, "vocab_only=True"),
+        (demo.target, {"draft_length": 0}, "draft_length is 0"),
+    ):
+        with pytest.raises(ValueError, match=f"^MTP was asked for, but {reason}"):
+            Llama(path, mtp=True, **OPTIONS, **options)
+    with pytest.raises(ValueError, match="does not exist"):
+        Llama(tmp_path / "none.gguf", mtp=True, **OPTIONS)
 
 
 def test_stats_add_up(mtp: Llama) -> None:

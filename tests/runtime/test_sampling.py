@@ -14,13 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import Any, cast
 
+import llama_cpp
 import numpy as np
 import numpy.typing as npt
 import pytest
 from coupling import probabilities
 from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import Llama, Stats, loop
-from gemma_mtp.runtime.accept import verify
+from gemma_mtp.runtime.accept import walk
+from gemma_mtp.runtime.borrowed import bind
 from gemma_mtp.runtime.draft.costs import Costs
 from gemma_mtp.runtime.draft.drafter import Drafter
 from gemma_mtp.runtime.draft.length import Policy
@@ -58,6 +60,9 @@ class Replay:
     def roll_back(self) -> None:
         pass
 
+    def reset(self) -> None:
+        self.rewind()
+
     def ends(self, token: int) -> bool:
         return self.llm.ends(token)
 
@@ -79,7 +84,7 @@ class Replay:
         return self._rows[row]
 
     def _real(self, key: Key) -> int:
-        return self.llm.decode(self.llm._reuse_prefix(list(key), True), [])
+        return self.llm.decode(self.llm.reuse_prefix(list(key)), [])
 
     def draft(self, token: int, hidden: Key, position: int, length: int, choose: Callable[[Any, int], int]) -> None:
         made: list[int] = []
@@ -103,8 +108,7 @@ class Replay:
 
 
 def sampler_of(llm: Llama, temp: float, settings: dict[str, Any], seed: int) -> Sampler:
-    neutral = {"repeat_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "min_p": 0.0, "typical_p": 1.0}
-    return llm._choice({"temp": temp, **settings, **neutral}, None, None, seed)
+    return llm._choice(bind(llama_cpp.Llama.generate, [], temp=temp, min_p=0.0, **settings), seed)
 
 
 def places(replay: Replay, temp: float, settings: dict[str, Any], draws: int) -> npt.NDArray[np.float64]:
@@ -176,11 +180,11 @@ def test_wrong_rules_are_noticed(llm: Llama, monkeypatch: pytest.MonkeyPatch) ->
     """A draft taken over unasked, and a second draw where the first differs from the draft."""
 
     def trusting(draft: Sequence[int], choose: Callable[[int], int]) -> Iterator[tuple[int, bool]]:
-        for i, (token, accepted) in enumerate(verify(draft, choose)):
+        for i, (token, accepted) in enumerate(walk(draft, choose)):
             yield (draft[i], True) if i == 0 and draft else (token, accepted)
 
     replay = Replay(llm, prompt_of(llm, 0))
-    monkeypatch.setattr(loop, "verify", trusting)
+    monkeypatch.setattr(loop, "walk", trusting)
     first, *later = chi_squares(places(replay, 1.0, TRUNCATED, 1000))
     assert first < LIMIT < max(later)
 
@@ -189,7 +193,7 @@ def test_wrong_rules_are_noticed(llm: Llama, monkeypatch: pytest.MonkeyPatch) ->
         return wrong_second_draw.sampler  # type: ignore[attr-defined, no-any-return]
 
     made = sampler_of
-    monkeypatch.setattr(loop, "verify", wrong_second_draw)
+    monkeypatch.setattr(loop, "walk", wrong_second_draw)
     monkeypatch.setitem(globals(), "sampler_of", keeping)
     first, *later = chi_squares(places(replay, 1.0, TRUNCATED, 1000))
     assert first < LIMIT < max(later)

@@ -20,11 +20,14 @@ import pytest
 import uvicorn
 from children import GUARD, MAIN, Terminal, environment, started, until
 from click.testing import CliRunner
-from gemma_mtp.convert import Pair
+from gemma_mtp.convert import Pair, modelfile
 from gemma_mtp.runtime import Llama
 from gemma_mtp.runtime.bench.machine import physical_cores
+from gemma_mtp.runtime.cli.chat import chat
 from gemma_mtp.runtime.cli.main import main
+from gemma_mtp.runtime.cli.run import run
 from gemma_mtp.runtime.cli.serve import application
+from gemma_mtp.runtime.request import SAMPLING
 
 CHAT = ["-t", "1", "--temp", "0", "--draft", "3"]
 
@@ -46,6 +49,14 @@ def test_a_conversation_without_a_terminal(demo: Pair) -> None:
     told = done.stderr.splitlines()
     assert sum("drafted" in line for line in told) == 3
     assert sum("unknown command /help" in line for line in told) == 1
+
+
+def test_the_defaults_of_sampling_are_those_of_the_modelfile() -> None:
+    """One set of values for both mouths, as Gemma 4's generation_config.json has them."""
+    assert {name: SAMPLING[name] for name in modelfile.SAMPLING} == modelfile.SAMPLING
+    for command in (run, chat):
+        defaults = {option.name: option.default for option in command.params}
+        assert [defaults[name] for name in ("temp", "top_k", "top_p", "min_p")] == list(SAMPLING.values())
 
 
 def test_threads_are_for_drafts_and_prompts_too(demo: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

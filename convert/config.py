@@ -148,7 +148,7 @@ def parse_config(values: Mapping[str, Any], file: Path) -> TargetConfig | Drafte
         raise MtpError(f"{file}: architecture {name!r} is not supported; wanted one of {wanted}.")
     text = root if root.get("text_config") is None else root.inner("text_config")
     _refuse_unsupported(root, text)
-    shared = _text(text) | {"tied": all(keys.get("tie_word_embeddings", True) is True for keys in (root, text))}
+    shared = _text_fields(text) | {"tied": all(keys.get("tie_word_embeddings", True) is True for keys in (root, text))}
     if name in TARGET_CLASSES:
         _check_donors(file, shared["layer_types"], shared["n_kv_shared"])
     backbone = {} if name in TARGET_CLASSES else _drafter(root, shared)
@@ -235,7 +235,7 @@ def _check_donors(file: Path, types: tuple[str, ...], n_shared: int) -> None:
         )
 
 
-def _text(text: _Keys) -> dict[str, Any]:
+def _text_fields(text: _Keys) -> dict[str, Any]:
     rope = text.inner("rope_parameters")
     full, sliding = rope.inner("full_attention"), rope.inner("sliding_attention")
     types = _layer_types(text)

@@ -138,7 +138,7 @@ def convert_pair(
                 write_mmproj(plans.projector[1], target, hidden / plans.projector[0], more)
             text = modelfile(*plans.first, target.generation, plans.projector[0] if plans.projector else None)
             (hidden / "Modelfile").write_text(text, encoding="utf-8")
-    return _pair(folder, plans)
+    return _written_pair(folder, plans)
 
 
 def plan_pair(
@@ -173,7 +173,7 @@ def checked_pair(target_dir: Folder, drafter_dir: Folder) -> Iterator[tuple[Chec
         yield target, drafter
 
 
-def _pair(folder: Path, plans: PairPlan) -> Pair:
+def _written_pair(folder: Path, plans: PairPlan) -> Pair:
     """What stands in a folder after all of a plan was written."""
     target, drafter = (folder / file for file in plans.first)
     contents = {
@@ -198,12 +198,12 @@ def type_counts(tensors: Iterable[Any]) -> dict[str, int]:
 def _open_pair(target: Folder, drafter: Folder, headers: bool = False) -> Iterator[tuple[Checkpoint, Checkpoint]]:
     """Both checkpoints, downloaded if they are not there; on request no more of their weights than the headers."""
     from gemma_mtp.convert.checkpoint import open_checkpoint
-    from gemma_mtp.convert.hub import AUTO, official_drafter, resolve, resolve_headers
+    from gemma_mtp.convert.hub import AUTO_DRAFTER, fetch_checkpoint, fetch_headers, official_drafter
 
     source, other = os.fspath(target), os.fspath(drafter)
-    sources = source, official_drafter(source) if other == AUTO else other
+    sources = source, official_drafter(source) if other == AUTO_DRAFTER else other
     with ExitStack() as files:
-        first, second = [resolve_headers(each, files) if headers else resolve(each) for each in sources]
+        first, second = [fetch_headers(each, files) if headers else fetch_checkpoint(each) for each in sources]
         yield files.enter_context(open_checkpoint(first)), files.enter_context(open_checkpoint(second))
 
 

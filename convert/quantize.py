@@ -82,7 +82,7 @@ def widen(raw: Bytes, kind: str) -> Floats:
         return stored.astype(np.float32, copy=False)
 
 
-def largest(raw: Bytes, kind: Type) -> float:
+def largest_magnitude(raw: Bytes, kind: Type) -> float:
     """The largest magnitude among values of type F32, F16 or BF16, [bytes]; infinite if one is, or is NaN.
 
     Without the sign, the bits of floating-point numbers order like the numbers, with infinity and NaN at the top.
@@ -110,7 +110,7 @@ def quantize(rows: npt.ArrayLike, kind: Type, imatrix: Floats | None = None) -> 
         MtpError: a value is NaN, infinite, or too large for the 16 bits that `kind` has for it.
     """
     values = np.ascontiguousarray(rows, np.float32)
-    magnitude = largest(values.reshape(-1).view(np.uint8), Type.F32)
+    magnitude = largest_magnitude(values.reshape(-1).view(np.uint8), Type.F32)
     if np.isinf(magnitude):
         raise MtpError("it holds NaN or infinite values")
     return blocks_of(values, kind, magnitude, imatrix)

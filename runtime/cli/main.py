@@ -19,7 +19,7 @@ COMMANDS = {
     "convert": "gemma_mtp.convert.cli.convert:convert",
     "link": "gemma_mtp.convert.cli.link:link_command",
     "inspect": "gemma_mtp.convert.cli.inspect:inspect",
-    "verify": "gemma_mtp.convert.cli.verify:verify",
+    "verify": "gemma_mtp.convert.cli.verify:verify_command",
     "modelfile": "gemma_mtp.convert.cli.modelfile:modelfile_command",
     "ollama": "gemma_mtp.convert.cli.ollama:ollama",
     "launch": "gemma_mtp.convert.cli.launch:launch",
@@ -41,8 +41,8 @@ def imported(where: str) -> Any:
 
 
 def random_pair(*arguments: Any, **options: Any) -> Any:
-    """`gemma_mtp.convert.random_pair.generate`, which the context hands to bench."""
-    return imported("gemma_mtp.convert.random_pair:generate")(*arguments, **options)
+    """`gemma_mtp.convert.random_pair.write_pair`, which the context hands to bench."""
+    return imported("gemma_mtp.convert.random_pair:write_pair")(*arguments, **options)
 
 
 # What asks a program to end, beside Ctrl-C, and what is said then. Windows has no SIGHUP.

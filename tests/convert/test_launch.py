@@ -82,7 +82,7 @@ def test_print_for_sglang(size: str, pairs: dict[str, tuple[Path, Path]]) -> Non
 
 
 def test_the_12b_is_known_by_its_drafter(pairs: dict[str, tuple[Path, Path]]) -> None:
-    assert {size: launch.check(*map(str, pair)).unified for size, pair in pairs.items()} == {
+    assert {size: launch.checked(*map(str, pair)).unified for size, pair in pairs.items()} == {
         size: size == "12B" for size in pairs
     }
 
@@ -386,7 +386,7 @@ def test_a_port_that_is_taken(launched: Started) -> None:
 
 @pytest.mark.parametrize(("host", "url"), [("0.0.0.0", "http://127.0.0.1:1"), ("::", "http://[::1]:1")])
 def test_who_listens_everywhere_is_asked_at_home(host: str, url: str) -> None:
-    assert launch.Api(host, 1, None).url == url
+    assert launch.EngineApi(host, 1, None).url == url
 
 
 def test_answers_of_another_shape_are_no_acceptance() -> None:

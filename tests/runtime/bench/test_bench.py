@@ -187,7 +187,7 @@ def test_best_length_weighs_cost_and_acceptance() -> None:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
     """E2B's shape cut to five layers, 800 MB."""
-    target, drafter = random_pair.generate("E2B", tmp_path_factory.mktemp("shapes"), layers=5)
+    target, drafter = random_pair.write_pair("E2B", tmp_path_factory.mktemp("shapes"), layers=5)
     yield target, drafter
     target.unlink()
 
@@ -196,7 +196,7 @@ def test_random_weights_are_a_linked_pair_at_true_shape(small: tuple[Path, Path]
     target, drafter = (link.read_header(path) for path in small)
     verify_files(small[0])  # every block finite, the link checked
     assert link.find_drafter(target.path) == drafter.path
-    assert target.metadata[random_pair.KEY_SEED] == target.metadata[measure.KEY_SEED] == 0
+    assert target.metadata[link.KEY_SEED] == 0
     assert target.tensors["token_embd.weight"].shape == (1536, 262144)
     assert target.tensors["blk.4.ffn_down.weight"].shape == (6144, 1536)
     assert drafter.metadata[link.KEY_N_CENTROIDS] == 2048
@@ -205,7 +205,7 @@ def test_random_weights_are_a_linked_pair_at_true_shape(small: tuple[Path, Path]
     again = tmp_path / small[0].parent.name / small[0].name
     again.parent.mkdir()
     again.touch()
-    made = random_pair.generate("E2B", tmp_path, layers=5)
+    made = random_pair.write_pair("E2B", tmp_path, layers=5)
     assert made[0].stat().st_size == 0
     assert made[1].read_bytes() == small[1].read_bytes()
 
@@ -218,12 +218,12 @@ def test_killed_while_making_random_weights(small: tuple[Path, Path], tmp_path: 
     code = (
         "import os, signal, sys; from pathlib import Path; from gemma_mtp.convert import random_pair\n"
         "random_pair.put_hashes = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "random_pair.generate('E2B', Path(sys.argv[1]), layers=5)"
+        "random_pair.write_pair('E2B', Path(sys.argv[1]), layers=5)"
     )
     assert subprocess.run([sys.executable, "-c", code, tmp_path], check=False).returncode == -signal.SIGKILL
     (left,) = [path for path in folder.iterdir() if path.name != small[0].name]
     assert left.name.startswith(".")
-    random_pair.generate("E2B", tmp_path, layers=5)
+    random_pair.write_pair("E2B", tmp_path, layers=5)
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in small)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gemma_mtp.convert import link
-from gemma_mtp.convert.link import MtpError, PairError
+from gemma_mtp.convert.link import MtpError
 from gemma_mtp.convert.progress import Progress, counting
 
 if TYPE_CHECKING:
@@ -266,13 +266,12 @@ def _stems(target: Path, drafter: Path, name: str | None) -> tuple[str, str]:
 
 def _same_tokens(target: Checkpoint, drafter: Checkpoint) -> None:
     """Check that both have the same tokens; where they have the same file, it is read once."""
+    from gemma_mtp.convert.plan import other_target
+
     one, other = (checkpoint.folder / "tokenizer.json" for checkpoint in (target, drafter))
     if one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False):
         drafter.share_tokenizer(target)
         return
     for place, (left, right) in enumerate(zip(target.tokenizer.tokens, drafter.tokenizer.tokens, strict=False)):
         if left != right:
-            raise PairError(
-                f"the drafter is of another target: token {place} is {left!r} in {target.folder}, {right!r} in "
-                f"{drafter.folder}; pass the drafter published for this target."
-            )
+            raise other_target(f"token {place} is {left!r} in {target.folder}, {right!r} in {drafter.folder}")

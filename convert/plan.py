@@ -281,10 +281,12 @@ def check_pair(target: Config, drafter: Config) -> None:
     for name, ours, theirs in differences(
         _config_interface(target, target.n_embd), _config_interface(drafter, drafter.backbone)
     ):
-        raise PairError(
-            f"the drafter is of another target: {name} is {ours} in the target, the drafter wants {theirs}; "
-            "pass the drafter published for this target."
-        )
+        raise other_target(f"{name} is {ours} in the target, the drafter wants {theirs}")
+
+
+def other_target(difference: str) -> PairError:
+    """The error that two checkpoints are no pair."""
+    return PairError(f"the drafter is of another target: {difference}; pass the drafter published for this target.")
 
 
 def _config_interface(config: Config, n_embd: int) -> Interface:

@@ -83,16 +83,21 @@ def widen(raw: Bytes, kind: str) -> Floats:
 
 
 def largest_magnitude(raw: Bytes, kind: Type) -> float:
-    """The largest magnitude among values of type F32, F16 or BF16, [bytes]; infinite if one is, or is NaN.
+    """The largest magnitude among values of type F32, F16 or BF16, [bytes].
 
     Without the sign, the bits of floating-point numbers order like the numbers, with infinity and NaN at the top.
+
+    Raises:
+        MtpError: a value is NaN or infinite.
     """
     if kind is Type.F32:
         top = (raw.view(np.uint32) & np.uint32(0x7FFFFFFF)).max(keepdims=True).view(np.uint8)
     else:
         top = (raw.view(np.uint16) & np.uint16(0x7FFF)).max(keepdims=True).view(np.uint8)
     magnitude = float(widen(top, kind.name)[0])
-    return magnitude if np.isfinite(magnitude) else np.inf
+    if not np.isfinite(magnitude):
+        raise MtpError("it holds NaN or infinite values")
+    return magnitude
 
 
 def quantize(rows: npt.ArrayLike, kind: Type, imatrix: Floats | None = None) -> Bytes:
@@ -111,8 +116,6 @@ def quantize(rows: npt.ArrayLike, kind: Type, imatrix: Floats | None = None) -> 
     """
     values = np.ascontiguousarray(rows, np.float32)
     magnitude = largest_magnitude(values.reshape(-1).view(np.uint8), Type.F32)
-    if np.isinf(magnitude):
-        raise MtpError("it holds NaN or infinite values")
     return blocks_of(values, kind, magnitude, imatrix)
 
 

@@ -164,8 +164,6 @@ def _piece(piece: _Rows, places: Sequence[_Place], checkpoint: Checkpoint) -> li
         raw = checkpoint.read(tensor.source, piece.start * size, (piece.stop - piece.start) * size)
     try:
         magnitude = largest_magnitude(raw, source)
-        if np.isinf(magnitude):
-            raise MtpError("it holds NaN or infinite values")
         values = None
         made: dict[Any, Bytes] = {(source, None, qat): raw for qat in (False, True)}
         written = []

@@ -15,17 +15,9 @@ import numpy as np
 import pytest
 from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import Llama
+from llamas import OPTIONS
 from prompts import PROMPT
 
-# One thread: with two, a loaded machine makes every batch wait.
-OPTIONS: dict[str, Any] = {
-    "n_ctx": 512,
-    "verbose": False,
-    "n_threads": 1,
-    "n_threads_batch": 1,
-    "flash_attn": True,
-    "draft_length": 3,
-}
 MESSAGES = [{"role": "system", "content": "You write Python."}, {"role": "user", "content": "Continue:\nimport os\n"}]
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 24}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "y"]}}, "required": ["a", "b"]}

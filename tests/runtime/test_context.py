@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import llamas
 import numpy as np
 import pytest
 from gemma_mtp.convert import Pair
@@ -17,14 +18,7 @@ from llama_cpp import llama_cpp as lib
 from llamas import see
 from prompts import held_out
 
-OPTIONS: dict[str, Any] = {
-    "n_ctx": 1024,
-    "verbose": False,
-    "n_threads": 1,
-    "n_threads_batch": 1,
-    "flash_attn": True,
-    "draft_length": 3,
-}
+OPTIONS = llamas.OPTIONS | {"n_ctx": 1024}
 # Acceptance of the pair is about 0.6; a drafter that reads wrong keys gets near 0.
 SANE = 0.35
 WINDOW = 128  # of the bundled pair's sliding layers

@@ -23,16 +23,9 @@ from gemma_mtp.runtime import Llama, native
 from gemma_mtp.runtime import guard as guard_module
 from gemma_mtp.runtime.guard import Guard, Holder
 from llama_cpp import llama_cpp as lib
+from llamas import OPTIONS
 from prompts import PROMPT
 
-OPTIONS: dict[str, Any] = {
-    "n_ctx": 512,
-    "verbose": False,
-    "n_threads": 1,
-    "n_threads_batch": 1,
-    "flash_attn": True,
-    "draft_length": 3,
-}
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 32}
 
 

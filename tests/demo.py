@@ -122,7 +122,7 @@ def felt(chance: float) -> dict[str, Any] | None:
     if not layers:
         console.print(f"speed at the shape of {SHAPE} is left out: {reason}")
         return None
-    formats = {"quant": "Q4_0", "drafter_quant": "Q4_0", "drafter_head": "Q4_0"}
+    formats: dict[str, Any] = {"quant": "Q4_0", "drafter_quant": "Q4_0", "drafter_head": "Q4_0"}
     acceptance = Chance((round(chance, 2),))
     try:
         with progress() as step:

@@ -17,6 +17,7 @@ from gemma_mtp.convert.relink import link_files
 from gemma_mtp.convert.staging import PREFIX
 from gemma_mtp.runtime.cli.main import main
 from gemma_mtp.runtime.pair import drafter_of
+from gguf_files import copy_metadata, copy_tensors, finish
 from tiny import PAIR, make_drafter
 from upstream import Upstream, data, plain
 
@@ -169,16 +170,9 @@ def test_a_split_target(files: tuple[Path, Path, Path]) -> None:
     _, target, drafter = files
     writer = GGUFWriter(target.with_name("part.gguf"), link.TARGET_ARCH, split_max_tensors=20)
     reader = GGUFReader(target)
-    for field in reader.fields.values():
-        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
-            sub_type = field.types[1] if len(field.types) > 1 else None
-            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub_type)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    copy_metadata(reader, writer)
+    copy_tensors(reader, writer)
+    finish(writer)
     parts = sorted(target.parent.glob("part-*.gguf"))
     assert len(parts) > 1
     assert link.weights_identity(link.read_header(parts[0])) == link.weights_identity(link.read_header(target))

@@ -108,6 +108,7 @@ TEXT: dict[str, Call] = {
         MESSAGES, **GREEDY, functions=[TOOLS[0]["function"]], function_call={"name": "look"}
     ),
 }
+OURS = {"mtp", "draft_length", "chat_template_kwargs"}
 SAMPLED = {"temperature": 0.9, "max_tokens": 16, "seed": 5}
 SHAPE: dict[str, Call] = {
     "sampled": lambda llm: llm(PROMPT, **SAMPLED),
@@ -192,7 +193,6 @@ def test_the_same_keys_and_types(call: Call, mtp: Llama, stock: llama_cpp.Llama)
 
 
 METHODS = [name for name, kind in inspect.getmembers(llama_cpp.Llama, callable) if not name.startswith("_")]
-OURS = {"mtp", "draft_length", "chat_template_kwargs"}
 
 
 @pytest.mark.parametrize("name", [*METHODS, "__call__"])
@@ -316,7 +316,8 @@ def test_an_object_with_a_seed_makes_the_same_sequence_again(demo: Pair) -> None
 
 
 def test_a_seed_is_a_whole_number(mtp: Llama) -> None:
-    for seed in ("x", 2.5, []):
+    wrong: list[Any] = ["x", 2.5, []]
+    for seed in wrong:
         with pytest.raises(ValueError, match=r"seed is .+; give a whole number"):
             mtp(PROMPT, seed=seed)
 

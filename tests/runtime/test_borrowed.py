@@ -74,12 +74,12 @@ def borrowed(tree: ast.Module, known: set[str], inheriting: set[str]) -> set[str
             foreign = (within and of_self(node)) or node.attr not in ours
             if foreign and node.attr in known:
                 found.add(node.attr)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "llama_cpp":
-            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+    for each in ast.walk(tree):
+        if isinstance(each, ast.ImportFrom) and (each.module or "").partition(".")[0] == "llama_cpp":
+            names = [*(each.module or "").split("."), *(alias.name for alias in each.names)]
             found |= {name for name in names if private(name)}
-        elif isinstance(node, ast.Import):
-            parts = [part for alias in node.names for part in alias.name.split(".") if "llama_cpp" in alias.name]
+        elif isinstance(each, ast.Import):
+            parts = [part for alias in each.names for part in alias.name.split(".") if "llama_cpp" in alias.name]
             found |= {part for part in parts if private(part)}
     return found
 

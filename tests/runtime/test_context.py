@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import Llama, Stats
+from gguf_files import finish
 from llama_cpp import llama_cpp as lib
 from llamas import see
 from prompts import held_out
@@ -71,7 +72,8 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_settings_of_the_cache(case: str, demo: Pair) -> None:
     """Long enough to roll back across the sliding window."""
-    texts, total = [], Stats()
+    texts: list[list[str]] = []
+    total = Stats()
     for llm in both(demo, **CASES[case]):
         texts.append([])
         for prompt in PROMPTS:
@@ -250,10 +252,7 @@ def lora(demo: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
             columns, rows = (int(n) for n in tensor.shape)
             writer.add_tensor(f"{tensor.name}.lora_a", random.normal(0, 0.2, (4, columns)).astype(np.float32))
             writer.add_tensor(f"{tensor.name}.lora_b", random.normal(0, 0.2, (rows, 4)).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 

@@ -102,7 +102,7 @@ def test_chat(settings: dict[str, Any], mtp: Llama, plain: Llama) -> None:
 def test_responses_have_the_shape_of_stocks(mtp: Llama, stock: llama_cpp.Llama) -> None:
     """With the seed beside it: in an answer, and in the last chunk of a stream."""
     messages, seed = [{"role": "user", "content": "hi"}], {"seed": "int"}
-    for call, more in (
+    calls: list[tuple[Callable[[Any], Any], dict[str, str]]] = [
         (lambda llm: llm(PROMPT, max_tokens=6, **GREEDY), seed),
         (lambda llm: llm(PROMPT, max_tokens=6, echo=True, stop=["x"], **GREEDY), seed),
         (lambda llm: next(iter(list(llm(PROMPT, max_tokens=6, stream=True, **GREEDY)))), {}),
@@ -110,7 +110,8 @@ def test_responses_have_the_shape_of_stocks(mtp: Llama, stock: llama_cpp.Llama) 
         (lambda llm: llm.create_chat_completion(messages, max_tokens=6, **GREEDY), seed),
         (lambda llm: list(llm.create_chat_completion(messages, max_tokens=6, stream=True, **GREEDY))[1], {}),
         (lambda llm: list(llm.create_chat_completion(messages, max_tokens=6, stream=True, **GREEDY))[-1], seed),
-    ):
+    ]
+    for call, more in calls:
         assert shape(call(mtp)) == shape(call(stock)) | more
 
 
@@ -124,7 +125,7 @@ def test_generate_yields_tokens_one_by_one(mtp: Llama, plain: Llama) -> None:
     ids = mtp.tokenize(PROMPT.encode())
     made = []
     for llm in (mtp, plain):
-        tokens = []
+        tokens: list[int] = []
         for token in llm.generate(ids, temp=0.0, repeat_penalty=1.0):
             assert llm.n_tokens == len(ids) + len(tokens)
             assert list(llm._input_ids) == ids + tokens
@@ -187,6 +188,13 @@ WRONG = {
     "mtp": (["no", "auto", 0, 1, 2.5, []], r"^mtp is .+; give True, False or None\.$"),
 }  # fmt: skip
 MESSAGES = [{"role": "user", "content": "x"}]
+
+
+def setting(llm: Llama, name: str, value: Any) -> str:
+    setattr(llm, name, value)
+    return name
+
+
 # Every way to say how far, and whether, to draft.
 LOADING: dict[str, Callable[..., Any]] = {
     "Llama": lambda path, **wish: Llama(path, **OPTIONS, **wish),
@@ -200,7 +208,7 @@ ASKING: dict[str, Callable[..., Any]] = {
     "chat": lambda llm, **wish: llm.create_chat_completion(MESSAGES, max_tokens=4, **wish),
     "chat stream": lambda llm, **wish: list(llm.create_chat_completion(MESSAGES, max_tokens=4, stream=True, **wish)),
     "generate": lambda llm, **wish: next(llm.generate([2, 5], **wish)),
-    "attribute": lambda llm, **wish: [setattr(llm, name, value) for name, value in wish.items()],
+    "attribute": lambda llm, **wish: [setting(llm, *each) for each in wish.items()],
 }
 
 
@@ -225,7 +233,7 @@ def test_the_commands_check_the_draft_length(command: list[str], demo: Pair) -> 
 
 def test_a_draft_length_may_be_of_any_whole_number_type(mtp: Llama) -> None:
     kept = mtp.draft_length
-    mtp.draft_length = np.int64(4)
+    setting(mtp, "draft_length", np.int64(4))
     assert (mtp.draft_length, type(mtp.draft_length)) == (4, int)
     mtp.draft_length = kept
     assert mtp(PROMPT, max_tokens=2, draft_length="auto")["choices"]
@@ -289,7 +297,7 @@ def test_seconds_are_what_the_user_waits_for(mtp: Llama, monkeypatch: pytest.Mon
     """By a clock that only stands still where nothing outside of the loop is done."""
     now, detokenize = 100.0, mtp.detokenize
 
-    def slow(*args: Any, **kwargs: Any) -> bytes:
+    def slow(*args: Any, **kwargs: Any) -> Any:
         nonlocal now
         now += 1.0
         return detokenize(*args, **kwargs)
@@ -494,7 +502,7 @@ def test_run_names_what_is_wrong_in_one_line(demo: Pair, tmp_path: Path) -> None
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(demo.target.read_bytes()[:-50000])
     for target in (tmp_path / "none.gguf", cut, demo.drafter):
-        command = [sys.executable, "-c", MAIN, "run", target, "-p", "x"]
+        command = [sys.executable, "-c", MAIN, "run", str(target), "-p", "x"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 1
         assert done.stderr.startswith("error: "), done.stderr

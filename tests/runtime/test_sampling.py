@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from typing import Any
+from typing import Any, cast
 
 import llama_cpp
 import numpy as np
@@ -24,6 +24,7 @@ from gemma_mtp.runtime import Llama, Stats, loop
 from gemma_mtp.runtime.accept import walk
 from gemma_mtp.runtime.borrowed import bind
 from gemma_mtp.runtime.draft.costs import Costs
+from gemma_mtp.runtime.draft.drafter import Drafter
 from gemma_mtp.runtime.draft.length import Policy
 from gemma_mtp.runtime.draft.proposals import Proposals, sources
 from gemma_mtp.runtime.request import MOST
@@ -49,14 +50,18 @@ class Replay:
         self.rewind()
 
     def rewind(self) -> None:
-        self.n_tokens, self._rows = len(self.prompt) - 1, []
+        self.n_tokens = len(self.prompt) - 1
+        self._rows: list[Key] = []
         self.input_ids[: len(self.prompt)] = self.prompt
 
     def n_ctx(self) -> int:
-        return self.llm.n_ctx()
+        return int(self.llm.n_ctx())
 
     def roll_back(self) -> None:
         pass
+
+    def reset(self) -> None:
+        self.n_tokens = 0
 
     def ends(self, token: int) -> bool:
         return self.llm.ends(token)
@@ -75,7 +80,7 @@ class Replay:
             self.target[key] = self.llm.logits(self._real(key)).copy()
         return self.target[key]
 
-    def hidden(self, row: int) -> Key:
+    def hidden(self, row: int) -> Any:
         return self._rows[row]
 
     def _real(self, key: Key) -> int:
@@ -97,6 +102,7 @@ class Replay:
             seen.append(logits.copy())
             return made[len(seen) - 1] if len(seen) <= len(made) else 0
 
+        assert self.llm.drafter is not None
         self.llm.drafter.draft(token, self.llm.hidden(row), self.llm.n_tokens, len(made) + 1, choose)
         return seen[-1]
 
@@ -111,11 +117,11 @@ def places(replay: Replay, temp: float, settings: dict[str, Any], draws: int) ->
     cumulated: dict[Key, tuple[Any, Any]] = {}
     found = np.zeros((draws, TOKENS))
     sampler, policy = sampler_of(replay.llm, temp, settings, 0), Policy(costs := Costs(MOST + 1), MOST)
-    drafted = 0
+    drafted, stand_in = 0, cast(Drafter, replay)
     for seed in range(draws):
         replay.rewind()
         sampler.seed, key, stats = seed, tuple(replay.prompt), Stats()
-        proposals = Proposals(replay, sampler, sources(replay, replay, costs, None, 2), 2, policy, costs)
+        proposals = Proposals(replay, sampler, sources(replay, stand_in, costs, None, 2), 2, policy, costs)
         made = loop.generate(replay, [replay.prompt[-1]], sampler, proposals, lambda row: False, stats)
         for place, token in zip(range(TOKENS), made, strict=False):
             if key not in cumulated:
@@ -146,7 +152,7 @@ def llm(demo: Pair) -> Iterator[Llama]:
 
 def prompt_of(llm: Llama, which: int) -> list[int]:
     text = json.loads((PAIR / "prompts.json").read_text())["prompts"][which]["text"]
-    return llm.tokenize(text.encode())
+    return list(llm.tokenize(text.encode()))
 
 
 def wrong_second_draw(draft: Sequence[int], choose: Callable[[int], int]) -> Iterator[tuple[int, bool]]:

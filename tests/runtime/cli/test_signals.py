@@ -179,9 +179,14 @@ def test_a_conversation_in_a_terminal(demo: Pair, tmp_path: Path, place: dict[st
     command = [sys.executable, "-c", MAIN, "chat", demo.target, "-t", "1"]
     try:
         with started(command, BACKGROUND, **place | {"stdin": theirs, "stdout": theirs}) as process:
+
+            def asked_to_end() -> bool:
+                process.send_signal(signal.SIGTERM)
+                return process.poll() is not None
+
             Terminal(ours).until("> ")
             # Until the terminal is read, Python's readline notices no signal: then the next one is.
-            until(lambda: process.send_signal(signal.SIGTERM) or process.poll() is not None)
+            until(asked_to_end)
             told(signal.SIGTERM, process, tmp_path / "temporary")
     finally:
         os.close(ours)

@@ -38,7 +38,8 @@ def test_a_conversation_without_a_terminal(demo: Pair) -> None:
     done = CliRunner().invoke(main, ["chat", str(demo.target), "-n", "16", *CHAT], input=typed)
     assert done.exit_code == 0, done.output
     llm = Llama(demo.target, n_ctx=4096, n_threads=1, n_threads_batch=1, verbose=False, draft_length=3)
-    messages, answers = [{"role": "user", "content": "import os"}], []
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "import os"}]
+    answers: list[str] = []
     for following in ("def main(", None):
         answer = llm.create_chat_completion(messages, max_tokens=16, temperature=0.0, top_k=64, min_p=0.0)
         answers.append(answer["choices"][0]["message"]["content"])
@@ -88,6 +89,11 @@ def test_interrupt_stops_the_answer_and_not_the_program(demo: Pair, tmp_path: Pa
     terminal = Terminal(ours)
     try:
         with started(program, stdin=theirs, stdout=theirs, stderr=theirs, env=environment(tmp_path)) as process:
+
+            def interrupted() -> bool:
+                process.send_signal(signal.SIGINT)
+                return terminal.until("> ", seconds=10)
+
             terminal.until("> ")
             terminal.type("def first(\n")
             terminal.until("first(")
@@ -96,7 +102,7 @@ def test_interrupt_stops_the_answer_and_not_the_program(demo: Pair, tmp_path: Pa
             terminal.until("tokens/s")
             terminal.until("> ")
             # The prompt stands there before the terminal is read, and only then Python's readline notices a signal.
-            until(lambda: process.send_signal(signal.SIGINT) or terminal.until("> ", seconds=10), process)
+            until(interrupted, process)
             terminal.type("/exit\n")
             assert process.wait(GUARD) == 0
     finally:
@@ -136,7 +142,8 @@ def test_the_server_answers_with_mtp(server: str, demo: Pair) -> None:
     from llama_cpp.server import app
 
     messages = [{"role": "user", "content": "import os"}]
-    body = {"messages": messages, "max_tokens": 24, "temperature": 0, "logprobs": True, "top_logprobs": 1}
+    body: dict[str, Any] = {"messages": messages, "max_tokens": 24, "temperature": 0, "logprobs": True}
+    body["top_logprobs"] = 1
     with post(f"{server}/v1/chat/completions", **body) as answer:
         found = json.load(answer)
     assert len(found["choices"][0]["logprobs"]["content"]) == 24
@@ -167,7 +174,7 @@ def test_several_clients_at_once(server: str) -> None:
 
     def ask(number: int) -> None:
         for _ in range(3):
-            body = {"prompt": "import os\n" * (1 + number), "max_tokens": 8, "temperature": 0}
+            body: dict[str, Any] = {"prompt": "import os\n" * (1 + number), "max_tokens": 8, "temperature": 0}
             with post(f"{server}/v1/completions", **body) as answer:
                 texts.setdefault(number, set()).add(json.load(answer)["choices"][0]["text"])
 

@@ -15,7 +15,7 @@ from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import Llama, Stats
 from gemma_mtp.runtime.draft.lookup import Lookup
 from gemma_mtp.runtime.grammar import Mask
-from gemma_mtp.runtime.request import MOST
+from gemma_mtp.runtime.request import MOST, DraftLength
 from gemma_mtp.runtime.sampling import NoTokenLeft, Sampler, draw, gumbel, likeliest, lowest_best
 from llamas import drafting, see
 from prompts import PROMPT
@@ -40,9 +40,9 @@ def mtp(demo: Pair) -> Iterator[Llama]:
         yield llm
 
 
-def tokens_of(llm: Llama, text: str, length: int | str, count: int = 64, seed: int = 5, **settings: Any) -> list[int]:
+def tokens_of(llm: Llama, text: str, length: DraftLength, count: int = 64, seed: int = 5, **settings: Any) -> list[int]:
     """Tokens of a request with a draft length; the object keeps its own."""
-    kept, llm.draft_length = llm.draft_length, length  # type: ignore[assignment]
+    kept, llm.draft_length = llm.draft_length, length
     llm.set_seed(seed)
     made: list[int] = []
     for token in llm.generate(llm.tokenize(text.encode()), **settings):
@@ -210,7 +210,7 @@ def test_an_image_that_is_gone_is_an_error(mtp: Llama) -> None:
 def test_lookup_helps_where_the_text_repeats_itself(mtp: Llama) -> None:
     """Tokens per target pass, greedy, on a prompt of repeated lines, with lookup and with the drafter alone."""
     lines = "".join(f"    parser.add_argument('--option{i}', help='set option {i}', default=None)\n" for i in range(6))
-    text, settings = f"def options(parser):\n{lines}{lines}", {"temp": 0.0, "repeat_penalty": 1.0}
+    text, settings = f"def options(parser):\n{lines}{lines}", dict[str, Any](temp=0.0, repeat_penalty=1.0)
     with drafting(mtp):
         made = tokens_of(mtp, text, "auto", 128, **settings)
     with_lookup = mtp.stats

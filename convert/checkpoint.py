@@ -8,14 +8,17 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 
 import numpy as np
-from gemma_mtp.convert.config import read_config, read_json
+from gemma_mtp.convert.config import parse_config
 from gemma_mtp.convert.errors import MtpError, damaged
+from gemma_mtp.convert.json_file import read_json
 from gemma_mtp.convert.quantize import Bytes, Floats, widen
 from gemma_mtp.convert.safetensors_file import Entry, read_entries
+from gemma_mtp.convert.vocab import Tokenizer, read_tokenizer
 
 # The number of values taken from each of three places of every tensor for the fingerprint.
 SAMPLE = 4096
@@ -86,23 +89,36 @@ class Weights:
 
 
 class Checkpoint(Weights):
-    """An open checkpoint: its weights, `config`, and `generation` (generation_config.json or {})."""
+    """An open checkpoint: its weights, `settings` (config.json), the same as `config`, `tokenizer`, and `generation`
+    (generation_config.json or {})."""
+
+    _twin: Checkpoint | None = None
 
     def __init__(self, folder: Path, files: ExitStack) -> None:
         if not folder.is_dir():
             raise MtpError(f"{folder} is not a folder; pass the folder of a Hugging Face checkpoint.")
         with damaged(folder / "config.json"):
-            self.config = read_config(folder)
+            self.settings = read_json(folder / "config.json")
+            self.config = parse_config(self.settings, folder / "config.json")
         generation = folder / "generation_config.json"
         self.generation = read_json(generation) if generation.exists() else {}
         super().__init__(folder, files)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """tokenizer.json, read when it is asked for; raises what `read_tokenizer` raises."""
+        return self._twin.tokenizer if self._twin else read_tokenizer(self.folder / "tokenizer.json")
+
+    def share_tokenizer(self, other: Checkpoint) -> None:
+        """Take the tokenizer of a checkpoint that has the same tokenizer.json."""
+        self._twin = other
 
     def fingerprint(self) -> str:
         """SHA-256 over configuration, tensor names, types and shapes, and a sample of every tensor's values.
 
         It does not depend on how the tensors are spread over files, nor on the version that saved them.
         """
-        config = {key: value for key, value in read_json(self.folder / "config.json").items() if key not in INCIDENTAL}
+        config = {key: value for key, value in self.settings.items() if key not in INCIDENTAL}
         if isinstance(text := config.get("text_config"), dict):
             config["text_config"] = {key: value for key, value in text.items() if key not in INCIDENTAL}
         total = hashlib.sha256(json.dumps(config, sort_keys=True).encode())

@@ -135,38 +135,11 @@ class _Keys:
                 yield key, value
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        MtpError: the file is missing, is not JSON, or holds something else than an object.
-    """
-    try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise MtpError(f"{path}: {problem.strerror}; a Hugging Face model folder is wanted.") from None
-    except (ValueError, RecursionError) as problem:
-        raise MtpError(f"{path} is not JSON ({problem}); download it again.") from None
-    if not isinstance(parsed, dict):
-        raise MtpError(f"{path} does not hold a JSON object; download it again.")
-    return parsed
-
-
-def read_config(folder: Path) -> TargetConfig | DrafterConfig:
-    """Read config.json.
-
-    Raises:
-        MtpError: it is missing or damaged, lacks a key, or asks for a feature that is not supported.
-    """
-    file = folder / "config.json"
-    return parse_config(read_json(file), file)
-
-
 def parse_config(values: Mapping[str, Any], file: Path) -> TargetConfig | DrafterConfig:
     """A parsed config.json as a configuration; `file` is named in errors.
 
     Raises:
-        MtpError: as `read_config`.
+        MtpError: it is damaged, lacks a key, or asks for a feature that is not supported.
     """
     root = _Keys(values, file)
     name = str(next(iter(root["architectures"]), None))
@@ -175,7 +148,7 @@ def parse_config(values: Mapping[str, Any], file: Path) -> TargetConfig | Drafte
         raise MtpError(f"{file}: architecture {name!r} is not supported; wanted one of {wanted}.")
     text = root if root.get("text_config") is None else root.inner("text_config")
     _refuse_unsupported(root, text)
-    shared = _text(text) | {"tied": all(keys.get("tie_word_embeddings", True) is True for keys in (root, text))}
+    shared = _text_fields(text) | {"tied": all(keys.get("tie_word_embeddings", True) is True for keys in (root, text))}
     if name in TARGET_CLASSES:
         _check_donors(file, shared["layer_types"], shared["n_kv_shared"])
     backbone = {} if name in TARGET_CLASSES else _drafter(root, shared)
@@ -262,7 +235,7 @@ def _check_donors(file: Path, types: tuple[str, ...], n_shared: int) -> None:
         )
 
 
-def _text(text: _Keys) -> dict[str, Any]:
+def _text_fields(text: _Keys) -> dict[str, Any]:
     rope = text.inner("rope_parameters")
     full, sliding = rope.inner("full_attention"), rope.inner("sliding_attention")
     types = _layer_types(text)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from gemma_mtp.convert import link
+from gemma_mtp.convert.gguf_io.types import Type
 from gemma_mtp.convert.link import MtpError
 
 SUMS, COUNTS = ".in_sum2", ".counts"
@@ -28,9 +29,9 @@ class Imatrix:
 
     def metadata(self) -> dict[str, str | int]:
         """The keys that llama-quantize adds (tools/quantize/quantize.cpp)."""
-        found: dict[str, str | int] = {"quantize.imatrix.file": _short(str(self.path))}
+        found: dict[str, str | int] = {"quantize.imatrix.file": _cut_name(str(self.path))}
         if self.dataset is not None:
-            found["quantize.imatrix.dataset"] = _short(self.dataset)
+            found["quantize.imatrix.dataset"] = _cut_name(self.dataset)
         found["quantize.imatrix.entries_count"] = len(self.weights)
         if self.n_chunks > 0:
             found["quantize.imatrix.chunks_count"] = self.n_chunks
@@ -55,7 +56,7 @@ class Imatrix:
         return found.reshape(experts, shape[-1])
 
 
-def _short(text: str) -> str:
+def _cut_name(text: str) -> str:
     return text.encode()[:NAME_BYTES].decode(errors="ignore")
 
 
@@ -83,7 +84,7 @@ def _gguf(path: Path) -> Imatrix:
 
     def values(name: str) -> npt.NDArray[np.float32]:
         tensor = header.tensors.get(name)
-        if tensor is None or tensor.type != 0:
+        if tensor is None or tensor.type is not Type.F32:
             raise MtpError(f"{path}: {name} is missing or not F32; compute the matrix again.")
         return data[tensor.offset : tensor.offset + tensor.size].view(np.float32)
 

@@ -14,21 +14,21 @@ import numpy as np
 import numpy.typing as npt
 from gemma_mtp.convert import link
 from gemma_mtp.convert.errors import MtpError
-from gemma_mtp.convert.gguf_io.read import TYPES, Header, Strings, Tensor
+from gemma_mtp.convert.gguf_io.read import Header, Strings, Tensor
+from gemma_mtp.convert.gguf_io.split import KEY_PLACE
+from gemma_mtp.convert.gguf_io.types import BLOCKS, Type
+from gemma_mtp.convert.gguf_io.write import HASH, Array
 
 # Bytes looked at in one go, a little less so that whole blocks fit.
-PIECE = 1 << 24
-EXPONENT = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}
-# Where a block's scales lie, float16 each (ggml/src/ggml-common.h).
-SCALES = {
-    "Q1_0": [0], "Q2_0": [0], "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0],
-    "Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "TQ1_0": [52], "TQ2_0": [64],
-    "IQ1_S": [0], "IQ2_XXS": [0], "IQ2_XS": [0], "IQ2_S": [0], "IQ3_XXS": [0], "IQ3_S": [0], "IQ4_NL": [0],
-    "IQ4_XS": [0],
+READ_AT_ONCE = 1 << 24
+# The bits of an exponent: all set in infinity and NaN.
+EXPONENT = {
+    Type.F16: ("<u2", 0x7C00), Type.BF16: ("<u2", 0x7F80),
+    Type.F32: ("<u4", 0x7F800000), Type.F64: ("<u8", 0x7FF << 52),
 }  # fmt: skip
 
 
-def first_bad_block(data: npt.NDArray[np.uint8], kind: int) -> int | None:
+def first_bad_block(data: npt.NDArray[np.uint8], kind: Type) -> int | None:
     """The first block, or value, that is NaN or infinite or has such a scale; None if all are sound.
 
     The rules are those of ggml_validate_row_data (ggml/src/ggml-quants.c).
@@ -37,19 +37,19 @@ def first_bad_block(data: npt.NDArray[np.uint8], kind: int) -> int | None:
         data: whole blocks as a file holds them, [bytes].
         kind: their ggml type.
     """
-    name, _, size = TYPES[kind]
+    _, size, scales = BLOCKS[kind]
     blocks = data.reshape(-1, size)
-    if name in EXPONENT:
-        dtype, mask = EXPONENT[name]
+    if kind in EXPONENT:
+        dtype, mask = EXPONENT[kind]
         bad = (data.view(dtype) & mask) == mask
-    elif name in SCALES:
+    elif scales:
         bad = np.zeros(len(blocks), bool)
-        for at in SCALES[name]:
+        for at in scales:
             bad |= (blocks[:, at + 1] & 0x7C) == 0x7C
-    elif name == "IQ1_M":  # the scale is spread over the high bits of four
+    elif kind is Type.IQ1_M:  # the scale is spread over the high bits of four
         bad = ((blocks[:, 55] >> 4) & 7) == 7
         bad &= (blocks[:, 53] >> 4) & 0xC == 0xC
-    elif name == "MXFP4":
+    elif kind is Type.MXFP4:
         bad = blocks[:, 0] == 0xFF
     else:  # integers, and scales of which every value is a number
         return None
@@ -84,7 +84,7 @@ def verify_files(out: Path, progress: Any = lambda done, total: None) -> dict[st
             link.check(header, headers[drafter])
             pairs[str(path)] = str(drafter)
     for header in [each for each in headers.values() if _first_of_split(each)]:
-        for part in link.split_parts(header):
+        for part in link.read_parts(header):
             headers.setdefault(part.path, part)
     done, total = 0, sum(t.size for header in headers.values() for t in header.tensors.values())
     files = []
@@ -100,7 +100,7 @@ def verify_files(out: Path, progress: Any = lambda done, total: None) -> dict[st
 
 
 def _first_of_split(header: Header) -> bool:
-    return int(header.metadata.get("split.no", 0)) == 0
+    return int(header.metadata.get(KEY_PLACE, 0)) == 0
 
 
 def check_tensors(header: Header) -> Iterator[tuple[int, bool]]:
@@ -135,38 +135,41 @@ def _looked_at(header: Header, hashing: bool) -> Iterator[str]:
 
 def _look(path: Path, data: mmap.mmap, name: str, tensor: Tensor, *, hashing: bool) -> str:
     total = hashlib.sha256()
-    size = TYPES[tensor.type][2]
-    step = PIECE // size * size
+    size = BLOCKS[tensor.type].size
+    step = READ_AT_ONCE // size * size
     for start in range(0, tensor.size, step):
         piece = np.frombuffer(data, np.uint8, min(step, tensor.size - start), tensor.offset + start)
         if hashing:
             total.update(piece.data)
         bad = first_bad_block(piece, tensor.type)
         if bad is not None:
-            unit = "value" if TYPES[tensor.type][1] == 1 else "block"
+            unit = "value" if BLOCKS[tensor.type].values == 1 else "block"
             raise MtpError(
                 f"{path}: tensor {name!r} is damaged, {unit} {start // size + bad} is no number; convert it again."
             )
     return total.hexdigest() if hashing else ""
 
 
-def seal(path: Path, hashes: Sequence[str] | None = None) -> None:
-    """Put the hash of every tensor into the place that the header has for it under mtp.tensor.sha256, if it has one.
+def seal(path: Path) -> Header:
+    """Put the hash of every tensor into the place that the header has for it under mtp.tensor.sha256.
 
     Args:
-        path: a finished file.
-        hashes: of the tensors in the order of the file, by who wrote them; without them the file is read.
+        path: a finished file, with as many hashes in its header as it has tensors; it is read.
+
+    Returns:
+        The header, with the hashes that it had before.
 
     Raises:
-        MtpError: a tensor that is read holds NaN or infinite values.
+        MtpError: a tensor holds NaN or infinite values.
     """
     header = link.read_header(path)
-    if link.KEY_HASHES not in header.spans:
-        return
-    found = list(_looked_at(header, hashing=True)) if hashes is None else hashes
+    hashes = list(_looked_at(header, hashing=True))
     with path.open("r+b") as file:
-        file.seek(header.spans[link.KEY_HASHES][1] - len(found) * (8 + 64))
-        for each in found:
-            file.write((64).to_bytes(8, "little") + each.encode())
-        file.flush()
-        os.fsync(file.fileno())
+        put_hashes(file.fileno(), header.spans[link.KEY_HASHES][1] - len(hashes) * HASH, hashes)
+    return header
+
+
+def put_hashes(file: int, place: int, hashes: Sequence[str]) -> None:
+    """Put hashes into an open file, at the place that its header has for them; then all of it is on the disk."""
+    os.pwrite(file, Array.of(hashes).raw, place)
+    os.fsync(file)

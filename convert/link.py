@@ -8,28 +8,23 @@ the fingerprint of its target's weights, and the target stays as it is.
 from __future__ import annotations
 
 import hashlib
-import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from gemma_mtp.convert.errors import MtpError, PairError
-from gemma_mtp.convert.gguf_io.check import (
-    DRAFTER_ARCH,
-    KEY_CENTROIDS,
-    KEY_N_CENTROIDS,
-    KEY_ORDERING,
-    KEY_TOP_K,
-    TARGET_ARCH,
-    check_model,
-    ends_in_donors,
-)
+from gemma_mtp.convert.gguf_io.check import DRAFTER_ARCH, TARGET_ARCH, check_model, ends_in_donors
+from gemma_mtp.convert.gguf_io.ordered import KEY_CENTROIDS, KEY_N_CENTROIDS, KEY_ORDERING, KEY_TOP_K
 from gemma_mtp.convert.gguf_io.read import Header, Strings, Tensor, read
+from gemma_mtp.convert.gguf_io.split import read_parts
+from gemma_mtp.convert.gguf_io.types import Type
 
 __all__ = [
     "DRAFTER_ARCH", "KEY_CENTROIDS", "KEY_HASHES", "KEY_N_CENTROIDS", "KEY_ORDERING", "KEY_PEER", "KEY_ROLE",
-    "KEY_SOURCE", "KEY_TARGET", "KEY_TOP_K", "KEY_VERSION", "TARGET_ARCH", "VERSION", "Header", "MtpError", "PairError",
-    "Strings", "Tensor", "check", "check_model", "find_drafter", "read_header", "split_parts",
+    "KEY_SEED", "KEY_SOURCE", "KEY_TARGET", "KEY_TOP_K", "KEY_VERSION", "TARGET_ARCH", "VERSION", "Header", "MtpError",
+    "PairError", "Strings", "Tensor", "check", "check_model", "find_drafter", "read_header", "read_parts",
     "weights_identity",
 ]  # fmt: skip
 
@@ -40,6 +35,8 @@ KEY_ROLE = "mtp.role"
 KEY_SOURCE = "mtp.source.fingerprint"
 KEY_TARGET = "mtp.target.fingerprint"
 KEY_PEER = "mtp.peer.file"
+# Says that weights are random, and with which seed.
+KEY_SEED = "mtp.random.seed"
 # Start of a target's fingerprint that was taken from its GGUF file, where nothing tells of the checkpoint.
 WEIGHTS = "weights:"
 # SHA-256 of every tensor's bytes, in the order of the tensors.
@@ -58,6 +55,20 @@ def read_header(path: Path) -> Header:
     return header
 
 
+def entries(files: tuple[str, str], source: str, drafter_source: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The metadata that makes a target and its drafter a pair.
+
+    Args:
+        files: their names.
+        source: fingerprint of the target's checkpoint.
+        drafter_source: of the drafter's.
+    """
+    return (
+        {KEY_VERSION: VERSION, KEY_ROLE: "target", KEY_SOURCE: source, KEY_PEER: files[1]},
+        {KEY_VERSION: VERSION, KEY_ROLE: "drafter", KEY_SOURCE: drafter_source, KEY_PEER: files[0], KEY_TARGET: source},
+    )
+
+
 def weights_identity(header: Header) -> str:
     """What all quantizations of one target share: its vocabulary and its float vectors, norms and scales.
 
@@ -71,28 +82,15 @@ def weights_identity(header: Header) -> str:
     tokens = header.vocabulary
     total.update(tokens.digest().encode() if isinstance(tokens, Strings) else b"")
     vectors = {}
-    for part in split_parts(header):
+    for part in read_parts(header):
         with part.path.open("rb") as file:
             for name, tensor in part.tensors.items():
-                if tensor.type == 0 and len(tensor.shape) == 1 and name != "rope_freqs.weight":
+                if tensor.type is Type.F32 and len(tensor.shape) == 1 and name != "rope_freqs.weight":
                     file.seek(tensor.offset)
                     vectors[name] = file.read(tensor.size)
     for name in sorted(vectors):
         total.update(name.encode() + b"\0" + vectors[name])
     return WEIGHTS + total.hexdigest()
-
-
-def split_parts(header: Header) -> list[Header]:
-    """The header itself, or those of all files of a split (llama-gguf-split names them -00001-of-00003.gguf).
-
-    Raises:
-        MtpError: a file of the split is missing or damaged.
-    """
-    count = header.metadata.get("split.count", 0)
-    stem = re.fullmatch(r"(.+)-\d{5}-of-\d{5}", header.path.stem)
-    if stem is None or not isinstance(count, int) or count < 2:
-        return [header]
-    return [read(header.path.with_name(f"{stem[1]}-{part:05}-of-{count:05}.gguf")) for part in range(1, count + 1)]
 
 
 def _belongs(target: Header, drafter: Header) -> bool:
@@ -133,11 +131,42 @@ def _says_drafter(path: Path) -> bool:
         return DRAFTER_ARCH.encode() in file.read(4096)
 
 
-def _by_type(header: Header, key: str) -> dict[str, Any]:
-    """A per-layer value, which GGUF stores as a scalar when all layers share it, by type of layer."""
+class Interface(NamedTuple):
+    """What a drafter reads of its target, as either of them says: sizes, and KV heads by type of layer."""
+
+    n_embd: Any
+    sliding_window: Any
+    vocab_size: Any
+    head_size: Any
+    sliding_head_size: Any
+    n_kv: Mapping[str, int]
+
+
+def differences(target: Interface, drafter: Interface) -> Iterator[tuple[str, Any, Any]]:
+    """What must agree for shared KV to mean anything and does not: its name, the target's value, the drafter's."""
+    compared = {
+        "hidden size": (target.n_embd, drafter.n_embd),
+        "sliding window": (target.sliding_window, drafter.sliding_window),
+        "vocabulary size": (target.vocab_size, drafter.vocab_size),
+        "head size": (target.head_size, drafter.head_size),
+        "sliding head size": (target.sliding_head_size, drafter.sliding_head_size),
+        **{f"KV heads of {kind} layers": (target.n_kv.get(kind, 0), n_kv) for kind, n_kv in drafter.n_kv.items()},
+    }
+    return ((name, *values) for name, values in compared.items() if values[0] != values[1])
+
+
+def _header_interface(header: Header, n_embd: str) -> Interface:
+    """What a file says; `n_embd` is the key of the hidden size. A value that all layers share is stored once."""
     pattern = np.atleast_1d(header.of_arch("attention.sliding_window_pattern", []))
-    values = np.broadcast_to(np.asarray(header.of_arch(key, -1)), pattern.shape)
-    return {("sliding" if sliding else "full"): int(value) for sliding, value in zip(pattern, values, strict=True)}
+    heads = np.broadcast_to(np.asarray(header.of_arch("attention.head_count_kv", -1)), pattern.shape)
+    return Interface(
+        header.of_arch(n_embd),
+        header.of_arch("attention.sliding_window"),
+        len(header.vocabulary),
+        header.of_arch("attention.key_length"),
+        header.of_arch("attention.key_length_swa"),
+        {("sliding" if sliding else "full"): int(n) for sliding, n in zip(pattern, heads, strict=True)},
+    )
 
 
 def _short(fingerprint: str) -> str:
@@ -166,31 +195,21 @@ def check(target: Header, drafter: Header) -> None:
             f"{drafter.path.name} was made for the target with fingerprint {_short(wants)}, but {target.path.name} has "
             f"{_short(has)}; {advice}"
         )
-    compared = {
-        "hidden size": (target.of_arch("embedding_length"), drafter.of_arch("embedding_length_out")),
-        "sliding window": tuple(h.of_arch("attention.sliding_window") for h in (target, drafter)),
-        "vocabulary size": (len(target.vocabulary), len(drafter.vocabulary)),
-    }
-    for name, key in (("head size", "key_length"), ("sliding head size", "key_length_swa")):
-        compared[name] = tuple(h.of_arch(f"attention.{key}") for h in (target, drafter))
-    donors, readers = (_by_type(h, "attention.head_count_kv") for h in (target, drafter))
     pattern = target.of_arch("attention.sliding_window_pattern", [])
     own = pattern[: len(pattern) - int(target.of_arch("attention.shared_kv_layers", 0))]
     if not ends_in_donors(own):
         raise PairError(f"{target.path.name}: its last layers with KV of their own are not a sliding and a full one, "
                         "which a drafter reads; run it without MTP.")  # fmt: skip
-    for kind in readers:
-        compared[f"KV heads of {kind} layers"] = (donors.get(kind, 0), readers[kind])
-    for name, (ours, theirs) in compared.items():
-        if ours != theirs:
-            raise PairError(
-                f"{drafter.path.name} does not fit {target.path.name}: {name} is {ours} in the target, {theirs} in the "
-                f"drafter; {advice}"
-            )
-    ours, theirs = target.vocabulary, drafter.vocabulary
+    sides = _header_interface(target, "embedding_length"), _header_interface(drafter, "embedding_length_out")
+    for name, has_it, wants_it in chain(differences(*sides), _other_token(target.vocabulary, drafter.vocabulary)):
+        raise PairError(
+            f"{drafter.path.name} does not fit {target.path.name}: {name} is {has_it} in the target, {wants_it} in the "
+            f"drafter; {advice}"
+        )
+
+
+def _other_token(ours: Sequence[str], theirs: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """The first token that differs between two vocabularies of one size: its place, and both in quotes."""
     if isinstance(ours, Strings) and isinstance(theirs, Strings) and ours.digest() != theirs.digest():
         place = next(i for i in range(len(ours)) if ours[i] != theirs[i])
-        raise PairError(
-            f"{drafter.path.name} does not fit {target.path.name}: token {place} is {ours[place]!r} in the target, "
-            f"{theirs[place]!r} in the drafter; {advice}"
-        )
+        yield f"token {place}", repr(ours[place]), repr(theirs[place])

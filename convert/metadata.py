@@ -1,10 +1,9 @@
-"""Everything in a GGUF file before its weights: metadata in the order of upstream's converter, and the tensor table."""
+"""The values of a GGUF file's keys, in the order of upstream's converter, ours at the end."""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -12,131 +11,138 @@ from gemma_mtp.convert import names, tensor_types
 from gemma_mtp.convert.checkpoint import Checkpoint
 from gemma_mtp.convert.config import DrafterConfig, TargetConfig
 from gemma_mtp.convert.errors import MtpError
+from gemma_mtp.convert.gguf_io import ordered, split, write
+from gemma_mtp.convert.gguf_io.write import Array, entry
 from gemma_mtp.convert.imatrix import Imatrix
-from gemma_mtp.convert.link import KEY_CENTROIDS, KEY_HASHES, KEY_N_CENTROIDS, KEY_ORDERING, KEY_TOP_K
-from gemma_mtp.convert.plan import Part, Plan
-from gemma_mtp.convert.vocab import Vocabulary
-from gguf import GGUFValueType, GGUFWriter
+from gemma_mtp.convert.link import KEY_HASHES
+from gemma_mtp.convert.plan import Plan, Planned
+from gemma_mtp.convert.vocab import add_tokenizer
+from gguf import GGUFWriter
 
-ALIGNMENT = 32
-# Arrays shorter than this are packed by the gguf package, value by value.
-LONG = 64
-_NUMBERS = {GGUFValueType.FLOAT32: "<f4", GGUFValueType.INT32: "<i4"}
+FILE_TYPE = gguf.Keys.General.FILE_TYPE
 
 
-class _Writer(GGUFWriter):  # type: ignore[misc]
-    """The gguf package's writer, into memory, and quick with the hundred thousands of strings of a vocabulary."""
+class Head(NamedTuple):
+    """All of a file before its weights, and where in it the hash of the first tensor has its place."""
 
-    def _pack_val(self, val: Any, vtype: Any, add_vtype: bool, sub_type: Any = None) -> bytes:
-        if vtype is not GGUFValueType.ARRAY or len(val) < LONG or isinstance(val, bytes):
-            packed: bytes = super()._pack_val(val, vtype, add_vtype, sub_type)
-            return packed
-        kind = GGUFValueType.get_type(val[0])
-        if kind is GGUFValueType.STRING:
-            raw = [each if isinstance(each, bytes) else each.encode() for each in val]
-            body = b"".join([part for each in raw for part in (len(each).to_bytes(8, "little"), each)])
-        elif kind in _NUMBERS:
-            body = np.asarray(val, _NUMBERS[kind]).tobytes()
-        else:
-            return bytes(super()._pack_val(val, vtype, add_vtype, sub_type))
-        start = struct.pack("<I", vtype) if add_vtype else b""
-        return start + struct.pack("<IQ", kind, len(val)) + body
+    raw: bytes
+    hashes: int
 
 
-def padded(size: int) -> int:
-    """A size in bytes, rounded up to the alignment."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def header(
-    plan: Plan, part: Part, checkpoint: Checkpoint, link: Mapping[str, Any], imatrix: Imatrix | None = None
-) -> bytes:
-    """Header of a file, padded, so that the first tensor follows.
+class Headers:
+    """Makes the headers of a checkpoint's files; what all of them say is read and packed once.
 
     Args:
-        plan: of the whole model.
-        part: which of its tensors this file holds; only the first part carries the model's metadata.
-        checkpoint: where the vocabulary and the ordered head come from.
-        link: metadata of the pair, `mtp.*`: int or str values.
-        imatrix: named in the metadata of a file that was quantized with it.
+        checkpoint: where the tokenizer, the model card and the ordered head come from.
+        plan: of one of the files; the others differ in format alone.
 
     Raises:
         MtpError: the vocabulary does not fit the model, or the ordered head is damaged.
     """
-    writer = _Writer(None, plan.arch)
-    if part.index == 0:
-        for tensor in plan.tensors:  # the package counts the parameters
-            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes, tensor.type)
-        _metadata(writer, plan, checkpoint, link, imatrix)
-    else:
-        writer.kv_data[0].clear()
-    if part.count > 1:
-        writer.add_uint16("split.no", part.index)
-        writer.add_uint16("split.count", part.count)
-        writer.add_int32("split.tensors.count", len(plan.tensors))
-    writer.add_array(KEY_HASHES, ["0" * 64] * len(part.tensors))  # filled in by verify.seal
-    values = writer.kv_data[0]
-    raw = bytearray(struct.pack("<IIQQ", gguf.GGUF_MAGIC, gguf.GGUF_VERSION, len(part.tensors), len(values)))
-    for key, value in values.items():
-        raw += _string(key) + writer._pack_val(value.value, value.type, add_vtype=True, sub_type=value.sub_type)
-    offset = 0
-    for tensor in part.tensors:
-        shape = tensor.shape[::-1]
-        raw += _string(tensor.name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, tensor.type, offset)
-        offset += padded(tensor.n_bytes)
-    return bytes(raw + b"\0" * (padded(len(raw)) - len(raw)))
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan) -> None:
+        self._model = packed(_model_entries(checkpoint, plan))
+        self._ordered: dict[str, bytes] = {}
+        if isinstance(checkpoint.config, DrafterConfig) and checkpoint.config.ordered:
+            self._ordered = {key: entry(key, value) for key, value in ordered_head(checkpoint).items()}
+
+    def head(
+        self, plan: Plan, part: split.Part[Planned], link: Mapping[str, Any], imatrix: Imatrix | None = None
+    ) -> Head:
+        """Header of a file, padded, so that the first tensor follows.
+
+        Args:
+            plan: of the whole model.
+            part: which of its tensors this file holds; only the first part carries the model's metadata.
+            link: metadata of the pair, `mtp.*`: int or str values.
+            imatrix: named in the metadata of a file that was quantized with it.
+        """
+        entries: dict[str, bytes] = {}
+        if part.index == 0:
+            file_type = entry(FILE_TYPE, tensor_types.QUANTS[plan.quant].file_type)
+            added = {**(imatrix.metadata() if imatrix else {}), **link}
+            entries = self._model | {FILE_TYPE: file_type} | {key: entry(key, value) for key, value in added.items()}
+            entries |= self._ordered
+        if part.count > 1:
+            entries |= packed(_split(plan, part))
+        # Filled in when the weights are there. No hash is told before its tensor is whole.
+        entries[KEY_HASHES] = entry(KEY_HASHES, ["0" * 64] * len(part.tensors))
+        end = write.METADATA + sum(map(len, entries.values()))
+        return Head(write.header(list(entries.values()), part.tensors), end - len(part.tensors) * write.HASH)
 
 
-def _string(text: str) -> bytes:
-    raw = text.encode()
-    return len(raw).to_bytes(8, "little") + raw
+def packed(writer: GGUFWriter) -> dict[str, bytes]:
+    """The entries that a writer of the gguf package has collected, by key."""
+    return {key: entry(key, each.value, each.type) for key, each in writer.kv_data[0].items()}
 
 
-def _metadata(
-    writer: GGUFWriter, plan: Plan, checkpoint: Checkpoint, link: Mapping[str, Any], imatrix: Imatrix | None
-) -> None:
-    """All keys, in the order of upstream's converter (conversion/base.py, `prepare_metadata`), ours at the end."""
+def collector(arch: str, plan: Any) -> GGUFWriter:
+    """A writer of the gguf package, which is to collect metadata alone; it counts the parameters of some tensors."""
+    writer = GGUFWriter(None, arch)
+    for tensor in plan:
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes, tensor.type)
+    return writer
+
+
+def add_card(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
+    """Name, licence, base models and the like, from the model card and the name of the folder."""
+    total, *counts = writer.get_total_parameter_count()
+    card = gguf.Metadata.load(None, checkpoint.folder, None, total)
+    card.name = card.name or checkpoint.folder.name
+    card.size_label = card.size_label or gguf.size_label(total, *counts)
+    card.set_gguf_meta_model(writer)
+
+
+def _model_entries(checkpoint: Checkpoint, plan: Plan) -> GGUFWriter:
+    """What all files of a model say (conversion/base.py, `prepare_metadata`)."""
+    writer = collector(plan.arch, plan.tensors)
     writer.add_type(gguf.GGUFType.MODEL)
-    described = gguf.Metadata.load(None, checkpoint.folder, None, total := writer.get_total_parameter_count()[0])
-    described.name = described.name or checkpoint.folder.name
-    described.size_label = described.size_label or gguf.size_label(total, *writer.get_total_parameter_count()[1:])
-    described.set_gguf_meta_model(writer)
+    add_card(writer, checkpoint)
     for key, (kind, value) in plan.parameters.items():
-        if kind is GGUFValueType.ARRAY:
-            writer.add_array(f"{plan.arch}.{key}", value)
-        else:
-            writer.add_key_value(f"{plan.arch}.{key}", value, kind)
+        writer.add_key_value(f"{plan.arch}.{key}", value, kind)
     writer.add_file_type(tensor_types.QUANTS[plan.quant].file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    vocabulary = Vocabulary(checkpoint.folder)
-    if len(vocabulary.tokens) != checkpoint.config.vocab_size:
+    count, wanted = len(checkpoint.tokenizer.tokens), checkpoint.config.vocab_size
+    if count != wanted:
         raise MtpError(
-            f"{checkpoint.folder}: tokenizer.json has {len(vocabulary.tokens)} tokens, config.json says "
-            f"{checkpoint.config.vocab_size}; the two are of different models."
+            f"{checkpoint.folder}: tokenizer.json has {count} tokens, config.json says {wanted}; the two are of "
+            "different models."
         )
-    vocabulary.write(writer, checkpoint.generation, isinstance(checkpoint.config, TargetConfig))
-    for key, value in {**(imatrix.metadata() if imatrix else {}), **link}.items():
-        writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
-    if isinstance(checkpoint.config, DrafterConfig) and checkpoint.config.ordered:
-        for key, value in ordered_head(checkpoint, checkpoint.config).items():
-            writer.add_uint32(key, value) if isinstance(value, int) else writer.add_array(key, value.tolist())
+    target = isinstance(checkpoint.config, TargetConfig)
+    add_tokenizer(writer, checkpoint.folder, checkpoint.tokenizer, checkpoint.generation, target)
+    return writer
 
 
-def ordered_head(checkpoint: Checkpoint, config: DrafterConfig) -> dict[str, Any]:
+def _split(plan: Plan, part: split.Part[Planned]) -> GGUFWriter:
+    """The place of a file among several; the parts after the first say nothing else of the model."""
+    writer = GGUFWriter(None, plan.arch)
+    writer.kv_data[0].clear()
+    writer.add_uint16(split.KEY_PLACE, part.index)
+    writer.add_uint16(split.KEY_COUNT, part.count)
+    writer.add_int32(split.KEY_TENSORS, len(plan.tensors))
+    return writer
+
+
+def ordered_head(checkpoint: Checkpoint) -> dict[str, Any]:
     """The ordered head as metadata: centroids [n_centroids * n_embd] row by row, and token ids in cluster order.
 
     Raises:
         MtpError: a centroid holds NaN or infinite values, or the ordering does not name every token once.
     """
+    config = checkpoint.config
+    assert isinstance(config, DrafterConfig)
     centroids, order = checkpoint.values(names.CENTROIDS).reshape(-1), checkpoint.index[names.ORDERING]
     ordering = checkpoint.read(names.ORDERING, 0, order.size).view("<i8" if order.dtype == "I64" else "<i4")
-    if not bool(np.isfinite(centroids).all()):
-        raise MtpError(f"{checkpoint.folder}: {names.CENTROIDS!r} holds NaN or infinite values; download it again.")
-    if not np.array_equal(np.sort(ordering), np.arange(config.vocab_size)):
-        raise MtpError(f"{checkpoint.folder}: {names.ORDERING!r} does not name every token once; download it again.")
+    sizes = config.vocab_size, config.n_centroids, config.n_embd
+    for key, _, _ in ordered.broken_tables(centroids, ordering, *sizes, wide=True):
+        what = {
+            ordered.KEY_CENTROIDS: f"{names.CENTROIDS!r} holds NaN or infinite values",
+            ordered.KEY_ORDERING: f"{names.ORDERING!r} does not name every token once",
+        }
+        raise MtpError(f"{checkpoint.folder}: {what[key]}; download it again.")
     return {
-        KEY_N_CENTROIDS: config.n_centroids,
-        KEY_TOP_K: config.top_k,
-        KEY_CENTROIDS: centroids,
-        KEY_ORDERING: ordering.astype(np.int32),
+        ordered.KEY_N_CENTROIDS: config.n_centroids,
+        ordered.KEY_TOP_K: config.top_k,
+        ordered.KEY_CENTROIDS: Array.of(centroids),
+        ordered.KEY_ORDERING: Array.of(ordering.astype(np.int32)),
     }

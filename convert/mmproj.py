@@ -7,79 +7,24 @@ Names, types and metadata as upstream's converter has them (conversion/gemma.py,
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
-from gemma_mtp.convert import tensor_types
-from gemma_mtp.convert.checkpoint import Source, Weights
-from gemma_mtp.convert.config import read_json
-from gemma_mtp.convert.errors import MtpError, damaged
-from gemma_mtp.convert.gguf_io import types
-from gemma_mtp.convert.gguf_io.types import Type as T
+from gemma_mtp.convert import names, tensor_types
+from gemma_mtp.convert.checkpoint import Checkpoint
+from gemma_mtp.convert.errors import MtpError, damaged, listed
+from gemma_mtp.convert.gguf_io.types import Type, padded
+from gemma_mtp.convert.gguf_io.write import TensorInfo, header
+from gemma_mtp.convert.json_file import read_json
+from gemma_mtp.convert.metadata import add_card, collector, packed
+from gemma_mtp.convert.progress import More
 from gemma_mtp.convert.quantize import STORED_AS, Bytes, Floats, quantize
 from gguf import GGUFWriter
 
-FORMATS = ("F16", "BF16", "F32", "Q8_0")
-ALIGNMENT = 32
-# Outside the layers: Hugging Face name without the prefix "model.", and GGUF name.
-SINGLE = {
-    "vision_tower.patch_embedder.input_proj.weight": "v.patch_embd.weight",
-    "vision_tower.patch_embedder.position_embedding_table": "v.position_embd.weight",
-    "vision_tower.std_bias": "v.std_bias",
-    "vision_tower.std_scale": "v.std_scale",
-    "embed_vision.embedding_projection.weight": "mm.input_projection.weight",
-    "audio_tower.subsample_conv_projection.layer0.conv.weight": "a.conv1d.0.weight",
-    "audio_tower.subsample_conv_projection.layer0.norm.weight": "a.conv1d.0.norm.weight",
-    "audio_tower.subsample_conv_projection.layer1.conv.weight": "a.conv1d.1.weight",
-    "audio_tower.subsample_conv_projection.layer1.norm.weight": "a.conv1d.1.norm.weight",
-    "audio_tower.subsample_conv_projection.input_proj_linear.weight": "a.input_projection.weight",
-    "audio_tower.output_proj.weight": "a.pre_encode.out.weight",
-    "audio_tower.output_proj.bias": "a.pre_encode.out.bias",
-    "embed_audio.embedding_projection.weight": "mm.a.input_projection.weight",
-}
-# The 12B has no encoder: patches and frames are projected straight into the text model.
-UNIFIED = {
-    "vision_embedder.patch_dense.weight": "v.patch_embd.weight",
-    "vision_embedder.patch_dense.bias": "v.patch_embd.bias",
-    "vision_embedder.patch_ln1.weight": "v.patch_norm.1.weight",
-    "vision_embedder.patch_ln1.bias": "v.patch_norm.1.bias",
-    "vision_embedder.patch_ln2.weight": "v.patch_norm.2.weight",
-    "vision_embedder.patch_ln2.bias": "v.patch_norm.2.bias",
-    "vision_embedder.pos_embedding": "v.position_embd.weight",
-    "vision_embedder.pos_norm.weight": "v.patch_norm.3.weight",
-    "vision_embedder.pos_norm.bias": "v.patch_norm.3.bias",
-    "embed_vision.embedding_projection.weight": "mm.input_projection.weight",
-    "embed_audio.embedding_projection.weight": "mm.a.input_projection.weight",
-}
-# Once per layer. A clipped linear layer holds its matrix under "linear" and four bounds beside it.
-VISION_LAYER = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_out", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "ln1",
-    "post_attention_layernorm": "attn_post_norm", "pre_feedforward_layernorm": "ln2",
-    "post_feedforward_layernorm": "ffn_post_norm", "layer_scalar": "out_scale",
-}  # fmt: skip
-AUDIO_LAYER = {
-    "feed_forward1.ffw_layer_1": "ffn_up", "feed_forward1.ffw_layer_2": "ffn_down",
-    "feed_forward1.pre_layer_norm": "ffn_norm", "feed_forward1.post_layer_norm": "ffn_post_norm",
-    "feed_forward2.ffw_layer_1": "ffn_up_1", "feed_forward2.ffw_layer_2": "ffn_down_1",
-    "feed_forward2.pre_layer_norm": "ffn_norm_1", "feed_forward2.post_layer_norm": "ffn_post_norm_1",
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.post": "attn_out", "self_attn.relative_k_proj": "attn_k_rel",
-    "self_attn.per_dim_scale": "per_dim_scale", "lconv1d.linear_start": "conv_pw1", "lconv1d.linear_end": "conv_pw2",
-    "lconv1d.depthwise_conv1d": "conv_dw", "lconv1d.pre_layer_norm": "conv_norm", "lconv1d.conv_norm": "norm_conv",
-    "norm_pre_attn": "attn_pre_norm", "norm_post_attn": "attn_post_norm", "norm_out": "ln2",
-}  # fmt: skip
-LAYER = re.compile(
-    r"(vision_tower\.encoder|audio_tower)\.layers\.(\d+)\.(.+?)((?:\.linear)?\.weight|\.(?:in|out)put_m(?:in|ax)|)"
-)
-ENCODERS = re.compile(r"model\.(vision_tower|audio_tower|vision_embedder|embed_vision|embed_audio)\.")
 # SLEEF's polynomials of e^x and log(1 + x), and log 2 as the sum of two float32 (sleefsimdsp.c, `xexpf`, `xlog1pf`).
 EXP = (0.000198527617612853646278381, 0.00139304355252534151077271, 0.00833336077630519866943359,
        0.0416664853692054748535156, 0.166666671633720397949219, 0.5)  # fmt: skip
@@ -88,74 +33,72 @@ LN2 = 0.69314718246459960938 - 1.904654323148236017e-09
 
 
 @dataclass(frozen=True)
-class Placed:
-    """One tensor to write: GGUF name, Hugging Face name, what becomes of its values, shape as torch has it, type."""
+class Placed(TensorInfo):
+    """One tensor to write, its Hugging Face name, and what becomes of its values."""
 
-    name: str
     source: str
     change: Callable[[Floats], Floats]
-    shape: tuple[int, ...]
-    type: T
+
+
+@dataclass(frozen=True)
+class ProjectorPlan:
+    """A projector's file: its format, config.json, the image processor's settings, its tensors."""
+
+    quant: str
+    settings: Mapping[str, Any]
+    images: Mapping[str, Any]
+    tensors: tuple[Placed, ...]
 
     @property
     def n_bytes(self) -> int:
-        return types.n_bytes(self.type, self.shape)
+        """Bytes of all tensors."""
+        return sum(tensor.n_bytes for tensor in self.tensors)
 
 
-def write_mmproj(
-    folder: Path, path: Path, quant: str = "F16", progress: Callable[[int], None] = lambda more: None
-) -> None:
-    """Write the encoders of a Hugging Face folder as one GGUF file, tensor after tensor.
+def plan_mmproj(checkpoint: Checkpoint, quant: str = "F16") -> ProjectorPlan:
+    """Place the encoders of a target in one GGUF file.
 
     Args:
-        folder: of a target with vision, or vision and audio.
+        checkpoint: of a target with vision, or vision and audio.
+        quant: one of `tensor_types.PROJECTOR_QUANTS`.
+
+    Raises:
+        MtpError: the checkpoint has no encoder, a file is missing or damaged, or a tensor is unknown or missing.
+    """
+    file = checkpoint.folder / "config.json"
+    with damaged(file):
+        settings = checkpoint.settings
+        if not isinstance(settings.get("vision_config"), dict):
+            raise MtpError(f"{file} has no vision_config: this checkpoint has no projector to convert.")
+        images = _image_settings(checkpoint.folder)
+        return ProjectorPlan(quant, settings, images, _place_all(checkpoint, quant))
+
+
+def write_mmproj(plan: ProjectorPlan, checkpoint: Checkpoint, path: Path, more: More = lambda n_bytes: None) -> None:
+    """Write a projector, tensor after tensor.
+
+    Args:
+        plan: of this checkpoint.
+        checkpoint: where the values come from.
         path: file to write; the caller keeps it out of sight until it is whole.
-        quant: one of FORMATS.
-        progress: called with the number of bytes after each tensor.
+        more: called with the number of bytes after each tensor.
 
     Raises:
-        MtpError: the checkpoint has no encoder, or a tensor is unknown, missing or holds NaN or infinite values.
+        MtpError: a tensor holds NaN or infinite values.
     """
-    config, tensors = plan_mmproj(folder, quant)
-    with ExitStack() as files:
-        weights = Weights(folder, files)
-        writer = GGUFWriter(path, "clip")
-        try:
-            for tensor in tensors:
-                writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes, tensor.type)
-            _metadata(writer, folder, config, quant)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-        finally:
-            writer.close()
-        with path.open("ab") as file:
-            file.write(b"\0" * (-file.tell() % ALIGNMENT))
-            for tensor in tensors:
-                data = _blocks(folder, tensor, weights.values(tensor.source))
-                file.write(data.data)
-                file.write(b"\0" * (-file.tell() % ALIGNMENT))
-                progress(len(data))
-            file.flush()
-            os.fsync(file.fileno())
+    with path.open("xb") as file:
+        file.write(header(list(packed(_entries(plan, checkpoint)).values()), plan.tensors))
+        for tensor in plan.tensors:
+            data = _blocks(checkpoint.folder, tensor, checkpoint.values(tensor.source))
+            file.write(data.data)
+            file.write(b"\0" * (padded(len(data)) - len(data)))
+            more(len(data))
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def plan_mmproj(folder: Path, quant: str) -> tuple[dict[str, Any], list[Placed]]:
-    """The configuration and every tensor that `write_mmproj` will write; raises what it raises, but for values."""
-    with ExitStack() as files, damaged(folder / "config.json"):
-        config = read_config(folder)
-        return config, place_all(folder, Weights(folder, files).index, config, quant)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json with the image processor's settings under "image_processor".
-
-    Raises:
-        MtpError: a file is missing or damaged, or the model has no vision.
-    """
-    config = read_json(folder / "config.json")
-    if not isinstance(config.get("vision_config"), dict):
-        raise MtpError(f"{folder / 'config.json'} has no vision_config: this checkpoint has no projector to convert.")
+def _image_settings(folder: Path) -> dict[str, Any]:
+    """What the image processor is told, of whichever file has it."""
     merged: dict[str, Any] = {}
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).exists():
@@ -166,49 +109,33 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise MtpError(
                 f"{folder}: neither preprocessor_config.json nor processor_config.json has {key}; download them."
             )
-    return {**config, "image_processor": merged}
+    return merged
 
 
 def _unified(config: Mapping[str, Any]) -> bool:
     return "mm_embed_dim" in config["vision_config"]
 
 
-def place_all(folder: Path, index: Mapping[str, Source], config: Mapping[str, Any], quant: str) -> list[Placed]:
-    """Place every tensor of the encoders, in the order of the checkpoint.
-
-    Raises:
-        MtpError: a tensor is unknown or missing, or of a type that is no number.
-    """
-    if quant not in FORMATS:
-        raise MtpError(f"unknown format {quant!r} of a projector; choose one of {', '.join(FORMATS)}.")
-    placed = []
-    for source, piece in index.items():
-        if not ENCODERS.match(source):
+def _place_all(checkpoint: Checkpoint, quant: str) -> tuple[Placed, ...]:
+    """Place every tensor of the encoders, in the order of the checkpoint."""
+    if quant not in tensor_types.PROJECTOR_QUANTS:
+        raise MtpError(
+            f"unknown format {quant!r} of a projector; choose one of {', '.join(tensor_types.PROJECTOR_QUANTS)}."
+        )
+    config, placed = checkpoint.settings, []
+    for source, piece in checkpoint.index.items():
+        if not names.ENCODER_NAME.match(source):
             continue
-        name = gguf_name(source.removeprefix("model."), unified=_unified(config))
+        name = names.place_encoder(source.removeprefix("model."), unified=_unified(config))
         if name is None:
-            raise MtpError(f"{folder}: unknown tensor {source!r}; its projector is not of a known kind.")
+            raise MtpError(f"{checkpoint.folder}: unknown tensor {source!r}; its projector is not of a known kind.")
         if piece.dtype not in STORED_AS:
             raise MtpError(f"{piece.file}: {source!r} is {piece.dtype}; pass an unquantized one.")
         change = _change(source, config["vision_config"])
         shape = change(np.broadcast_to(np.float32(0), piece.shape)).shape  # of an array that takes no memory
-        placed.append(Placed(name, source, change, shape, _type(source, name, shape, T[quant])))
-    _complete(folder, {tensor.name for tensor in placed}, config)
-    return placed
-
-
-def gguf_name(short: str, unified: bool) -> str | None:
-    """GGUF name of a tensor of the encoders, or None if the tables do not know it."""
-    table = UNIFIED if unified else SINGLE
-    found = LAYER.fullmatch(short)
-    if short in table or unified or found is None:
-        return table.get(short)
-    tower, layer, part, end = found.groups()
-    inner = (VISION_LAYER if tower.startswith("vision") else AUDIO_LAYER).get(part)
-    if inner is None:
-        return None
-    end = ".weight" if end in ("", ".linear.weight") else end
-    return f"{tower[0]}.blk.{layer}.{inner}{end}"
+        placed.append(Placed(name, shape, _type_of(source, name, shape, Type[quant]), source, change))
+    _complete(checkpoint.folder, {tensor.name for tensor in placed}, config)
+    return tuple(placed)
 
 
 def _change(source: str, vision: Mapping[str, Any]) -> Callable[[Floats], Floats]:
@@ -264,34 +191,33 @@ def _multiply_add(a: Floats, b: Floats | np.float32, c: Floats | np.float32) -> 
     return (a.astype(np.float64) * b + c).astype(np.float32)
 
 
-def _type(source: str, name: str, shape: tuple[int, ...], wanted: T) -> T:
+def _type_of(source: str, name: str, shape: tuple[int, ...], wanted: Type) -> Type:
     """The type of a tensor: vectors, norms, bounds, convolutions of the audio encoder and positions stay float32."""
     audio = "audio_tower" in source or "embed_audio" in source
     if len(shape) <= 1 or not name.endswith(".weight") or name.endswith("_norm.weight") or "position_emb" in name:
-        return T.F32
+        return Type.F32
     if audio and (".conv" in source or "_conv" in source):
-        return T.F32
+        return Type.F32
     if name == "v.patch_embd.weight":
-        return T.F16 if wanted is T.F16 else T.F32
-    return tensor_types.fitting(wanted, tensor_types.Shape(name, shape, wanted))
+        return Type.F16 if wanted is Type.F16 else Type.F32
+    return tensor_types.fitting_type(wanted, tensor_types.Row(name, shape, wanted))
 
 
-def _complete(folder: Path, names: set[str], config: Mapping[str, Any]) -> None:
+def _complete(folder: Path, placed: set[str], config: Mapping[str, Any]) -> None:
     """Every part of the tables that the configuration calls for is there; scales and clipping bounds are optional."""
     audio = isinstance(config.get("audio_config"), dict)
-    wanted = set((UNIFIED if _unified(config) else SINGLE).values()) - {"v.std_bias", "v.std_scale"}
+    wanted = set((names.UNIFIED if _unified(config) else names.ENCODERS).values()) - {"v.std_bias", "v.std_scale"}
     if not _unified(config):
-        towers = [("v", config["vision_config"], VISION_LAYER)]
-        towers += [("a", config["audio_config"], AUDIO_LAYER)] if audio else []
+        towers = [("v", config["vision_config"], names.VISION_LAYER)]
+        towers += [("a", config["audio_config"], names.AUDIO_LAYER)] if audio else []
         for start, tower, table in towers:
             parts = set(table.values()) - {"out_scale"}
             wanted |= {f"{start}.blk.{n}.{part}.weight" for n in range(tower["num_hidden_layers"]) for part in parts}
     if not audio:
         wanted = {name for name in wanted if not name.startswith(("a.", "mm.a."))}
-    missing = sorted(wanted - names)
+    missing = sorted(wanted - placed)
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise MtpError(f"{folder}: the projector lacks {', '.join(missing[:3])}{more}; download the weights again.")
+        raise MtpError(f"{folder}: the projector lacks {listed(missing)}; download the weights again.")
 
 
 def _blocks(folder: Path, tensor: Placed, values: Floats) -> Bytes:
@@ -304,15 +230,14 @@ def _blocks(folder: Path, tensor: Placed, values: Floats) -> Bytes:
         raise MtpError(f"{folder}: tensor {tensor.source!r}: {problem}.") from None
 
 
-def _metadata(writer: GGUFWriter, folder: Path, config: Mapping[str, Any], quant: str) -> None:
+def _entries(plan: ProjectorPlan, checkpoint: Checkpoint) -> GGUFWriter:
     """All keys in the order of upstream's converter (conversion/base.py, `MmprojModel`)."""
+    config = plan.settings
     vision, audio, unified = config["vision_config"], config.get("audio_config"), _unified(config)
+    writer = collector("clip", plan.tensors)
     writer.add_type("mmproj")
-    described = gguf.Metadata.load(None, folder, None, total := writer.get_total_parameter_count()[0])
-    described.name = described.name or folder.name
-    described.size_label = described.size_label or gguf.size_label(total, *writer.get_total_parameter_count()[1:])
-    described.set_gguf_meta_model(writer)
-    writer.add_file_type(tensor_types.QUANTS[quant].file_type)
+    add_card(writer, checkpoint)
+    writer.add_file_type(tensor_types.QUANTS[plan.quant].file_type)
     width = int((config.get("text_config") or config)["hidden_size"])
 
     def add(modality: str, settings: Mapping[str, Any], embedding: str, feed_forward: int) -> None:
@@ -334,7 +259,7 @@ def _metadata(writer: GGUFWriter, folder: Path, config: Mapping[str, Any], quant
     else:
         add("vision", vision, "hidden_size", vision["intermediate_size"])
     for key in ("image_mean", "image_std"):
-        writer.add_array(f"clip.vision.{key}", [float(value) for value in config["image_processor"][key]])
+        writer.add_array(f"clip.vision.{key}", [float(value) for value in plan.images[key]])
     if isinstance(audio, dict):
         writer.add_bool("clip.has_audio_encoder", True)
         writer.add_uint32("clip.audio.projection_dim", width)
@@ -349,3 +274,4 @@ def _metadata(writer: GGUFWriter, folder: Path, config: Mapping[str, Any], quant
         writer.add_uint32("clip.audio.num_mel_bins", int(audio.get("input_feat_size", 128)))
         writer.add_float32("clip.audio.attention.layer_norm_epsilon", float(audio.get("rms_norm_eps", 1e-6)))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    return writer

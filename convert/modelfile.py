@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from gemma_mtp.convert.errors import MtpError
 
 # What Gemma 4's generation_config.json says, for checkpoints that come without one.
 SAMPLING = {"temperature": 1.0, "top_k": 64, "top_p": 0.95}
@@ -27,3 +30,15 @@ def modelfile(target: str, drafter: str, generation: Mapping[str, Any], projecto
     lines += [f"PARAMETER {key} {generation.get(key, value):g}" for key, value in SAMPLING.items()]
     lines.append(f"PARAMETER draft_num_predict {DRAFT_NUM_PREDICT}")
     return "\n".join(lines) + "\n"
+
+
+def written_modelfile(folder: Path) -> Path:
+    """The Modelfile that a conversion wrote.
+
+    Raises:
+        MtpError: there is none.
+    """
+    path = folder / "Modelfile"
+    if not path.exists():
+        raise MtpError(f"{folder} has no Modelfile; name the folder that gemma-mtp convert wrote.")
+    return path

@@ -71,6 +71,60 @@ DROPPED = {
 TIED = "the output matrix is the token embedding (tie_word_embeddings)"
 V_IS_K = "full-attention layers take their values from the key projection (attention_k_eq_v)"
 
+# Encoders of images and audio, outside the layers; Hugging Face names without the prefix "model.".
+ENCODERS = {
+    "vision_tower.patch_embedder.input_proj.weight": "v.patch_embd.weight",
+    "vision_tower.patch_embedder.position_embedding_table": "v.position_embd.weight",
+    "vision_tower.std_bias": "v.std_bias",
+    "vision_tower.std_scale": "v.std_scale",
+    "embed_vision.embedding_projection.weight": "mm.input_projection.weight",
+    "audio_tower.subsample_conv_projection.layer0.conv.weight": "a.conv1d.0.weight",
+    "audio_tower.subsample_conv_projection.layer0.norm.weight": "a.conv1d.0.norm.weight",
+    "audio_tower.subsample_conv_projection.layer1.conv.weight": "a.conv1d.1.weight",
+    "audio_tower.subsample_conv_projection.layer1.norm.weight": "a.conv1d.1.norm.weight",
+    "audio_tower.subsample_conv_projection.input_proj_linear.weight": "a.input_projection.weight",
+    "audio_tower.output_proj.weight": "a.pre_encode.out.weight",
+    "audio_tower.output_proj.bias": "a.pre_encode.out.bias",
+    "embed_audio.embedding_projection.weight": "mm.a.input_projection.weight",
+}
+# The 12B has no encoder: patches and frames are projected straight into the text model.
+UNIFIED = {
+    "vision_embedder.patch_dense.weight": "v.patch_embd.weight",
+    "vision_embedder.patch_dense.bias": "v.patch_embd.bias",
+    "vision_embedder.patch_ln1.weight": "v.patch_norm.1.weight",
+    "vision_embedder.patch_ln1.bias": "v.patch_norm.1.bias",
+    "vision_embedder.patch_ln2.weight": "v.patch_norm.2.weight",
+    "vision_embedder.patch_ln2.bias": "v.patch_norm.2.bias",
+    "vision_embedder.pos_embedding": "v.position_embd.weight",
+    "vision_embedder.pos_norm.weight": "v.patch_norm.3.weight",
+    "vision_embedder.pos_norm.bias": "v.patch_norm.3.bias",
+    "embed_vision.embedding_projection.weight": "mm.input_projection.weight",
+    "embed_audio.embedding_projection.weight": "mm.a.input_projection.weight",
+}
+# Once per layer. A clipped linear layer holds its matrix under "linear" and four bounds beside it.
+VISION_LAYER = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_out", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "ln1",
+    "post_attention_layernorm": "attn_post_norm", "pre_feedforward_layernorm": "ln2",
+    "post_feedforward_layernorm": "ffn_post_norm", "layer_scalar": "out_scale",
+}  # fmt: skip
+AUDIO_LAYER = {
+    "feed_forward1.ffw_layer_1": "ffn_up", "feed_forward1.ffw_layer_2": "ffn_down",
+    "feed_forward1.pre_layer_norm": "ffn_norm", "feed_forward1.post_layer_norm": "ffn_post_norm",
+    "feed_forward2.ffw_layer_1": "ffn_up_1", "feed_forward2.ffw_layer_2": "ffn_down_1",
+    "feed_forward2.pre_layer_norm": "ffn_norm_1", "feed_forward2.post_layer_norm": "ffn_post_norm_1",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.post": "attn_out", "self_attn.relative_k_proj": "attn_k_rel",
+    "self_attn.per_dim_scale": "per_dim_scale", "lconv1d.linear_start": "conv_pw1", "lconv1d.linear_end": "conv_pw2",
+    "lconv1d.depthwise_conv1d": "conv_dw", "lconv1d.pre_layer_norm": "conv_norm", "lconv1d.conv_norm": "norm_conv",
+    "norm_pre_attn": "attn_pre_norm", "norm_post_attn": "attn_post_norm", "norm_out": "ln2",
+}  # fmt: skip
+ENCODER_LAYER = re.compile(
+    r"(vision_tower\.encoder|audio_tower)\.layers\.(\d+)\.(.+?)((?:\.linear)?\.weight|\.(?:in|out)put_m(?:in|ax)|)"
+)
+ENCODER_NAME = re.compile(r"model\.(vision_tower|audio_tower|vision_embedder|embed_vision|embed_audio)\.")
+
 
 class Place(NamedTuple):
     """Where a tensor goes: its GGUF name, its row of the tables above, and its layer (None outside the layers)."""
@@ -100,3 +154,17 @@ def place(name: str) -> Place | None:
 def dropped(name: str) -> str | None:
     """The reason why a tensor is left out of every file, or None if it is not."""
     return next((reason for start, reason in DROPPED.items() if short(name).startswith(start)), None)
+
+
+def place_encoder(bare: str, unified: bool) -> str | None:
+    """GGUF name of a tensor of the encoders, its Hugging Face name without "model.", or None if it is not known."""
+    table = UNIFIED if unified else ENCODERS
+    found = ENCODER_LAYER.fullmatch(bare)
+    if bare in table or unified or found is None:
+        return table.get(bare)
+    tower, layer, part, end = found.groups()
+    inner = (VISION_LAYER if tower.startswith("vision") else AUDIO_LAYER).get(part)
+    if inner is None:
+        return None
+    end = ".weight" if end in ("", ".linear.weight") else end
+    return f"{tower[0]}.blk.{layer}.{inner}{end}"

@@ -4,54 +4,81 @@ from __future__ import annotations
 
 import filecmp
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gemma_mtp.convert import link
-from gemma_mtp.convert.link import MtpError, PairError
+from gemma_mtp.convert.link import MtpError
+from gemma_mtp.convert.progress import Progress, counting
 
 if TYPE_CHECKING:
     from gemma_mtp.convert.checkpoint import Checkpoint
+    from gemma_mtp.convert.gguf_io.split import Part
     from gemma_mtp.convert.imatrix import Imatrix
-    from gemma_mtp.convert.plan import Plan
+    from gemma_mtp.convert.mmproj import ProjectorPlan
+    from gemma_mtp.convert.plan import Plan, Planned
     from gemma_mtp.convert.tensor_types import Options
+    from gemma_mtp.convert.write import Output
 
 
-Progress = Callable[[int, int], None]
 Folder = str | os.PathLike[str]
+
+
+class Content(NamedTuple):
+    """What a file holds: its role, "" if another part of it says so; ggml type to number of tensors, most first."""
+
+    role: str
+    types: Mapping[str, int]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What `convert_pair` wrote: the first of the targets and of the drafters, their Modelfile, and all GGUF files."""
+    """What `convert_pair` wrote: the first of the targets and of the drafters, their Modelfile, and all GGUF files.
+
+    `contents` says of each of these what it holds.
+    """
 
     target: Path
     drafter: Path
     modelfile: Path
     files: tuple[Path, ...] = ()
     projector: Path | None = None
+    contents: Mapping[Path, Content] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
 class PairPlan:
-    """What `convert_pair` would write: file name to plan, for each role, and the file name and bytes of the projector.
+    """What `convert_pair` would write: file name to plan, for each role, and the file name and plan of the projector.
 
-    `files` has them all, split ones by their parts.
+    `parts` has for each of these names the files that it becomes, several if it is split.
     """
 
     targets: Mapping[str, Plan]
     drafters: Mapping[str, Plan]
-    files: tuple[str, ...]
-    projector: tuple[str, int] | None = None
+    parts: Mapping[str, Sequence[Part[Planned]]]
+    projector: tuple[str, ProjectorPlan] | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All names of GGUF files, split ones by their parts."""
+        pair = [part.file for parts in self.parts.values() for part in parts]
+        return (*pair, *((self.projector[0],) if self.projector else ()))
+
+    @property
+    def first(self) -> tuple[str, str]:
+        """The files that a user names to load the first target and the first drafter."""
+        target, drafter = (self.parts[next(iter(plans))][0].file for plans in (self.targets, self.drafters))
+        return target, drafter
 
     @property
     def n_bytes(self) -> int:
         """Bytes of all tensors."""
         pair = sum(each.n_bytes for each in (*self.targets.values(), *self.drafters.values()))
-        return pair + (self.projector[1] if self.projector else 0)
+        return pair + (self.projector[1].n_bytes if self.projector else 0)
 
 
 def convert_pair(
@@ -91,6 +118,7 @@ def convert_pair(
         PairError: the two folders do not hold a target and its drafter.
         MtpError: an input is missing, damaged or not supported, an output is there already, or the disk is full.
     """
+    from gemma_mtp.convert.mmproj import write_mmproj
     from gemma_mtp.convert.modelfile import modelfile
     from gemma_mtp.convert.staging import staging
     from gemma_mtp.convert.write import write
@@ -99,37 +127,18 @@ def convert_pair(
     with _open_pair(target_dir, drafter_dir) as (target, drafter):
         weights = _imatrix(imatrix)
         plans = _plan(target, drafter, quant, drafter_quant, name, options, weights is not None, split_max_size, mmproj)
-        first = plan_file(plans.files, plans.targets), plan_file(plans.files, plans.drafters)
-        projector = plans.projector[0] if plans.projector else None
-        source = target.fingerprint()
-        common = {link.KEY_VERSION: link.VERSION}
-        links: list[dict[str, Any]] = [
-            {**common, link.KEY_ROLE: "target", link.KEY_SOURCE: source, link.KEY_PEER: first[1]},
-            {**common, link.KEY_ROLE: "drafter", link.KEY_SOURCE: drafter.fingerprint(), link.KEY_PEER: first[0],
-             link.KEY_TARGET: source},
-        ]  # fmt: skip
-        done = 0
-
-        def count(more: int) -> None:
-            nonlocal done
-            done += more
-            progress(done, plans.n_bytes)
-
+        links = link.entries(plans.first, target.fingerprint(), drafter.fingerprint())
+        qat = options is not None and options.qat
+        more = counting(progress, plans.n_bytes)
         with staging(folder, [*plans.files, "Modelfile"], plans.n_bytes, force) as hidden:
-            roles = (target, plans.targets, links[0], weights), (drafter, plans.drafters, links[1], None)
-            for checkpoint, each, tied, matrix in roles:
-                written = _outputs(hidden, each, tied, matrix, split_max_size, options is not None and options.qat)
-                write(written, checkpoint, count)
-            link.check(link.read_header(hidden / first[0]), link.read_header(hidden / first[1]))
-            if projector and mmproj:
-                from gemma_mtp.convert.mmproj import write_mmproj
-
-                write_mmproj(target.folder, hidden / projector, mmproj, count)
-            text = modelfile(*first, target.generation, projector)
+            write(_outputs(plans, plans.targets, hidden, links[0], weights, qat), target, more)
+            write(_outputs(plans, plans.drafters, hidden, links[1], None, qat), drafter, more)
+            link.check(*(link.read_header(hidden / file) for file in plans.first))
+            if plans.projector:
+                write_mmproj(plans.projector[1], target, hidden / plans.projector[0], more)
+            text = modelfile(*plans.first, target.generation, plans.projector[0] if plans.projector else None)
             (hidden / "Modelfile").write_text(text, encoding="utf-8")
-    files = tuple(folder / file for file in plans.files)
-    found = folder / projector if projector else None
-    return Pair(folder / first[0], folder / first[1], folder / "Modelfile", files, found)
+    return _written_pair(folder, plans)
 
 
 def plan_pair(
@@ -164,22 +173,37 @@ def checked_pair(target_dir: Folder, drafter_dir: Folder) -> Iterator[tuple[Chec
         yield target, drafter
 
 
-def plan_file(files: Sequence[str], plans: Mapping[str, Plan]) -> str:
-    """The file that a user names to load the first of some plans: its first part if it is split."""
-    stem = next(iter(plans)).removesuffix(".gguf")
-    return next(file for file in files if file == f"{stem}.gguf" or file.startswith(f"{stem}-00001-of-"))
+def _written_pair(folder: Path, plans: PairPlan) -> Pair:
+    """What stands in a folder after all of a plan was written."""
+    target, drafter = (folder / file for file in plans.first)
+    contents = {
+        folder / part.file: Content("" if part.index else role, type_counts(part.tensors))
+        for role, plan in (("target", plans.targets), ("drafter", plans.drafters))
+        for file in plan
+        for part in plans.parts[file]
+    }
+    projector = None
+    if plans.projector:
+        projector = folder / plans.projector[0]
+        contents[projector] = Content("projector", type_counts(plans.projector[1].tensors))
+    return Pair(target, drafter, folder / "Modelfile", tuple(contents), projector, contents)
+
+
+def type_counts(tensors: Iterable[Any]) -> dict[str, int]:
+    """Name of a ggml type to the number of tensors that are of it, most first."""
+    return dict(Counter(tensor.type.name for tensor in tensors).most_common())
 
 
 @contextmanager
 def _open_pair(target: Folder, drafter: Folder, headers: bool = False) -> Iterator[tuple[Checkpoint, Checkpoint]]:
     """Both checkpoints, downloaded if they are not there; on request no more of their weights than the headers."""
     from gemma_mtp.convert.checkpoint import open_checkpoint
-    from gemma_mtp.convert.hub import AUTO, official_drafter, resolve, resolve_headers
+    from gemma_mtp.convert.hub import AUTO_DRAFTER, fetch_checkpoint, fetch_headers, official_drafter
 
     source, other = os.fspath(target), os.fspath(drafter)
-    sources = source, official_drafter(source) if other == AUTO else other
+    sources = source, official_drafter(source) if other == AUTO_DRAFTER else other
     with ExitStack() as files:
-        first, second = [resolve_headers(each, files) if headers else resolve(each) for each in sources]
+        first, second = [fetch_headers(each, files) if headers else fetch_checkpoint(each) for each in sources]
         yield files.enter_context(open_checkpoint(first)), files.enter_context(open_checkpoint(second))
 
 
@@ -194,10 +218,11 @@ def _plan(
     name: str | None, options: Options | None, imatrix: bool, split_max_size: int | None, mmproj: str | None,
 ) -> PairPlan:  # fmt: skip
     from gemma_mtp.convert import tensor_types
-    from gemma_mtp.convert.plan import check_pair, parts, plan
+    from gemma_mtp.convert.gguf_io.split import cut
+    from gemma_mtp.convert.plan import check_pair, plan
 
     check_pair(target.config, drafter.config)
-    _same_tokens(target.folder, drafter.folder)
+    _same_tokens(target, drafter)
     chosen = replace(options or tensor_types.DEFAULT, imatrix=imatrix)
     found: list[dict[str, Plan]] = []
     stems = _stems(target.folder, drafter.folder, name)
@@ -207,29 +232,25 @@ def _plan(
     ):
         keys = [tensor_types.find_quant(each) for each in ([quants] if isinstance(quants, str) else quants)]
         found.append({f"{stem}-{key}.gguf": plan(checkpoint.config, checkpoint.index, key, wanted) for key in keys})
-    files = [
-        path.name
+    parts = {
+        file: cut(file.removesuffix(".gguf"), each.tensors, split_max_size)
         for plans in found
         for file, each in plans.items()
-        for path, _ in parts(each, Path(file), split_max_size)
-    ]
+    }
     projector = None
     if mmproj:
         from gemma_mtp.convert.mmproj import plan_mmproj
 
-        n_bytes = sum(tensor.n_bytes for tensor in plan_mmproj(target.folder, mmproj)[1])
-        projector = f"mmproj-{stems[0]}-{mmproj}.gguf", n_bytes
-        files.append(projector[0])
-    return PairPlan(found[0], found[1], tuple(files), projector)
+        projector = f"mmproj-{stems[0]}-{mmproj}.gguf", plan_mmproj(target, mmproj)
+    return PairPlan(found[0], found[1], parts, projector)
 
 
 def _outputs(
-    folder: Path, plans: Mapping[str, Plan], tied: Mapping[str, Any], imatrix: Imatrix | None, most: int | None,
-    qat: bool,
-) -> list[Any]:  # fmt: skip
+    plans: PairPlan, role: Mapping[str, Plan], folder: Path, tied: Mapping[str, Any], imatrix: Imatrix | None, qat: bool
+) -> list[Output]:
     from gemma_mtp.convert.write import Output
 
-    return [Output(each, folder / file, tied, imatrix, most, qat) for file, each in plans.items()]
+    return [Output(each, folder, plans.parts[file], tied, imatrix, qat) for file, each in role.items()]
 
 
 def _stems(target: Path, drafter: Path, name: str | None) -> tuple[str, str]:
@@ -243,16 +264,14 @@ def _stems(target: Path, drafter: Path, name: str | None) -> tuple[str, str]:
     return first, f"{second}-assistant" if second == first else second
 
 
-def _same_tokens(target: Path, drafter: Path) -> None:
-    from gemma_mtp.convert.vocab import Vocabulary
+def _same_tokens(target: Checkpoint, drafter: Checkpoint) -> None:
+    """Check that both have the same tokens; where they have the same file, it is read once."""
+    from gemma_mtp.convert.plan import other_target
 
-    one, other = (folder / "tokenizer.json" for folder in (target, drafter))
+    one, other = (checkpoint.folder / "tokenizer.json" for checkpoint in (target, drafter))
     if one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False):
+        drafter.share_tokenizer(target)
         return
-    ours, theirs = Vocabulary(target).tokens, Vocabulary(drafter).tokens
-    for place, (left, right) in enumerate(zip(ours, theirs, strict=False)):
+    for place, (left, right) in enumerate(zip(target.tokenizer.tokens, drafter.tokenizer.tokens, strict=False)):
         if left != right:
-            raise PairError(
-                f"the drafter is of another target: token {place} is {left!r} in {target}, {right!r} in {drafter}; "
-                "pass the drafter published for this target."
-            )
+            raise other_target(f"token {place} is {left!r} in {target.folder}, {right!r} in {drafter.folder}")

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from gemma_mtp.convert import names, tensor_types
 from gemma_mtp.convert.checkpoint import Source
 from gemma_mtp.convert.config import DrafterConfig, TargetConfig
-from gemma_mtp.convert.gguf_io import types
+from gemma_mtp.convert.errors import MtpError, PairError, listed
+from gemma_mtp.convert.gguf_io.ordered import broken_sizes
 from gemma_mtp.convert.gguf_io.types import Type
-from gemma_mtp.convert.link import DRAFTER_ARCH, TARGET_ARCH, MtpError, PairError
+from gemma_mtp.convert.gguf_io.write import TensorInfo
+from gemma_mtp.convert.link import DRAFTER_ARCH, TARGET_ARCH, Interface, differences
 from gguf import GGUFValueType
 
 Config = TargetConfig | DrafterConfig
@@ -21,20 +22,10 @@ SOURCE_TYPES = {"F32": Type.F32, "F16": Type.F16, "BF16": Type.BF16}
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One tensor to write. `source` is its Hugging Face name, None for what the converter makes itself.
+class Planned(TensorInfo):
+    """One tensor to write, and its Hugging Face name, None for what the converter makes itself."""
 
-    `shape` is as torch has it, [rows, row length].
-    """
-
-    name: str
     source: str | None
-    shape: tuple[int, ...]
-    type: Type
-
-    @property
-    def n_bytes(self) -> int:
-        return types.n_bytes(self.type, self.shape)
 
 
 @dataclass(frozen=True)
@@ -58,35 +49,6 @@ class Plan:
         return sum(prod(tensor.shape) for tensor in self.tensors if tensor.source is not None)
 
 
-@dataclass(frozen=True)
-class Part:
-    """What one file of a split model holds: its place among `count` files, and its tensors."""
-
-    index: int
-    count: int
-    tensors: tuple[Planned, ...]
-
-
-def parts(plan: Plan, path: Path, most: int | None) -> list[tuple[Path, Part]]:
-    """The files of a model: one, or as many as it takes to keep the tensors of each within `most` bytes.
-
-    Parts are named as llama.cpp wants them (`llama_split_path`), and each holds at least one tensor.
-    """
-    groups: list[list[Planned]] = [[]]
-    size = 0
-    for tensor in plan.tensors:
-        if most is not None and groups[-1] and size + tensor.n_bytes > most:
-            groups.append([])
-            size = 0
-        groups[-1].append(tensor)
-        size += tensor.n_bytes
-    count = len(groups)
-    found = [Part(index, count, tuple(group)) for index, group in enumerate(groups)]
-    if count == 1:
-        return [(path, found[0])]
-    return [(path.with_name(f"{path.stem}-{part.index + 1:05d}-of-{count:05d}.gguf"), part) for part in found]
-
-
 def plan(
     config: Config, index: Mapping[str, Source], quant: str, options: tensor_types.Options = tensor_types.DEFAULT
 ) -> Plan:
@@ -103,9 +65,30 @@ def plan(
     """
     if quant not in tensor_types.QUANTS:
         raise MtpError(f"unknown format {quant!r}; choose one of {', '.join(tensor_types.QUANTS)}.")
+    placed, dropped = _place(config, index)
+    if isinstance(config, DrafterConfig) and config.ordered:
+        _check_ordered_tensors(config, index)
+    rows = [tensor_types.Row(name, index[source].shape, SOURCE_TYPES[index[source].dtype])
+            for name, source in placed.items()]  # fmt: skip
+    rows.append(tensor_types.Row(names.ROPE_FREQS, (config.head_dim_full // 2,), Type.F32))
+    rows.sort(key=lambda row: _order(row.name))
+    traits = tensor_types.Traits(config.n_layer, config.n_head // config.n_kv_of(0), config.n_expert or 0)
+    types = tensor_types.choose(rows, quant, traits, options)
+    if not options.imatrix:
+        _check_imatrix(types, quant)
+    return Plan(
+        arch=DRAFTER_ARCH if isinstance(config, DrafterConfig) else TARGET_ARCH,
+        quant=quant,
+        parameters=parameters(config),
+        tensors=tuple(Planned(row.name, row.shape, types[row.name], placed.get(row.name)) for row in rows),
+        dropped=dropped,
+    )
+
+
+def _place(config: Config, index: Mapping[str, Source]) -> tuple[dict[str, str], dict[str, str]]:
+    """GGUF name to Hugging Face name of every tensor to write; and of those left out, the reason."""
     wanted = shapes(config)
-    optional = _optional(config)
-    placed: dict[str, tuple[str, Source]] = {}
+    placed: dict[str, str] = {}
     dropped: dict[str, str] = {}
     for name, source in index.items():
         place = names.place(name)
@@ -116,7 +99,7 @@ def plan(
         if place is None or place.gguf not in wanted:
             raise MtpError(f"{source.file}: unknown tensor {name!r}; this checkpoint is not a Gemma 4 of a known kind.")
         if place.gguf in placed:
-            raise MtpError(f"{source.file}: {name!r} and {placed[place.gguf][0]!r} are both {place.gguf}.")
+            raise MtpError(f"{source.file}: {name!r} and {placed[place.gguf]!r} are both {place.gguf}.")
         if source.dtype not in SOURCE_TYPES:
             raise MtpError(
                 f"{source.file}: {name!r} is {source.dtype}; pass an unquantized one ({', '.join(SOURCE_TYPES)})."
@@ -125,30 +108,11 @@ def plan(
             raise MtpError(
                 f"{source.file}: {name!r} has shape {list(source.shape)}, config.json wants {list(wanted[place.gguf])}."
             )
-        placed[place.gguf] = (name, source)
-    missing = sorted(set(wanted) - set(placed) - optional)
+        placed[place.gguf] = name
+    missing = sorted(set(wanted) - set(placed) - _optional(config))
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise MtpError(f"the checkpoint lacks {', '.join(missing[:3])}{more}; download its weights again.")
-    if isinstance(config, DrafterConfig) and config.ordered:
-        _check_ordered(config, index)
-    rows = [tensor_types.Shape(name, source.shape, SOURCE_TYPES[source.dtype]) for name, (_, source) in placed.items()]
-    rows.append(tensor_types.Shape(names.ROPE_FREQS, (config.head_dim_full // 2,), Type.F32))
-    rows.sort(key=lambda row: _order(row.name))
-    model = tensor_types.Model(config.n_layer, config.n_head // config.n_kv_of(0), config.n_expert or 0)
-    types = tensor_types.choose(rows, quant, model, options)
-    if not options.imatrix:
-        _check_imatrix(types, quant)
-    return Plan(
-        arch=DRAFTER_ARCH if isinstance(config, DrafterConfig) else TARGET_ARCH,
-        quant=quant,
-        parameters=parameters(config),
-        tensors=tuple(
-            Planned(row.name, placed[row.name][0] if row.name in placed else None, row.shape, types[row.name])
-            for row in rows
-        ),
-        dropped=dropped,
-    )
+        raise MtpError(f"the checkpoint lacks {listed(missing)}; download its weights again.")
+    return placed, dropped
 
 
 def _check_imatrix(types: Mapping[str, Type], quant: str) -> None:
@@ -231,7 +195,7 @@ def _optional(config: Config) -> set[str]:
     return {f"blk.{layer}.{name}.weight" for layer in shared for name in ("attn_k", "attn_v", "attn_k_norm")}
 
 
-def _check_ordered(config: DrafterConfig, index: Mapping[str, Source]) -> None:
+def _check_ordered_tensors(config: DrafterConfig, index: Mapping[str, Source]) -> None:
     """The tables of an ordered head: there, of the right shape, and cutting the vocabulary into equal clusters."""
     wanted = {names.CENTROIDS: (config.n_centroids, config.n_embd), names.ORDERING: (config.vocab_size,)}
     for name, shape in wanted.items():
@@ -244,7 +208,7 @@ def _check_ordered(config: DrafterConfig, index: Mapping[str, Source]) -> None:
         kinds = ("I64", "I32") if name == names.ORDERING else tuple(SOURCE_TYPES)
         if index[name].dtype not in kinds:
             raise MtpError(f"{index[name].file}: {name!r} is {index[name].dtype}, wanted {' or '.join(kinds)}.")
-    if config.n_centroids < 1 or config.vocab_size % config.n_centroids or not 0 < config.top_k <= config.n_centroids:
+    if any(broken_sizes(config.vocab_size, config.n_centroids, config.top_k)):
         raise MtpError(
             f"config.json: {config.vocab_size} tokens in {config.n_centroids} clusters, {config.top_k} of them read, "
             "do not make an ordered head."
@@ -314,19 +278,17 @@ def check_pair(target: Config, drafter: Config) -> None:
         raise PairError("the first folder holds a drafter; pass the target first, then its drafter.")
     if not isinstance(drafter, DrafterConfig):
         raise PairError("the second folder holds a target, not a drafter; pass the target first, then its drafter.")
-    compared: dict[str, tuple[Any, Any]] = {
-        "hidden size": (target.n_embd, drafter.backbone),
-        "head size": (target.head_dim_full, drafter.head_dim_full),
-        "sliding head size": (target.head_dim, drafter.head_dim),
-        "KV heads": (target.n_kv, drafter.n_kv),
-        "KV heads of full layers": (target.n_kv_full or target.n_kv, drafter.n_kv_full or drafter.n_kv),
-        "sliding window": (target.sliding_window, drafter.sliding_window),
-        "vocabulary size": (target.vocab_size, drafter.vocab_size),
-        "types of layer": (set(target.layer_types), set(target.layer_types) | set(drafter.layer_types)),
-    }
-    for name, (ours, theirs) in compared.items():
-        if ours != theirs:
-            raise PairError(
-                f"the drafter is of another target: {name} is {ours} in the target, the drafter wants {theirs}; "
-                "pass the drafter published for this target."
-            )
+    for name, ours, theirs in differences(
+        _config_interface(target, target.n_embd), _config_interface(drafter, drafter.backbone)
+    ):
+        raise other_target(f"{name} is {ours} in the target, the drafter wants {theirs}")
+
+
+def other_target(difference: str) -> PairError:
+    """The error that two checkpoints are no pair."""
+    return PairError(f"the drafter is of another target: {difference}; pass the drafter published for this target.")
+
+
+def _config_interface(config: Config, n_embd: int) -> Interface:
+    kinds = {("full" if config.is_full(layer) else "sliding"): config.n_kv_of(layer) for layer in range(config.n_layer)}
+    return Interface(n_embd, config.sliding_window, config.vocab_size, config.head_dim_full, config.head_dim, kinds)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from gemma_mtp.convert import link
 from gemma_mtp.convert.errors import MtpError, PairError
-from gemma_mtp.convert.gguf_io.read import ARRAY, NUMBERS, STRING, UINT32, Header
-from gemma_mtp.convert.hub import resolve
+from gemma_mtp.convert.gguf_io.read import Header
+from gemma_mtp.convert.gguf_io.split import KEY_COUNT
+from gemma_mtp.convert.gguf_io.write import entry
+from gemma_mtp.convert.hub import fetch_checkpoint
 from gemma_mtp.convert.integrity import check_tensors, seal
+from gemma_mtp.convert.progress import Progress, counting
 from gemma_mtp.convert.staging import staging
 
-PIECE = 1 << 24
-Progress = Callable[[int, int], None]
+COPIED_AT_ONCE = 1 << 24
 
 
 def link_files(
@@ -50,7 +51,7 @@ def link_files(
         MtpError: a file is damaged, there already, or cannot be replaced safely.
     """
     ours, theirs = link.read_header(target), link.read_header(drafter)
-    if theirs.metadata.get("split.count", 0) > 1:
+    if theirs.metadata.get(KEY_COUNT, 0) > 1:
         raise MtpError(f"{drafter} is one of several files; join them with llama-gguf-split --merge first.")
     if force:
         kept = {key: value for key, value in theirs.metadata.items() if key != link.KEY_TARGET}
@@ -65,7 +66,7 @@ def link_files(
         link.KEY_HASHES: ["0" * 64] * len(theirs.tensors),
     }
     if ordered_from is not None:
-        values |= _ordered_head(theirs, resolve(str(ordered_from)))
+        values |= _ordered_head(theirs, fetch_checkpoint(str(ordered_from)))
     wanted = drafter if in_place else out or target.parent / f"{drafter.stem}-linked.gguf"
     if in_place and drafter.is_symlink():
         raise MtpError(f"{drafter} is a link to {drafter.resolve()}; name that file, or write another one with -o.")
@@ -73,11 +74,10 @@ def link_files(
         raise MtpError(f"{wanted} is one of the two files; pass --in-place to replace the drafter, or another -o.")
     for _ in check_tensors(theirs):
         pass  # nothing damaged gets hashes that call it sound
-    size = drafter.stat().st_size + sum(len(_entry(key, value)) for key, value in values.items())
+    size = drafter.stat().st_size + sum(len(entry(key, value)) for key, value in values.items())
     with staging(wanted.parent, [wanted.name], size, force or in_place) as hidden:
         rewrite(theirs, values, hidden / wanted.name, progress)
-        seal(hidden / wanted.name)
-        link.check(ours, link.read_header(hidden / wanted.name))
+        link.check(ours, seal(hidden / wanted.name))
         shutil.copymode(drafter, hidden / wanted.name)
     return wanted
 
@@ -87,12 +87,12 @@ def rewrite(header: Header, values: Mapping[str, Any], path: Path, progress: Pro
 
     Args:
         header: of the file to copy.
-        values: metadata to add or to replace: str, int (as 32 bits), list of str, or numpy array.
+        values: metadata to add or to replace, as `entry` takes it.
         path: file to write.
         progress: called with bytes written and bytes in all.
     """
     kept = [span for key, span in header.spans.items() if key not in values]
-    size, done = header.path.stat().st_size - header.data_start, 0
+    more = counting(progress, header.path.stat().st_size - header.data_start)
     with header.path.open("rb") as source, path.open("xb") as file:
 
         def copy(start: int, stop: int) -> None:
@@ -104,33 +104,13 @@ def rewrite(header: Header, values: Mapping[str, Any], path: Path, progress: Pro
         for start, stop in kept:
             copy(start, stop)
         for key, value in values.items():
-            file.write(_entry(key, value))
+            file.write(entry(key, value))
         copy(*header.tensor_table)
         file.write(b"\0" * (-file.tell() % header.alignment))
         source.seek(header.data_start)
-        while piece := source.read(PIECE):
+        while piece := source.read(COPIED_AT_ONCE):
             file.write(piece)
-            done += len(piece)
-            progress(done, size)
-
-
-def _entry(key: str, value: Any) -> bytes:
-    """One metadata entry as GGUF stores it."""
-    if isinstance(value, str):
-        return _text(key) + struct.pack("<I", STRING) + _text(value)
-    if isinstance(value, int):
-        return _text(key) + struct.pack("<II", UINT32, value)
-    if isinstance(value, list):
-        head, body = STRING, b"".join(map(_text, value))
-    else:
-        head = next(kind for kind, dtype in NUMBERS.items() if np.dtype(dtype) == value.dtype)
-        body = value.tobytes()
-    return _text(key) + struct.pack("<IIQ", ARRAY, head, len(value)) + body
-
-
-def _text(value: str) -> bytes:
-    raw = value.encode()
-    return struct.pack("<Q", len(raw)) + raw
+            more(len(piece))
 
 
 def _ordered_head(drafter: Header, folder: Path) -> dict[str, Any]:
@@ -156,4 +136,4 @@ def _ordered_head(drafter: Header, folder: Path) -> dict[str, Any]:
                     raise PairError(f"{folder} holds another drafter than {drafter.path}: {place.gguf} differs.")
         if len(drafter.vocabulary) != checkpoint.config.vocab_size:
             raise PairError(f"{folder} holds another drafter than {drafter.path}: the vocabulary differs in size.")
-        return ordered_head(checkpoint, checkpoint.config)
+        return ordered_head(checkpoint)

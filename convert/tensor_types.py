@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
-from gemma_mtp.convert.gguf_io.types import BLOCKS, UNQUANTIZED, Type, fits
-from gemma_mtp.convert.link import MtpError
+from gemma_mtp.convert.errors import MtpError
+from gemma_mtp.convert.gguf_io.types import BLOCKS, READ_ONLY, UNQUANTIZED, Type, fits
 
 T = Type
 
@@ -46,6 +46,8 @@ QUANTS: Mapping[str, Quant] = {
     "TQ2_0": Quant(T.TQ2_0, 37), "TQ1_0": Quant(T.TQ1_0, 36), "Q2_0": Quant(T.Q2_0, 41), "Q1_0": Quant(T.Q1_0, 40),
 }  # fmt: skip
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+
+PROJECTOR_QUANTS = ("F16", "BF16", "F32", "Q8_0")
 
 # Formats of target and drafter together, and why.
 # cpu: a Q4_0 drafter drafts in 2.3 ms where a Q8_0 one takes 5.5 (E2B's shape, 2 threads, AVX512-VNNI), and what is
@@ -78,7 +80,7 @@ NEED_IMATRIX = {T.IQ2_XXS, T.IQ2_XS, T.IQ1_S}
 VERY_LOW = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ1_S", "IQ1_M")
 
 
-class Shape(NamedTuple):
+class Row(NamedTuple):
     """What the rules look at: GGUF name, shape as torch has it (row length last), type of the source."""
 
     name: str
@@ -86,8 +88,8 @@ class Shape(NamedTuple):
     source: Type
 
 
-class Model(NamedTuple):
-    """What the rules ask about the model: its layers, query heads per KV head of the first layer, experts."""
+class Traits(NamedTuple):
+    """What the rules ask about a model: its layers, query heads per KV head of the first layer, experts."""
 
     n_layer: int
     n_gqa: int
@@ -114,10 +116,10 @@ class Options:
 
 def parse_type(name: str) -> Type:
     """A ggml type by its name, in any case."""
-    try:
-        return Type[name.upper()]
-    except KeyError:
-        raise MtpError(f"unknown type {name!r}; choose one of {', '.join(kind.name for kind in Type)}.") from None
+    known = {kind.name: kind for kind in Type if kind not in READ_ONLY}
+    if name.upper() not in known:
+        raise MtpError(f"unknown type {name!r}; choose one of {', '.join(known)}.")
+    return known[name.upper()]
 
 
 def parse_tensor_type(text: str) -> tuple[str, Type]:
@@ -144,13 +146,13 @@ def find_quant(name: str) -> str:
 DEFAULT = Options()
 
 
-def choose(tensors: Sequence[Shape], quant: str, model: Model, options: Options = DEFAULT) -> dict[str, Type]:
+def choose(tensors: Sequence[Row], quant: str, traits: Traits, options: Options = DEFAULT) -> dict[str, Type]:
     """The type of every tensor of one file.
 
     Args:
         tensors: in the order of the layers, along which the mixtures count.
         quant: a key of `QUANTS`.
-        model: what the rules ask about it.
+        traits: what the rules ask about the model.
         options: what the user wants otherwise.
 
     Returns:
@@ -161,22 +163,22 @@ def choose(tensors: Sequence[Shape], quant: str, model: Model, options: Options 
     """
     names = [tensor.name for tensor in tensors]
     n_attn_v = sum("attn_v.weight" in name for name in names)
-    mixture = _Mixture(quant, model, options, n_attn_v, "output.weight" not in names)
+    mixture = _Mixture(quant, traits, options, n_attn_v, "output.weight" not in names)
     return {tensor.name: _type(tensor, QUANTS[quant], options, mixture) for tensor in tensors}
 
 
-def unquantized(tensor: Shape, base: Type) -> Type:
+def unquantized(tensor: Row, base: Type) -> Type:
     """The type that upstream's converter gives a tensor in a file of F32, F16 or BF16."""
     vector = len(tensor.shape) < 2 or tensor.name.endswith(("_norm.weight", "ffn_gate_inp.weight"))
     return T.F32 if vector or not tensor.name.endswith(".weight") else base
 
 
-def _quantizable(tensor: Shape) -> bool:
+def _quantizable(tensor: Row) -> bool:
     matrix = len(tensor.shape) > 1 and prod(tensor.shape[:-1]) > 1
     return matrix and tensor.name.endswith("weight") and not any(kept in tensor.name for kept in KEPT)
 
 
-def _type(tensor: Shape, quant: Quant, options: Options, mixture: _Mixture) -> Type:
+def _type(tensor: Row, quant: Quant, options: Options, mixture: _Mixture) -> Type:
     name = tensor.name
     if not _quantizable(tensor):
         return unquantized(tensor, tensor.source if quant.quantized else quant.base)
@@ -188,22 +190,22 @@ def _type(tensor: Shape, quant: Quant, options: Options, mixture: _Mixture) -> T
     if not quant.quantized:
         return quant.base
     if named is not None:
-        return fitting(named, tensor)
-    return fitting(quant.base if options.pure else mixture.type(tensor), tensor)
+        return fitting_type(named, tensor)
+    return fitting_type(quant.base if options.pure else mixture.type(tensor), tensor)
 
 
-def _must_fit(tensor: Shape, kind: Type) -> Type:
+def _must_fit(tensor: Row, kind: Type) -> Type:
     if not fits(kind, tensor.shape[-1]):
         raise MtpError(f"{tensor.name} has rows of {tensor.shape[-1]}, which {kind.name} does not fit; choose another.")
     return kind
 
 
-def fitting(wanted: Type, tensor: Shape) -> Type:
+def fitting_type(wanted: Type, tensor: Row) -> Type:
     """`wanted` if its blocks divide the rows of a tensor, else what llama.cpp puts in its place."""
     row = tensor.shape[-1]
     if fits(wanted, row):
         return wanted
-    if wanted not in SMALLER_BLOCKS and BLOCKS[wanted][0] > 32:
+    if wanted not in SMALLER_BLOCKS and BLOCKS[wanted].values > 32:
         raise MtpError(
             f"{tensor.name} has rows of {row}, which blocks of {wanted.name} do not fit, and llama.cpp has no type "
             "to put in its place; choose another format."
@@ -233,13 +235,13 @@ class _Mixture:
     """llama.cpp's mixtures: the types that a format gives to a tensor by its role and its place among its kind."""
 
     quant: str
-    model: Model
+    traits: Traits
     options: Options
     n_attn_v: int
     tied: bool
     seen: Counter[str] = field(default_factory=Counter)
 
-    def type(self, tensor: Shape) -> Type:
+    def type(self, tensor: Row) -> Type:
         base, q = QUANTS[self.quant].base, self.quant
         role = _category(tensor.name)
         if role == "output" or (role == "embedding" and self.tied):
@@ -248,11 +250,11 @@ class _Mixture:
             return T.MXFP4 if len(tensor.shape) > 2 and tensor.shape[0] > 1 else T.Q8_0
         if role == "embedding":
             return EMBEDDING_TYPES.get(q, base)
-        index, count = self.seen[role], self.n_attn_v if role == "attn_v" else self.model.n_layer
+        index, count = self.seen[role], self.n_attn_v if role == "attn_v" else self.traits.n_layer
         self.seen[role] += 1
         if q in VERY_LOW:
             return self._very_low(role, base, index, count)
-        if role != "attn_v" and self.model.n_expert > 1 and tensor.name.startswith("blk."):
+        if role != "attn_v" and self.traits.n_expert > 1 and tensor.name.startswith("blk."):
             index = int(tensor.name.split(".")[1])  # a layer has several tensors of a kind
         if role == "attn_v":
             return self._attn_v(base, index, count)
@@ -260,9 +262,9 @@ class _Mixture:
             return self._ffn_down(base, index, count)
         if role in ("ffn_up", "ffn_gate") and q == "IQ3_XS" and count // 8 <= index < 7 * count // 8:
             return T.IQ3_XXS
-        if role == "attn_output" and self.model.n_expert == 8:
+        if role == "attn_output" and self.traits.n_expert == 8:
             return T.Q5_K if q in EIGHT_EXPERTS_OUTPUT else base
-        if role == "attn_k" and self.model.n_expert == 8:
+        if role == "attn_k" and self.traits.n_expert == 8:
             return T.Q8_0
         return BY_ROLE.get(role, {}).get(q, base)
 
@@ -275,10 +277,10 @@ class _Mixture:
         return T.Q5_K if low else T.Q6_K
 
     def _very_low(self, role: str, base: Type, index: int, count: int) -> Type:
-        q, n_expert = self.quant, self.model.n_expert
+        q, n_expert = self.quant, self.traits.n_expert
         better = T.IQ3_S if q in ("IQ2_S", "IQ2_M") else T.Q2_K
         if role == "attn_v":
-            return T.Q4_K if self.model.n_gqa >= 4 or n_expert >= 4 else better
+            return T.Q4_K if self.traits.n_gqa >= 4 or n_expert >= 4 else better
         if role == "attn_k" and n_expert == 8:
             return T.Q4_K
         if role == "ffn_down":
@@ -290,8 +292,8 @@ class _Mixture:
         return base
 
     def _attn_v(self, base: Type, index: int, count: int) -> Type:
-        q, shared = self.quant, self.model.n_gqa >= 4
-        if self.model.n_expert == 8:
+        q, shared = self.quant, self.traits.n_gqa >= 4
+        if self.traits.n_expert == 8:
             return T.Q8_0
         if q == "Q2_K":
             return T.Q4_K if shared else T.Q3_K
@@ -317,7 +319,7 @@ class _Mixture:
             return T.Q5_K if index < count // 16 else T.Q4_K
         if q in ("Q4_K_M", "Q5_K_M"):
             return T.Q6_K if more_bits(index, count) else base
-        if q == "IQ3_M" and self.model.n_expert == 8 and more_bits(index, count):
+        if q == "IQ3_M" and self.traits.n_expert == 8 and more_bits(index, count):
             return T.Q4_K
         if q in ("Q2_K", "Q3_K_L"):
             return T.Q3_K if q == "Q2_K" else T.Q5_K

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,33 +21,34 @@ import numpy as np
 from gemma_mtp.convert.checkpoint import Checkpoint
 from gemma_mtp.convert.errors import MtpError
 from gemma_mtp.convert.gguf_io import types
+from gemma_mtp.convert.gguf_io.split import Part
 from gemma_mtp.convert.imatrix import Imatrix
-from gemma_mtp.convert.integrity import seal
-from gemma_mtp.convert.metadata import header, padded
-from gemma_mtp.convert.plan import SOURCE_TYPES, Plan, Planned, parts, rope_freqs
+from gemma_mtp.convert.integrity import put_hashes
+from gemma_mtp.convert.metadata import Headers
+from gemma_mtp.convert.plan import SOURCE_TYPES, Plan, Planned, rope_freqs
+from gemma_mtp.convert.progress import More
 from gemma_mtp.convert.qat import regrid
-from gemma_mtp.convert.quantize import Bytes, blocks_of, largest, valid, widen
+from gemma_mtp.convert.quantize import Bytes, blocks_of, largest_magnitude, valid, widen
 from gemma_mtp.convert.tensor_types import EMBEDDINGS
 
 # Values of one piece of work: 8 MiB as float32.
 PIECE = 1 << 21
 # Values in pieces that are begun or wait for their turn to be hashed.
 AHEAD = 3 * PIECE * (os.cpu_count() or 1)
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Output:
-    """One model file to write: its plan, where, metadata of the pair (`mtp.*`), and the largest size of a part.
+    """One model to write: its plan, the folder and the files there, and metadata of the pair (`mtp.*`).
 
     With `qat`, Q4_0 blocks are those of the grid that weights lie on, where there is one.
     """
 
     plan: Plan
-    path: Path
+    folder: Path
+    parts: Sequence[Part[Planned]]
     link: Mapping[str, Any]
     imatrix: Imatrix | None = None
-    part_bytes: int | None = None
     qat: bool = False
 
 
@@ -62,6 +63,14 @@ class _Place(NamedTuple):
     hash: hashlib._Hash
 
 
+class _File(NamedTuple):
+    """An open file, where in its header the hashes belong, and those of its tensors in their order."""
+
+    file: int
+    place: int
+    hashes: Sequence[hashlib._Hash]
+
+
 class _Rows(NamedTuple):
     """Rows [start, stop) of a tensor, counted over all its matrices; never of two experts."""
 
@@ -70,13 +79,13 @@ class _Rows(NamedTuple):
     stop: int
 
 
-def write(outputs: Sequence[Output], checkpoint: Checkpoint, progress: Progress) -> None:
+def write(outputs: Sequence[Output], checkpoint: Checkpoint, more: More) -> None:
     """Write GGUF files; the same input gives the same bytes.
 
     Args:
         outputs: with plans of this checkpoint; the caller keeps the files out of sight until all are whole.
         checkpoint: where the rows come from; each is read once.
-        progress: called with the number of bytes after each piece.
+        more: called with the number of bytes after each piece.
 
     Raises:
         MtpError: the vocabulary does not fit the model, or a tensor holds NaN or infinite values.
@@ -84,18 +93,16 @@ def write(outputs: Sequence[Output], checkpoint: Checkpoint, progress: Progress)
     """
     with ExitStack() as files:
         places: dict[str, list[_Place]] = defaultdict(list)
-        for output in outputs:
-            for name, place in _create(output, checkpoint, files):
-                places[name].append(place)
+        headers = Headers(checkpoint, outputs[0].plan)
+        created = [_create(output, part, headers, files, places) for output in outputs for part in output.parts]
         pool = ThreadPoolExecutor(os.cpu_count() or 1)
         files.callback(pool.shutdown, cancel_futures=True)  # before the files are closed
         for name, made in _in_order(pool, _pieces(outputs[0].plan), places, checkpoint):
             for place, data in zip(places[name], made, strict=True):
                 place.hash.update(data.data)
-            progress(sum(data.nbytes for data in made))
-    for number, output in enumerate(outputs):
-        for path, part in parts(output.plan, output.path, output.part_bytes):
-            seal(path, [places[tensor.name][number].hash.hexdigest() for tensor in part.tensors])
+            more(sum(data.nbytes for data in made))
+        for file in created:
+            put_hashes(file.file, file.place, [each.hexdigest() for each in file.hashes])
 
 
 def _in_order(
@@ -117,19 +124,21 @@ def _in_order(
         yield name, made.result()
 
 
-def _create(output: Output, checkpoint: Checkpoint, files: ExitStack) -> Iterator[tuple[str, _Place]]:
-    """Create the file or the parts of an output, headers first and of their final size."""
-    for path, part in parts(output.plan, output.path, output.part_bytes):
-        tensors = part.tensors
-        start = header(output.plan, part, checkpoint, output.link, output.imatrix)
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        files.callback(os.close, file)
-        _write_all(file, memoryview(start), 0)
-        offset = len(start)
-        for tensor in tensors:
-            yield tensor.name, _Place(file, offset, tensor, output.imatrix, output.qat, hashlib.sha256())
-            offset += padded(tensor.n_bytes)
-        os.ftruncate(file, offset)
+def _create(
+    output: Output, part: Part[Planned], headers: Headers, files: ExitStack, places: Mapping[str, list[_Place]]
+) -> _File:
+    """Create one file of an output, its header first and of its final size; adds the places of its tensors."""
+    head = headers.head(output.plan, part, output.link, output.imatrix)
+    file = os.open(output.folder / part.file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    files.callback(os.close, file)
+    _write_all(file, memoryview(head.raw), 0)
+    offset, hashes = len(head.raw), []
+    for tensor in part.tensors:
+        hashes.append(hashlib.sha256())
+        places[tensor.name].append(_Place(file, offset, tensor, output.imatrix, output.qat, hashes[-1]))
+        offset += types.padded(tensor.n_bytes)
+    os.ftruncate(file, offset)
+    return _File(file, head.hashes, hashes)
 
 
 def _pieces(plan: Plan) -> Iterator[_Rows]:
@@ -154,9 +163,7 @@ def _piece(piece: _Rows, places: Sequence[_Place], checkpoint: Checkpoint) -> li
         size = types.n_bytes(source, (length,))
         raw = checkpoint.read(tensor.source, piece.start * size, (piece.stop - piece.start) * size)
     try:
-        magnitude = largest(raw, source)
-        if np.isinf(magnitude):
-            raise MtpError("it holds NaN or infinite values")
+        magnitude = largest_magnitude(raw, source)
         values = None
         made: dict[Any, Bytes] = {(source, None, qat): raw for qat in (False, True)}
         written = []

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import shapes
 import torch
+from gemma_mtp.convert import sizes
 from gemma_mtp.convert.checkpoint import Source
 from tiny import PAIR
 
@@ -30,9 +31,11 @@ def make(folder: Path, size: float) -> tuple[Path, Path]:
     """Folders of a target and its drafter, made only where they are not there yet."""
     scale = SCALES[size]
     vocab, hidden, layers = scale
-    text = shapes.text(hidden, hidden * 5, 8, 1, **shapes.EDGE, **shapes.layers(layers, 5), use_double_wide_mlp=True)
-    text |= {"vocab_size": vocab, "vocab_size_per_layer_input": vocab, "num_kv_shared_layers": layers // 10 * 5}
-    target = {"architectures": ["Gemma4ForConditionalGeneration"], "model_type": "gemma4", "text_config": text}
+    target = sizes.configs("E2B", layers)[0] | {"model_type": "gemma4"}
+    target["text_config"] |= {
+        "hidden_size": hidden, "intermediate_size": hidden * 5, "vocab_size": vocab,
+        "vocab_size_per_layer_input": vocab, "num_kv_shared_layers": layers // 10 * 5,
+    }  # fmt: skip
     drafter = shapes.drafter_json("E2B") | {"model_type": "gemma4_assistant", "backbone_hidden_size": hidden}
     drafter["text_config"] |= {"vocab_size": vocab, "vocab_size_per_layer_input": 0, "num_key_value_heads": 1}
     folders = folder / f"random-{size}GB", folder / f"random-{size}GB-assistant"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_mtp.convert import MtpError, convert_pair
-from gemma_mtp.convert.random_pair import generate
+from gemma_mtp.convert.random_pair import write_pair
 from gemma_mtp.patches import source
 from gemma_mtp.runtime import Llama, Stats
 from gemma_mtp.runtime.bench import machine
@@ -127,7 +127,7 @@ def felt(chance: float) -> dict[str, Any] | None:
     try:
         with progress() as step:
             making = f"random weights of {SHAPE}'s shape, {LAYERS[layers]} GB, kept in {cache}"
-            files = generate(
+            files = write_pair(
                 SHAPE, cache, layers=None if layers == depth else layers,
                 progress=lambda done, total: step(making, done, total), **formats,
             )  # fmt: skip

@@ -94,12 +94,12 @@ def judge_gguf(path: Path) -> str:
     """Read one GGUF file here and, if it is accepted, with libggml and llama.cpp; what happened, in a word."""
     import llama_cpp
     from gemma_mtp.convert import link
-    from gemma_mtp.convert.cli.files import describe
+    from gemma_mtp.convert.cli.inspect import plain_header
     from gemma_mtp.convert.integrity import verify_files
 
     try:
         header = link.read_header(path)
-        json.dumps(describe(header))
+        json.dumps(plain_header(header))
     except link.MtpError as problem:
         assert "\n" not in str(problem), problem
         return "refused"

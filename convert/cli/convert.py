@@ -1,23 +1,75 @@
-"""The commands that convert a pair and look at the result; each is a thin skin over an importable function."""
+"""The command `gemma-mtp convert`."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
-from gemma_mtp.convert import Pair, convert_pair, link, plan_pair
-from gemma_mtp.convert.cli.files import progress_bar, type_counts
-from gemma_mtp.convert.cli.preview import FORMATS, describe_plan, read_options, read_size, show_plan, type_options
-from gemma_mtp.convert.hub import AUTO, name_of
-from gemma_mtp.convert.modelfile import modelfile
-from gemma_mtp.convert.tensor_types import RECIPES, recipe_of
+from gemma_mtp.convert import Pair, convert_pair, plan_pair
+from gemma_mtp.convert.cli.show import counts_line, describe_plan, progress_bar, show_plan
+from gemma_mtp.convert.errors import MtpError
+from gemma_mtp.convert.hub import AUTO_DRAFTER, name_of
+from gemma_mtp.convert.tensor_types import (
+    ALIASES,
+    PROJECTOR_QUANTS,
+    QUANTS,
+    RECIPES,
+    Options,
+    parse_tensor_type,
+    parse_type,
+    recipe_of,
+)
 
-PROJECTOR_FORMATS = ["F16", "BF16", "F32", "Q8_0"]
+FORMATS = click.Choice([*QUANTS, *ALIASES], case_sensitive=False)
+UNITS = {"M": 10**6, "G": 10**9}
+
+
+def type_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """llama-quantize's options for the types of single tensors, by its names; they are the target's."""
+    for option in reversed((
+        click.option("--imatrix", type=click.Path(path_type=Path), help="Importance matrix of the target."),
+        click.option("--tensor-type", multiple=True, metavar="PATTERN=TYPE",
+                     help="Type of the target's tensors whose names the regular expression is found in; repeatable."),
+        click.option("--token-embedding-type", metavar="TYPE", help="Type of the target's token embeddings."),
+        click.option("--output-tensor-type", metavar="TYPE", help="Type of the target's output matrix."),
+        click.option("--pure", is_flag=True, help="The format's own type for every tensor of the target: no mixture."),
+        click.option("--split-max-size", metavar="N(M|G)", help="Split models larger than that, as llama.cpp does."),
+    )):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def read_options(
+    tensor_type: tuple[str, ...], token_embedding_type: str | None, output_tensor_type: str | None, pure: bool
+) -> Options:
+    """The four options as the rules of types take them.
+
+    Raises:
+        MtpError: a type or a pattern cannot be read.
+    """
+    embedding, output = (
+        None if name is None else parse_type(name) for name in (token_embedding_type, output_tensor_type)
+    )
+    return Options(tuple(map(parse_tensor_type, tensor_type)), embedding, output, pure)
+
+
+def read_size(text: str | None) -> int | None:
+    """Bytes in a size like 500M or 4G, as gguf-split spells it.
+
+    Raises:
+        MtpError: it is not such a size.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"([1-9]\d*)([MG])", text.upper())
+    if found is None:
+        raise MtpError(f"{text!r} is not a size; write for instance --split-max-size 4G or 500M.")
+    return int(found[1]) * UNITS[found[2]]
 
 
 @click.command()
@@ -33,7 +85,7 @@ PROJECTOR_FORMATS = ["F16", "BF16", "F32", "Q8_0"]
               "[default: qat for *-qat-q4_0-unquantized, else gpu]")  # fmt: skip
 @type_options
 @click.option("--mmproj", is_flag=True, help="Convert the projector too: vision, and audio where there is one.")
-@click.option("--mmproj-quant", type=click.Choice(PROJECTOR_FORMATS, case_sensitive=False), default="F16",
+@click.option("--mmproj-quant", type=click.Choice(PROJECTOR_QUANTS, case_sensitive=False), default="F16",
               show_default=True, help="Format of the projector.")  # fmt: skip
 @click.option("--name", help="Start of the file names. [default: the names of the two folders]")
 @click.option("--force", is_flag=True, help="Replace files of the same names.")
@@ -65,7 +117,7 @@ def convert(
         raise click.UsageError("pass the drafter once, as second argument or with --drafter.")
     recipe = recipe or recipe_of(name_of(target))
     formats = RECIPES[recipe]
-    sources = target, drafter or named or AUTO
+    sources = target, drafter or named or AUTO_DRAFTER
     chosen = quant or formats[:1], drafter_quant or formats[1:]
     options: dict[str, Any] = {
         "options": replace(
@@ -79,12 +131,8 @@ def convert(
         plans = plan_pair(*sources, *chosen, name, **options)
         click.echo(json.dumps(describe_plan(plans))) if as_json else show_plan(plans)
         return
-    with progress_bar("converting") as bar:
-        task = bar.add_task("", total=None)
-        pair = convert_pair(
-            *sources, out, *chosen, name, force,
-            lambda done, total: bar.update(task, completed=done, total=total), **options,
-        )  # fmt: skip
+    with progress_bar("converting") as progress:
+        pair = convert_pair(*sources, out, *chosen, name, force, progress, **options)
     _report(pair, as_json)
 
 
@@ -101,62 +149,8 @@ def _report(pair: Pair, as_json: bool) -> None:
     for heading in ("", "file", "MB", "types"):
         table.add_column(heading, justify="right" if heading == "MB" else "left", overflow="fold")
     for path in pair.files:
-        header = link.read_header(path)
-        role = "projector" if path == pair.projector else str(header.metadata.get(link.KEY_ROLE, ""))
-        table.add_row(role, path.name, f"{path.stat().st_size / 1e6:.1f}", type_counts(header))
+        role, types = pair.contents[path]
+        table.add_row(role, path.name, f"{path.stat().st_size / 1e6:.1f}", counts_line(types))
     table.add_row("Ollama", pair.modelfile.name, "", "")
     click.echo(f"{pair.target.parent}:")
     Console().print(table)
-
-
-@click.command("modelfile")
-@click.argument("out", type=click.Path(path_type=Path, exists=True))
-def modelfile_command(out: Path) -> None:
-    """Print the Modelfile of a converted or linked pair.
-
-    OUT is the folder that convert wrote, or the GGUF file of a target with its linked drafter beside it.
-
-    \b
-    Examples:
-      gemma-mtp modelfile out
-      gemma-mtp modelfile gemma-4-E2B-it-Q4_K_M.gguf > Modelfile
-    """
-    if out.is_dir():
-        click.echo(_modelfile(out).read_text(encoding="utf-8"), nl=False)
-        return
-    drafter = link.find_drafter(out)
-    if drafter is None:
-        raise link.PairError(f"{out} has no linked drafter beside it; run gemma-mtp link first.")
-    click.echo(modelfile(out.name, drafter.name, {}), nl=False)
-
-
-def _modelfile(out: Path) -> Path:
-    path = out / "Modelfile"
-    if not path.exists():
-        raise link.MtpError(f"{out} has no Modelfile; name the folder that gemma-mtp convert wrote.")
-    return path
-
-
-@click.group()
-def ollama() -> None:
-    """Hand a converted pair to Ollama."""
-
-
-@ollama.command()
-@click.argument("name")
-@click.argument("out", type=click.Path(path_type=Path, exists=True, file_okay=False))
-def create(name: str, out: Path) -> None:
-    """Run `ollama create NAME` with the Modelfile in OUT.
-
-    \b
-    Example:
-      gemma-mtp ollama create gemma-4-e2b out && ollama run gemma-4-e2b
-    """
-    path = _modelfile(out)
-    program = shutil.which("ollama")
-    if program is None:
-        raise link.MtpError(f"ollama is not installed; get it from https://ollama.com/download, then run: "
-                            f"ollama create {name} -f {path}")  # fmt: skip
-    done = subprocess.run([program, "create", name, "-f", path], check=False)
-    if done.returncode:
-        raise link.MtpError(f"ollama create ended with status {done.returncode}.")

@@ -21,19 +21,11 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 from gemma_mtp.convert.errors import MtpError
-from gemma_mtp.convert.gguf_io.types import BLOCKS
+from gemma_mtp.convert.gguf_io.types import ALIGNMENT, BLOCKS, Type, fits, n_bytes, padded
 
 # Number in the file: numpy type. 8 is a string, 9 an array.
 NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
-STRING, ARRAY = 8, 9
-UINT32 = 4
-DEFAULT_ALIGNMENT = 32
-# Number of a ggml type in the file: name, elements of a block, bytes of a block. Beside the types that we write, those
-# that others may; Q8_1 and Q8_K are never stored.
-TYPES: dict[int, tuple[str, int, int]] = {
-    **{int(kind): (kind.name, *size) for kind, size in BLOCKS.items()},
-    24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8), 40: ("NVFP4", 64, 36),
-}  # fmt: skip
+UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
 # Bounds far above any model's: they keep a hostile file from costing minutes or gigabytes.
 MAX_COUNT = 1 << 16  # keys, and tensors
 MAX_ELEMENTS = 1 << 24  # of one array
@@ -49,7 +41,7 @@ _u32, _u64 = struct.Struct("<I").unpack_from, struct.Struct("<Q").unpack_from
 class Tensor:
     """One tensor of a GGUF file: ggml type, shape in ggml's order (row length first), and bytes within the file."""
 
-    type: int
+    type: Type
     shape: tuple[int, ...]
     offset: int
     size: int
@@ -57,10 +49,6 @@ class Tensor:
     @property
     def elements(self) -> int:
         return prod(self.shape)
-
-    @property
-    def type_name(self) -> str:
-        return TYPES[self.type][0]
 
 
 @dataclass(frozen=True)
@@ -78,7 +66,7 @@ class Header:
     spans: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
     tensor_table: tuple[int, int] = (0, 0)
     data_start: int = 0
-    alignment: int = DEFAULT_ALIGNMENT
+    alignment: int = ALIGNMENT
 
     def of_arch(self, key: str, default: Any = None) -> Any:
         """Metadata under the architecture's own prefix: `of_arch("block_count")` is `gemma4.block_count`."""
@@ -185,7 +173,7 @@ class _Reader:
         dtype = np.dtype(NUMBERS[kind])
         start = self.need(count * dtype.itemsize, key)
         raw = self.data[start : self.at]
-        return np.frombuffer(raw, np.uint8) != 0 if kind == 7 else np.frombuffer(raw, dtype)
+        return np.frombuffer(raw, np.uint8) != 0 if kind == BOOL else np.frombuffer(raw, dtype)
 
     def strings(self, count: int, key: str) -> Strings:
         if 8 * count > self.size - self.at:
@@ -204,7 +192,7 @@ class _Reader:
         starts[count] = at + 8
         return Strings(data[first:at], starts - first)
 
-    def tensor(self, number: int) -> tuple[str, int, tuple[int, ...], int]:
+    def tensor(self, number: int) -> tuple[str, Type, tuple[int, ...], int]:
         """Name, type, shape and offset of one tensor."""
         name = self.name(f"the name of tensor {number}", MAX_NAME)
         n_dims = self.u32(f"the number of dimensions of {name!r}")
@@ -213,14 +201,15 @@ class _Reader:
         shape = [self.u64(f"a dimension of {name!r}", (1 << 63) - 1, 1) for _ in range(n_dims)] or [1]
         while len(shape) > 1 and shape[-1] == 1:
             shape.pop()
-        kind = self.u32(f"the type of {name!r}")
-        if kind not in TYPES:
-            raise self.fail(f"tensor {name!r} has type {kind}, which this version of llama.cpp does not know")
+        number = self.u32(f"the type of {name!r}")
+        if number not in BLOCKS:
+            raise self.fail(f"tensor {name!r} has type {number}, which this version of llama.cpp does not know")
+        kind = Type(number)
         if prod(shape) >= 1 << 63:
             raise self.fail(f"tensor {name!r} has shape {shape}, more elements than 64 bits count")
-        type_name, block, _ = TYPES[kind]
-        if shape[0] % block:
-            raise self.fail(f"tensor {name!r} has rows of {shape[0]}, wanted a multiple of {block} for {type_name}")
+        if not fits(kind, shape[0]):
+            wanted = f"a multiple of {BLOCKS[kind].values} for {kind.name}"
+            raise self.fail(f"tensor {name!r} has rows of {shape[0]}, wanted {wanted}")
         return name, kind, tuple(shape), _u64(self.data, self.need(8, f"the offset of {name!r}"))[0]
 
 
@@ -255,11 +244,11 @@ def _header(reader: _Reader) -> Header:
     arch = metadata.get("general.architecture", "")
     if not isinstance(arch, str):
         raise reader.fail(f"general.architecture is {arch!r}, wanted a string")
-    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    alignment = metadata.get("general.alignment", ALIGNMENT)
     table = reader.at
     tensors = [reader.tensor(number) for number in range(n_tensors)]
     end = reader.at
-    start = end + -end % alignment
+    start = padded(end, alignment)
     return Header(
         reader.path, arch, metadata, _placed(reader, tensors, start, alignment), spans, (table, end), start, alignment
     )
@@ -285,7 +274,7 @@ def _metadata(reader: _Reader, count: int) -> tuple[dict[str, Any], dict[str, tu
 
 
 def _placed(
-    reader: _Reader, tensors: list[tuple[str, int, tuple[int, ...], int]], start: int, alignment: int
+    reader: _Reader, tensors: list[tuple[str, Type, tuple[int, ...], int]], start: int, alignment: int
 ) -> dict[str, Tensor]:
     """The tensors with their bytes: one after the other, no gap, no overlap, none beyond the end of the file."""
     placed: dict[str, Tensor] = {}
@@ -295,13 +284,12 @@ def _placed(
             raise reader.fail(f"the tensor {name!r} is there twice")
         if offset != wanted:
             raise reader.fail(f"tensor {name!r} begins at {offset} of the weights, wanted {wanted}")
-        _, block, n_bytes = TYPES[kind]
-        size = prod(shape) // block * n_bytes
+        size = n_bytes(kind, shape)
         if start + offset + size > reader.size:
             raise MtpError(
                 f"{reader.path} is cut off: tensor {name!r} ends at byte {start + offset + size}, the file has "
                 f"{reader.size}; copy or convert it again."
             )
         placed[name] = Tensor(kind, shape, start + offset, size)
-        wanted += size + -size % alignment
+        wanted += padded(size, alignment)
     return placed

@@ -11,11 +11,11 @@ from typing import Any
 
 import click
 from gemma_mtp.convert import link
+from gemma_mtp.convert.sizes import SIZES
 from gemma_mtp.runtime.bench.settings import PROMPTS, WARM_TOKENS, Chance, Settings
 from gemma_mtp.runtime.pair import drafter_of
 from gemma_mtp.runtime.request import checked_length
 
-SHAPES = ("E2B", "E4B", "12B", "26B-A4B", "31B")
 DEFAULT_ACCEPTANCE = "0.35,0.6,0.8,0.95"
 
 
@@ -50,7 +50,7 @@ def fixed_length(text: str) -> int:
 
 @click.command()
 @click.argument("pair", type=click.Path(exists=True, path_type=Path), required=False)
-@click.option("--shape", type=click.Choice(SHAPES), help="Measure random weights of this shape instead of a pair.")
+@click.option("--shape", type=click.Choice(list(SIZES)), help="Measure random weights of this shape instead of a pair.")
 @click.option("-q", "--quant", default="Q4_0", show_default=True, help="With --shape: format of the target.")
 @click.option("--drafter-quant", default="Q4_0", show_default=True, help="With --shape: format of the drafter.")
 @click.option("--drafter-head", metavar="TYPE", help="With --shape: type of the drafter's output matrix.")

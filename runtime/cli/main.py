@@ -17,11 +17,11 @@ import click
 # does without libllama, generating without the packages of the extra "convert".
 COMMANDS = {
     "convert": "gemma_mtp.convert.cli.convert:convert",
-    "link": "gemma_mtp.convert.cli.files:link_command",
-    "inspect": "gemma_mtp.convert.cli.files:inspect",
-    "verify": "gemma_mtp.convert.cli.files:verify",
-    "modelfile": "gemma_mtp.convert.cli.convert:modelfile_command",
-    "ollama": "gemma_mtp.convert.cli.convert:ollama",
+    "link": "gemma_mtp.convert.cli.link:link_command",
+    "inspect": "gemma_mtp.convert.cli.inspect:inspect",
+    "verify": "gemma_mtp.convert.cli.verify:verify_command",
+    "modelfile": "gemma_mtp.convert.cli.modelfile:modelfile_command",
+    "ollama": "gemma_mtp.convert.cli.ollama:ollama",
     "launch": "gemma_mtp.convert.cli.launch:launch",
     "run": "gemma_mtp.runtime.cli.run:run",
     "chat": "gemma_mtp.runtime.cli.chat:chat",
@@ -41,8 +41,8 @@ def imported(where: str) -> Any:
 
 
 def random_pair(*arguments: Any, **options: Any) -> Any:
-    """`gemma_mtp.convert.random_pair.generate`, which the context hands to bench."""
-    return imported("gemma_mtp.convert.random_pair:generate")(*arguments, **options)
+    """`gemma_mtp.convert.random_pair.write_pair`, which the context hands to bench."""
+    return imported("gemma_mtp.convert.random_pair:write_pair")(*arguments, **options)
 
 
 # What asks a program to end, beside Ctrl-C, and what is said then. Windows has no SIGHUP.

@@ -27,7 +27,7 @@ from gemma_mtp.convert.engines import ENGINES, VLLM, SGLang
 from gemma_mtp.convert.errors import MtpError
 from gemma_mtp.runtime.cli.main import main
 from hub import run_against, serving
-from tiny import PAIR, edit_json
+from tiny import PAIR, SIZES, edit_json
 
 FOLDERS = PAIR / "gemma-4-demo", PAIR / "gemma-4-demo-assistant"
 BOTH = pytest.mark.parametrize("engine", ENGINES)
@@ -53,10 +53,10 @@ def sparse_pair(root: Path, size: str) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
     root = tmp_path_factory.mktemp("published sizes")  # a name that a shell has to see quoted
-    return {size: sparse_pair(root, size) for size in shapes.TARGETS}
+    return {size: sparse_pair(root, size) for size in SIZES}
 
 
-@pytest.mark.parametrize("size", shapes.TARGETS)
+@pytest.mark.parametrize("size", SIZES)
 def test_print_for_vllm(size: str, pairs: dict[str, tuple[Path, Path]]) -> None:
     target, drafter = pairs[size]
     done = run("vllm", target, drafter, "--print", "--", "--max-model-len", "8192")
@@ -68,7 +68,7 @@ def test_print_for_vllm(size: str, pairs: dict[str, tuple[Path, Path]]) -> None:
     assert json.loads(drafting) == {"method": "mtp", "model": str(drafter), "num_speculative_tokens": length}
 
 
-@pytest.mark.parametrize("size", shapes.TARGETS)
+@pytest.mark.parametrize("size", SIZES)
 def test_print_for_sglang(size: str, pairs: dict[str, tuple[Path, Path]]) -> None:
     target, drafter = pairs[size]
     done = run("sglang", target, "--print", "--port", "30000", "--draft-length", "5", "--", "--tp-size", "2")
@@ -82,7 +82,7 @@ def test_print_for_sglang(size: str, pairs: dict[str, tuple[Path, Path]]) -> Non
 
 
 def test_the_12b_is_known_by_its_drafter(pairs: dict[str, tuple[Path, Path]]) -> None:
-    assert {size: launch.check(*map(str, pair)).unified for size, pair in pairs.items()} == {
+    assert {size: launch.checked(*map(str, pair)).unified for size, pair in pairs.items()} == {
         size: size == "12B" for size in pairs
     }
 
@@ -386,7 +386,7 @@ def test_a_port_that_is_taken(launched: Started) -> None:
 
 @pytest.mark.parametrize(("host", "url"), [("0.0.0.0", "http://127.0.0.1:1"), ("::", "http://[::1]:1")])
 def test_who_listens_everywhere_is_asked_at_home(host: str, url: str) -> None:
-    assert launch.Api(host, 1, None).url == url
+    assert launch.EngineApi(host, 1, None).url == url
 
 
 def says(text: str | None) -> Callable[[str], str | None]:

@@ -18,7 +18,9 @@ import transformers
 from click.testing import CliRunner
 from faulty import edit_weights
 from gemma_mtp.convert import MtpError, convert_pair
-from gemma_mtp.convert.mmproj import FORMATS, write_mmproj
+from gemma_mtp.convert.checkpoint import open_checkpoint
+from gemma_mtp.convert.mmproj import plan_mmproj, write_mmproj
+from gemma_mtp.convert.tensor_types import PROJECTOR_QUANTS
 from gemma_mtp.runtime.cli.main import main
 from hub import run_against, serving
 from tiny import PAIR, TEXT
@@ -31,6 +33,12 @@ AUDIO = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "o
          "subsampling_conv_channels": (8, 4)}  # fmt: skip
 DENSE = {key: value for key, value in TEXT.items() if "per_layer" not in key and key not in ("use_double_wide_mlp",)}
 KINDS = ["E2B", "31B", "12B"]
+
+
+def project(folder: Path, path: Path, quant: str = "F16") -> None:
+    """Write the projector of a folder, and nothing else."""
+    with open_checkpoint(folder) as checkpoint:
+        write_mmproj(plan_mmproj(checkpoint, quant), checkpoint, path)
 
 
 def make(kind: str, folder: Path) -> Path:
@@ -85,7 +93,7 @@ def theirs(made: Callable[[str], Path], upstream: Path, tmp_path_factory: pytest
             str(root / f"{kind}-{quant}.gguf"),
         ]
         for kind in KINDS
-        for quant in FORMATS
+        for quant in PROJECTOR_QUANTS
     ]
     code = (
         "import json, runpy, sys\n"
@@ -99,12 +107,12 @@ def theirs(made: Callable[[str], Path], upstream: Path, tmp_path_factory: pytest
     return root
 
 
-@pytest.mark.parametrize("quant", FORMATS)
+@pytest.mark.parametrize("quant", PROJECTOR_QUANTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_file_is_upstreams_byte_for_byte(
     kind: str, quant: str, made: Callable[[str], Path], theirs: Path, tmp_path: Path
 ) -> None:
-    write_mmproj(made(kind), tmp_path / "ours.gguf", quant)
+    project(made(kind), tmp_path / "ours.gguf", quant)
     assert (tmp_path / "ours.gguf").read_bytes() == (theirs / f"{kind}-{quant}.gguf").read_bytes()
 
 
@@ -115,7 +123,7 @@ def test_a_pair_with_its_projector(made: Callable[[str], Path], tiny: dict[str, 
     assert done.exit_code == 0, done.output
     projector = tmp_path / "out" / "mmproj-E2B-F16.gguf"
     assert projector.name in done.stdout
-    write_mmproj(made("E2B"), tmp_path / "alone.gguf", "F16")
+    project(made("E2B"), tmp_path / "alone.gguf", "F16")
     assert projector.read_bytes() == (tmp_path / "alone.gguf").read_bytes()
     lines = (tmp_path / "out" / "Modelfile").read_text().splitlines()
     assert lines[:3] == [
@@ -214,7 +222,7 @@ def test_what_has_no_projector(tiny: dict[str, Path], made: Callable[[str], Path
     with pytest.raises(MtpError, match="no projector"):
         convert_pair(tiny["target"], tiny["dense"], tmp_path / "out", mmproj="F16")
     with pytest.raises(MtpError, match="unknown format 'Q4_0'"):
-        write_mmproj(made("31B"), tmp_path / "x.gguf", "Q4_0")
+        project(made("31B"), tmp_path / "x.gguf", "Q4_0")
     assert not list(tmp_path.iterdir())
 
 
@@ -249,4 +257,4 @@ def test_without_the_image_processors_settings(made: Callable[[str], Path], tmp_
     (folder / "processor_config.json").unlink()
     (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
     with pytest.raises(MtpError, match="image_std"):
-        write_mmproj(folder, tmp_path / "x.gguf")
+        project(folder, tmp_path / "x.gguf")

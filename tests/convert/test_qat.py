@@ -122,7 +122,7 @@ def test_a_conversion_keeps_the_grid(tmp_path: Path) -> None:
             (drafter, sources[1], "model.layers.0.self_attn.q_proj.weight"),
         ):
             tensor = link.read_header(path).tensors["blk.0.attn_q.weight"]
-            assert tensor.type_name == "Q4_0"
+            assert tensor.type is Type.Q4_0
             blocks = np.fromfile(path, np.uint8, tensor.size, offset=tensor.offset)
             weights = source[of].float().numpy().reshape(-1, 32)
             assert np.array_equal(bf16(value(blocks)), weights) == (recipe == ())

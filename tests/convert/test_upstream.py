@@ -52,7 +52,7 @@ def test_a_dense_drafter_is_upstreams(tiny: dict[str, Path], converted: Upstream
 
 @pytest.mark.skipif(os.name != "posix", reason="needs sparse files")
 @pytest.mark.parametrize("role", ["target", "drafter"])
-@pytest.mark.parametrize("size", shapes.TARGETS)
+@pytest.mark.parametrize("size", SIZES)
 def test_types_of_the_real_shapes_are_the_quantizers(
     size: str, role: str, llama_quantize: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

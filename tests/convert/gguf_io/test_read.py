@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from gemma_mtp.convert import Pair, link
 from gemma_mtp.convert.errors import MtpError
-from gemma_mtp.convert.gguf_io.read import TYPES, Header, read
+from gemma_mtp.convert.gguf_io.read import Header, read
+from gemma_mtp.convert.gguf_io.types import BLOCKS, Type
 from gemma_mtp.convert.integrity import first_bad_block
 from gemma_mtp.convert.relink import rewrite
 from llama_cpp import llama_cpp as lib
@@ -174,8 +175,8 @@ def test_an_ordered_head_that_makes_no_sense(
 
 def test_sizes_of_blocks_are_libggmls() -> None:
     lib._lib.ggml_type_size.restype = lib._lib.ggml_blck_size.restype = ctypes.c_int64
-    for kind, (name, block, size) in TYPES.items():
-        assert (lib._lib.ggml_blck_size(kind), lib._lib.ggml_type_size(kind)) == (block, size), name
+    for kind, (block, size, _) in BLOCKS.items():
+        assert (lib._lib.ggml_blck_size(kind), lib._lib.ggml_type_size(kind)) == (block, size), kind.name
 
 
 def test_bad_blocks_are_libggmls(capfd: pytest.CaptureFixture[str]) -> None:
@@ -184,7 +185,7 @@ def test_bad_blocks_are_libggmls(capfd: pytest.CaptureFixture[str]) -> None:
     validate.restype, validate.argtypes = ctypes.c_bool, [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
     rng = np.random.default_rng(0)
     verdicts = set()
-    for kind, (name, _, size) in TYPES.items():
+    for kind, (_, size, _) in BLOCKS.items():
         for place in range(size + 40):
             blocks = rng.integers(0, 60, (4, size), np.uint8)  # small exponents: nothing but what is put there is bad
             blocks[2, place % size : place % size + 2] = 0xFF
@@ -192,8 +193,8 @@ def test_bad_blocks_are_libggmls(capfd: pytest.CaptureFixture[str]) -> None:
                 blocks = rng.integers(0, 256, (4, size), np.uint8)
             data = np.ascontiguousarray(blocks).reshape(-1)
             fine = first_bad_block(data, kind) is None
-            if name != "F64":  # libggml looks at those as float32
-                assert fine == validate(kind, data.ctypes.data, data.nbytes), (name, place)
+            if kind is not Type.F64:  # libggml looks at those as float32
+                assert fine == validate(kind, data.ctypes.data, data.nbytes), (kind.name, place)
             verdicts.add(fine)
     assert verdicts == {True, False}
     capfd.readouterr()

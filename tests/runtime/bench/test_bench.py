@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from gemma_mtp.convert import Pair, link, random_pair
+from gemma_mtp.convert import Pair, link, random_pair, sizes
 from gemma_mtp.convert.integrity import verify_files
 from gemma_mtp.patches import stock
 from gemma_mtp.runtime import native
@@ -184,7 +184,7 @@ def test_best_length_weighs_cost_and_acceptance() -> None:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
     """E2B's shape cut to five layers, 800 MB."""
-    target, drafter = random_pair.generate("E2B", tmp_path_factory.mktemp("shapes"), layers=5)
+    target, drafter = random_pair.write_pair("E2B", tmp_path_factory.mktemp("shapes"), layers=5)
     yield target, drafter
     target.unlink()
 
@@ -193,7 +193,7 @@ def test_random_weights_are_a_linked_pair_at_true_shape(small: tuple[Path, Path]
     target, drafter = (link.read_header(path) for path in small)
     verify_files(small[0])  # every block finite, the link checked
     assert link.find_drafter(target.path) == drafter.path
-    assert target.metadata[random_pair.KEY_SEED] == target.metadata[measure.KEY_SEED] == 0
+    assert target.metadata[link.KEY_SEED] == 0
     assert target.tensors["token_embd.weight"].shape == (1536, 262144)
     assert target.tensors["blk.4.ffn_down.weight"].shape == (6144, 1536)
     assert drafter.metadata[link.KEY_N_CENTROIDS] == 2048
@@ -202,7 +202,7 @@ def test_random_weights_are_a_linked_pair_at_true_shape(small: tuple[Path, Path]
     again = tmp_path / small[0].parent.name / small[0].name
     again.parent.mkdir()
     again.touch()
-    made = random_pair.generate("E2B", tmp_path, layers=5)
+    made = random_pair.write_pair("E2B", tmp_path, layers=5)
     assert made[0].stat().st_size == 0
     assert made[1].read_bytes() == small[1].read_bytes()
 
@@ -214,13 +214,13 @@ def test_killed_while_making_random_weights(small: tuple[Path, Path], tmp_path: 
     (folder / small[0].name).touch()
     code = (
         "import os, signal, sys; from pathlib import Path; from gemma_mtp.convert import random_pair\n"
-        "random_pair.seal = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "random_pair.generate('E2B', Path(sys.argv[1]), layers=5)"
+        "random_pair.put_hashes = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "random_pair.write_pair('E2B', Path(sys.argv[1]), layers=5)"
     )
     assert subprocess.run([sys.executable, "-c", code, tmp_path], check=False).returncode == -signal.SIGKILL
     (left,) = [path for path in folder.iterdir() if path.name != small[0].name]
     assert left.name.startswith(".")
-    random_pair.generate("E2B", tmp_path, layers=5)
+    random_pair.write_pair("E2B", tmp_path, layers=5)
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in small)
 
 
@@ -238,17 +238,17 @@ def test_random_weights_generate_with_mtp(small: tuple[Path, Path], library: Pat
         assert found["seconds"] >= stats["pass_seconds"] + stats["draft_seconds"] > 0
 
 
-@pytest.mark.parametrize("shape", list(random_pair.SHAPES))
+@pytest.mark.parametrize("shape", list(sizes.SIZES))
 def test_every_shape_is_planned_whole_and_shortened(shape: str) -> None:
-    spec = random_pair.SHAPES[shape]
+    spec = sizes.SIZES[shape]
     for layers in (None, spec.period, 2 * spec.period):
-        target, drafter = random_pair.configs(shape, layers)
+        target, drafter = sizes.configs(shape, layers)
         text = target["text_config"]
         assert len(text["layer_types"]) == text["num_hidden_layers"]
         assert (text["num_hidden_layers"] - text["num_kv_shared_layers"]) % spec.period == 0
         assert drafter["backbone_hidden_size"] == text["hidden_size"]
     with pytest.raises(link.MtpError, match=f"multiple of {spec.period}"):
-        random_pair.configs(shape, spec.period + 1)
+        sizes.configs(shape, spec.period + 1)
 
 
 @pytest.mark.parametrize(

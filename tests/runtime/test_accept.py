@@ -32,7 +32,6 @@ def test_every_draft_gives_the_targets_tokens() -> None:
 def test_choices_are_made_only_when_asked_for() -> None:
     choices = walk([1, 2], lambda i: i + 1)
     assert next(choices) == (1, True)
-    choices.close()
 
 
 def test_draft_fits_context_and_batch() -> None:

@@ -100,6 +100,7 @@ TEXT: dict[str, Call] = {
         MESSAGES, **GREEDY, functions=[TOOLS[0]["function"]], function_call={"name": "look"}
     ),
 }
+OURS = {"mtp", "draft_length", "chat_template_kwargs"}
 SAMPLED = {"temperature": 0.9, "max_tokens": 16, "seed": 5}
 SHAPE: dict[str, Call] = {
     "sampled": lambda llm: llm(PROMPT, **SAMPLED),
@@ -184,7 +185,6 @@ def test_the_same_keys_and_types(call: Call, mtp: Llama, stock: llama_cpp.Llama)
 
 
 METHODS = [name for name, kind in inspect.getmembers(llama_cpp.Llama, callable) if not name.startswith("_")]
-OURS: set[str] = {"mtp", "draft_length", "chat_template_kwargs"}
 
 
 @pytest.mark.parametrize("name", [*METHODS, "__call__"])

@@ -70,16 +70,16 @@ def borrowed(tree: ast.Module, known: set[str], inheriting: set[str]) -> set[str
     ours = set().union(*(defined(node) for node in tree.body if not inherits(node, inheriting)))
     for part in tree.body:
         within = inherits(part, inheriting)
-        for member in members(part):
-            foreign = (within and of_self(member)) or member.attr not in ours
-            if foreign and member.attr in known:
-                found.add(member.attr)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "llama_cpp":
-            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        for node in members(part):
+            foreign = (within and of_self(node)) or node.attr not in ours
+            if foreign and node.attr in known:
+                found.add(node.attr)
+    for each in ast.walk(tree):
+        if isinstance(each, ast.ImportFrom) and (each.module or "").partition(".")[0] == "llama_cpp":
+            names = [*(each.module or "").split("."), *(alias.name for alias in each.names)]
             found |= {name for name in names if private(name)}
-        elif isinstance(node, ast.Import):
-            parts = [part for alias in node.names for part in alias.name.split(".") if "llama_cpp" in alias.name]
+        elif isinstance(each, ast.Import):
+            parts = [part for alias in each.names for part in alias.name.split(".") if "llama_cpp" in alias.name]
             found |= {part for part in parts if private(part)}
     return found
 

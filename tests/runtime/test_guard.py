@@ -330,10 +330,13 @@ def test_a_failed_decode_rolls_back(code: int, place: int, usable: Llama, monkey
 
 def test_a_drafter_that_fails_says_how_to_go_on(usable: Llama, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By rounds in one native call, and by one decode for each token."""
-    real = lib.llama_decode
+    real, exported = lib.llama_decode, native._llama_mtp_draft()
+
+    def failing() -> Any:
+        return None if exported is None else lambda *_: -2
+
     monkeypatch.setattr(lib, "llama_decode", lambda ctx, batch: real(ctx, batch) if ctx == usable.ctx else -2)
-    if native.drafts_rounds():
-        monkeypatch.setattr(native, "_llama_mtp_draft", lambda: lambda *_: -2)
+    monkeypatch.setattr(native, "_llama_mtp_draft", failing)
     for settings in (GREEDY, GREEDY | {"repeat_penalty": 1.2}):
         with pytest.raises(RuntimeError, match=r"memory ran out.*mtp=False"):
             usable(PROMPT, **settings)

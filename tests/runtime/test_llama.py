@@ -188,19 +188,19 @@ WRONG = {
     "mtp": (["no", "auto", 0, 1, 2.5, []], r"^mtp is .+; give True, False or None\.$"),
 }  # fmt: skip
 MESSAGES = [{"role": "user", "content": "x"}]
+
+
+def setting(llm: Llama, name: str, value: Any) -> str:
+    setattr(llm, name, value)
+    return name
+
+
 # Every way to say how far, and whether, to draft.
 LOADING: dict[str, Callable[..., Any]] = {
     "Llama": lambda path, **wish: Llama(path, **OPTIONS, **wish),
     "open_pair": lambda path, **wish: open_pair(path, **OPTIONS, **wish).__enter__(),
     "from_pretrained": lambda path, **wish: Llama.from_pretrained("nobody/asks-for-this", path.name, **wish),
 }
-
-
-def assign(llm: Llama, **wish: Any) -> None:
-    for name, value in wish.items():
-        setattr(llm, name, value)
-
-
 ASKING: dict[str, Callable[..., Any]] = {
     "call": lambda llm, **wish: llm(PROMPT, max_tokens=4, **wish),
     "completion": lambda llm, **wish: llm.create_completion(PROMPT, max_tokens=4, **wish),
@@ -208,7 +208,7 @@ ASKING: dict[str, Callable[..., Any]] = {
     "chat": lambda llm, **wish: llm.create_chat_completion(MESSAGES, max_tokens=4, **wish),
     "chat stream": lambda llm, **wish: list(llm.create_chat_completion(MESSAGES, max_tokens=4, stream=True, **wish)),
     "generate": lambda llm, **wish: next(llm.generate([2, 5], **wish)),
-    "attribute": assign,
+    "attribute": lambda llm, **wish: [setting(llm, *each) for each in wish.items()],
 }
 
 
@@ -233,8 +233,7 @@ def test_the_commands_check_the_draft_length(command: list[str], demo: Pair) -> 
 
 def test_a_draft_length_may_be_of_any_whole_number_type(mtp: Llama) -> None:
     kept = mtp.draft_length
-    number: Any = np.int64(4)
-    mtp.draft_length = number
+    setting(mtp, "draft_length", np.int64(4))
     assert (mtp.draft_length, type(mtp.draft_length)) == (4, int)
     mtp.draft_length = kept
     assert mtp(PROMPT, max_tokens=2, draft_length="auto")["choices"]

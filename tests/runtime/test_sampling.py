@@ -61,7 +61,7 @@ class Replay:
         pass
 
     def reset(self) -> None:
-        self.rewind()
+        self.n_tokens = 0
 
     def ends(self, token: int) -> bool:
         return self.llm.ends(token)

@@ -24,7 +24,7 @@ from gemma_mtp.runtime.draft.costs import Costs, costs_path
 from gemma_mtp.runtime.draft.drafter import Drafter, DraftSettings, attached
 from gemma_mtp.runtime.draft.length import Policy
 from gemma_mtp.runtime.draft.proposals import Proposals, sources
-from gemma_mtp.runtime.draft.source import Source
+from gemma_mtp.runtime.draft.source import DraftSource
 from gemma_mtp.runtime.faults import Careful, Closed, check_options, explaining_decode, explaining_load
 from gemma_mtp.runtime.grammar import Mask, TokenIndex
 from gemma_mtp.runtime.guard import Guard, exclusive_stream
@@ -196,7 +196,7 @@ class Llama(Api):
                 stats.plain_pass_seconds = max(stats.tokens - 1, 0) * self._costs.pass_seconds(1)
             self._costs.save(self._costs_path)
 
-    def sources(self, sampler: Sampler, length: DraftLength, settings: DraftSettings | None) -> list[Source]:
+    def sources(self, sampler: Sampler, length: DraftLength, settings: DraftSettings | None) -> list[DraftSource]:
         """What is asked for drafts, in this order; for a request.
 
         Args:

@@ -57,10 +57,11 @@ demo: $(READY) ## convert the bundled pair, generate with and without MTP, show 
 test: $(TESTS) ## all tests
 	@$(BIN)/python -m pytest
 
-check: $(TOOLS) build/types/gemma_mtp ## ruff and mypy
+check: $(TOOLS) build/types/gemma_mtp ## ruff and mypy, over the tests too
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@MYPYPATH=build/types $(BIN)/mypy -p gemma_mtp.convert -p gemma_mtp.runtime -p gemma_mtp.patches
+	@MYPYPATH=build/types:tests $(BIN)/mypy tests
 
 # mypy finds a namespace package by its folder, which only exists as a mapping in pyproject.toml.
 build/types/gemma_mtp:

@@ -182,7 +182,7 @@ def parse_config(values: Mapping[str, Any], file: Path, allowed: Collection[str]
     text = root if root.get("text_config") is None else root.inner("text_config")
     _refuse_unsupported(text)
     text.get("tie_word_embeddings")  # transformers goes by the outer one
-    shared = _text(text) | {"tied": root.get("tie_word_embeddings", True) is True}
+    shared = _text_fields(text) | {"tied": root.get("tie_word_embeddings", True) is True}
     if target:
         _check_donors(file, shared["layer_types"], shared["n_kv_shared"])
     backbone = {} if target else _drafter(root, shared)
@@ -290,7 +290,7 @@ def _check_donors(file: Path, types: tuple[str, ...], n_shared: int) -> None:
         )
 
 
-def _text(text: _Keys) -> dict[str, Any]:
+def _text_fields(text: _Keys) -> dict[str, Any]:
     rope = text.inner("rope_parameters")
     full, sliding = rope.inner("full_attention"), rope.inner("sliding_attention")
     types = _layer_types(text)

@@ -40,7 +40,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Acceptance:
+class Reported:
     """What an engine says of its drafts so far.
 
     `per_pass` is how many tokens a pass of the target brings on average, its own included; `rate` the share of drafted
@@ -77,7 +77,7 @@ class Engine(ABC):
         """Program and arguments that serve a pair."""
 
     @abstractmethod
-    def acceptance(self, get: Callable[[str], str | None], length: int) -> Acceptance | None:
+    def acceptance(self, get: Callable[[str], str | None], length: int) -> Reported | None:
         """What the engine reports, None before it has drafted.
 
         Args:
@@ -119,7 +119,7 @@ class VLLM(Engine):
         return [self.name, "serve", job.target.source, *revision, "--host", job.host, "--port", str(job.port),
                 "--speculative-config", json.dumps(drafting)]  # fmt: skip
 
-    def acceptance(self, get: Callable[[str], str | None], length: int) -> Acceptance | None:
+    def acceptance(self, get: Callable[[str], str | None], length: int) -> Reported | None:
         text = get(self.metrics) or ""
         rounds, drafted, accepted = (
             sum(_counters(text, name).values()) for name in (self.drafts, self.drafted, self.accepted)
@@ -131,7 +131,7 @@ class VLLM(Engine):
             found = re.search(r'position="(\d+)"', labels)
             if found and int(found[1]) < length:
                 places[int(found[1])] += value / rounds
-        return Acceptance(1 + accepted / rounds, accepted / drafted, tuple(places) if any(places) else ())
+        return Reported(1 + accepted / rounds, accepted / drafted, tuple(places) if any(places) else ())
 
 
 class SGLang(Engine):
@@ -166,14 +166,14 @@ class SGLang(Engine):
         return [*command, "--speculative-num-steps", str(job.length), "--speculative-eagle-topk", "1",
                 "--speculative-num-draft-tokens", str(job.length + 1)]  # fmt: skip
 
-    def acceptance(self, get: Callable[[str], str | None], length: int) -> Acceptance | None:
+    def acceptance(self, get: Callable[[str], str | None], length: int) -> Reported | None:
         text = get(self.info)
         states = json.loads(text).get(self.states, []) if text else []
         found = [float(state[self.per_pass]) for state in states if state.get(self.per_pass) is not None]
         if not found:
             return None
         mean = sum(found) / len(found)
-        return Acceptance(mean, (mean - 1) / length)
+        return Reported(mean, (mean - 1) / length)
 
 
 ENGINES: dict[str, Engine] = {engine.name: engine for engine in (VLLM(), SGLang())}

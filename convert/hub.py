@@ -17,8 +17,8 @@ from gemma_mtp.convert.safetensors_file import MAX_HEADER
 from gemma_mtp.convert.sizes import SIZES
 
 # What a conversion reads of a repository.
-WEIGHTS = "*.safetensors"
-FILES = (WEIGHTS, "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json",
+WEIGHT_FILES = "*.safetensors"
+FILES = (WEIGHT_FILES, "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json",
          "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "*.jinja",
          "preprocessor_config.json", "processor_config.json", "README.md")  # fmt: skip
 # Copies of the same weights in other forms.
@@ -28,10 +28,10 @@ FIRST = 100_000
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Every official target has a drafter of its name with "-assistant" at the end (Hugging Face, organisation google).
 OFFICIAL = re.compile(rf"gemma-4-({'|'.join(SIZES)})-it(-qat-q4_0-unquantized)?")
-AUTO = "auto"
+AUTO_DRAFTER = "auto"
 
 
-def resolve(source: str) -> Path:
+def fetch_checkpoint(source: str) -> Path:
     """The folder of a checkpoint, downloaded if need be; what was downloaded before is not downloaded again.
 
     Args:
@@ -45,22 +45,22 @@ def resolve(source: str) -> Path:
     if folder.is_dir():
         return folder
     found = _download(*_parse(source), FILES)
-    if not (found / "config.json").is_file() or not any(found.glob(WEIGHTS)):
+    if not (found / "config.json").is_file() or not any(found.glob(WEIGHT_FILES)):
         raise MtpError(f"{source} is in the cache only in part, or has no safetensors weights; run it again online.")
     return found
 
 
-def resolve_headers(source: str, files: ExitStack) -> Path:
-    """As `resolve`, but of weights that are not in the cache only the headers are downloaded.
+def fetch_headers(source: str, files: ExitStack) -> Path:
+    """As `fetch_checkpoint`, but of weights that are not in the cache only the headers are downloaded.
 
     The folder then holds sparse files of the weights' full size, with nothing after the header.
 
     Args:
-        source: as for `resolve`.
+        source: as for `fetch_checkpoint`.
         files: keeps such a folder until it is closed.
 
     Raises:
-        MtpError: as `resolve`; or the server sends whole files only.
+        MtpError: as `fetch_checkpoint`; or the server sends whole files only.
     """
     from gemma_mtp.convert.checkpoint import weight_names
 
@@ -68,7 +68,7 @@ def resolve_headers(source: str, files: ExitStack) -> Path:
     if folder.is_dir():
         return folder
     name, revision = _parse(source)
-    cached = _download(name, revision, [each for each in FILES if each != WEIGHTS])
+    cached = _download(name, revision, [each for each in FILES if each != WEIGHT_FILES])
     missing = [each for each in weight_names(cached, _present(name, cached)) if not (cached / each).exists()]
     if not missing:
         return cached
@@ -79,8 +79,8 @@ def resolve_headers(source: str, files: ExitStack) -> Path:
     for path in cached.iterdir():
         (folder / path.name).symlink_to(path)
     for each in missing:
-        with _explained(name, revision):
-            header, size = _header(name, each, cached.name)
+        with _hub_errors(name, revision):
+            header, size = _remote_header(name, each, cached.name)
         (folder / each).write_bytes(header)
         os.truncate(folder / each, size)
     return folder
@@ -92,12 +92,12 @@ def _present(name: str, cached: Path) -> list[str]:
 
     if constants.is_offline_mode():
         return [path.name for path in cached.iterdir()]
-    with _explained(name, cached.name):
+    with _hub_errors(name, cached.name):
         found: list[str] = list_repo_files(name, revision=cached.name)
     return found
 
 
-def _header(name: str, file: str, commit: str) -> tuple[bytes, int]:
+def _remote_header(name: str, file: str, commit: str) -> tuple[bytes, int]:
     """The beginning of a safetensors file on the hub, its header at least, and the size of the file."""
     start, size = _beginning(name, file, commit, FIRST)
     length = 8 + int.from_bytes(start[:8], "little")
@@ -145,7 +145,7 @@ def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     if not sys.stderr.isatty():
         disable_progress_bars()
     wanted = {"revision": revision, "allow_patterns": list(patterns), "ignore_patterns": list(NOT)}
-    with _explained(name, revision):
+    with _hub_errors(name, revision):
         return Path(_aside(lambda: snapshot_download(name, **wanted)))
 
 
@@ -167,7 +167,7 @@ def _aside(work: Callable[[], str]) -> str:
 
 
 @contextmanager
-def _explained(name: str, revision: str | None) -> Iterator[None]:
+def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
     """What keeps a repository from being downloaded, as errors with a next step."""
     from huggingface_hub import errors
 
@@ -215,7 +215,7 @@ def official_drafter(target: str) -> str:
     """The drafter that was published for a target, as a folder beside it or as org/name.
 
     Args:
-        target: as for `resolve`.
+        target: as for `fetch_checkpoint`.
 
     Raises:
         MtpError: the target is not one of the official ones, and no folder beside it has its name with "-assistant".

@@ -29,9 +29,9 @@ class Imatrix:
 
     def metadata(self) -> dict[str, str | int]:
         """The keys that llama-quantize adds (tools/quantize/quantize.cpp)."""
-        found: dict[str, str | int] = {"quantize.imatrix.file": _short(str(self.path))}
+        found: dict[str, str | int] = {"quantize.imatrix.file": _cut_name(str(self.path))}
         if self.dataset is not None:
-            found["quantize.imatrix.dataset"] = _short(self.dataset)
+            found["quantize.imatrix.dataset"] = _cut_name(self.dataset)
         found["quantize.imatrix.entries_count"] = len(self.weights)
         if self.n_chunks > 0:
             found["quantize.imatrix.chunks_count"] = self.n_chunks
@@ -56,7 +56,7 @@ class Imatrix:
         return found.reshape(experts, shape[-1])
 
 
-def _short(text: str) -> str:
+def _cut_name(text: str) -> str:
     return text.encode()[:NAME_BYTES].decode(errors="ignore")
 
 

@@ -20,7 +20,7 @@ from gemma_mtp.convert.gguf_io.types import BLOCKS, Type
 from gemma_mtp.convert.gguf_io.write import HASH, Array
 
 # Bytes looked at in one go, a little less so that whole blocks fit.
-PIECE = 1 << 24
+READ_AT_ONCE = 1 << 24
 # The bits of an exponent: all set in infinity and NaN.
 EXPONENT = {
     Type.F16: ("<u2", 0x7C00), Type.BF16: ("<u2", 0x7F80),
@@ -136,7 +136,7 @@ def _looked_at(header: Header, hashing: bool) -> Iterator[str]:
 def _look(path: Path, data: mmap.mmap, name: str, tensor: Tensor, *, hashing: bool) -> str:
     total = hashlib.sha256()
     size = BLOCKS[tensor.type].size
-    step = PIECE // size * size
+    step = READ_AT_ONCE // size * size
     for start in range(0, tensor.size, step):
         piece = np.frombuffer(data, np.uint8, min(step, tensor.size - start), tensor.offset + start)
         if hashing:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 
-from gemma_mtp.convert.engines import HEALTH, LENGTH, LENGTHS, MODELS, Acceptance, Engine, Job, Model
+from gemma_mtp.convert.engines import HEALTH, LENGTH, LENGTHS, MODELS, Engine, Job, Model, Reported
 from gemma_mtp.convert.errors import MtpError, PairError
 
 # Seconds that an engine has to end by itself; one that has loaded a model takes some.
@@ -46,7 +46,7 @@ class Checked:
         return LENGTHS.get(self.n_embd, LENGTH)
 
 
-def check(target: str, drafter: str) -> Checked:
+def checked(target: str, drafter: str) -> Checked:
     """Check two checkpoints as a pair, by the plan of a conversion; of weights only the headers are read.
 
     Args:
@@ -57,15 +57,15 @@ def check(target: str, drafter: str) -> Checked:
         PairError: they are no target and its drafter.
         MtpError: one is missing, damaged, quantized already, or cannot be downloaded.
     """
-    from gemma_mtp.convert.hub import AUTO, official_drafter
+    from gemma_mtp.convert.hub import AUTO_DRAFTER, official_drafter
     from gemma_mtp.convert.pipeline import checked_pair
 
-    found = official_drafter(target) if drafter == AUTO else drafter
+    found = official_drafter(target) if drafter == AUTO_DRAFTER else drafter
     _check_published(target, found)
     with checked_pair(target, found) as (first, second):
         names = second.settings.get("architectures") or []
         unified = any("Unified" in str(name) for name in names)
-        return Checked(_model(target), _model(found), first.config.n_embd, unified)
+        return Checked(_engine_model(target), _engine_model(found), first.config.n_embd, unified)
 
 
 def _check_published(target: str, drafter: str) -> None:
@@ -78,7 +78,7 @@ def _check_published(target: str, drafter: str) -> None:
         raise PairError(f"{theirs} was published for {other}, not for {ours}; pass {ours}-assistant, or auto.")
 
 
-def _model(source: str) -> Model:
+def _engine_model(source: str) -> Model:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return Model(str(folder.absolute()))
@@ -135,7 +135,7 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, found[0].split("."))) if found else ()
 
 
-class Api:
+class EngineApi:
     """A server's HTTP interface, asked past any proxy.
 
     Args:
@@ -233,7 +233,7 @@ def running(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[byte
             process.wait()
 
 
-def wait(process: subprocess.Popen[bytes], api: Api, engine: Engine, log: Path, seconds: float) -> str:
+def wait(process: subprocess.Popen[bytes], api: EngineApi, engine: Engine, log: Path, seconds: float) -> str:
     """Wait until an engine answers; the name of the model that it serves.
 
     Raises:
@@ -253,7 +253,7 @@ def wait(process: subprocess.Popen[bytes], api: Api, engine: Engine, log: Path, 
 
 @contextmanager
 def reporting(
-    process: subprocess.Popen[bytes], ask: Callable[[], Acceptance | None], tell: Callable[[Acceptance], None]
+    process: subprocess.Popen[bytes], ask: Callable[[], Reported | None], tell: Callable[[Reported], None]
 ) -> Iterator[Callable[[], None]]:
     """A function that tells of the acceptance if there is news; on the way out, whatever the reason, it is called last.
 
@@ -262,7 +262,7 @@ def reporting(
         ask: what the engine reports now.
         tell: called with what is new.
     """
-    told: Acceptance | None = None
+    told: Reported | None = None
 
     def report() -> None:
         nonlocal told

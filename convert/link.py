@@ -23,8 +23,8 @@ from gemma_mtp.convert.gguf_io.types import Type
 
 __all__ = [
     "DRAFTER_ARCH", "KEY_CENTROIDS", "KEY_HASHES", "KEY_N_CENTROIDS", "KEY_ORDERING", "KEY_PEER", "KEY_ROLE",
-    "KEY_SOURCE", "KEY_TARGET", "KEY_TOP_K", "KEY_VERSION", "TARGET_ARCH", "VERSION", "Header", "MtpError", "PairError",
-    "Strings", "Tensor", "check", "check_model", "find_drafter", "read_header", "read_parts",
+    "KEY_SEED", "KEY_SOURCE", "KEY_TARGET", "KEY_TOP_K", "KEY_VERSION", "TARGET_ARCH", "VERSION", "Header", "MtpError",
+    "PairError", "Strings", "Tensor", "check", "check_model", "find_drafter", "read_header", "read_parts",
     "weights_identity",
 ]  # fmt: skip
 
@@ -35,6 +35,8 @@ KEY_ROLE = "mtp.role"
 KEY_SOURCE = "mtp.source.fingerprint"
 KEY_TARGET = "mtp.target.fingerprint"
 KEY_PEER = "mtp.peer.file"
+# Says that weights are random, and with which seed.
+KEY_SEED = "mtp.random.seed"
 # Start of a target's fingerprint that was taken from its GGUF file, where nothing tells of the checkpoint.
 WEIGHTS = "weights:"
 # SHA-256 of every tensor's bytes, in the order of the tensors.
@@ -153,7 +155,7 @@ def differences(target: Interface, drafter: Interface) -> Iterator[tuple[str, An
     return ((name, *values) for name, values in compared.items() if values[0] != values[1])
 
 
-def _interface(header: Header, n_embd: str) -> Interface:
+def _header_interface(header: Header, n_embd: str) -> Interface:
     """What a file says; `n_embd` is the key of the hidden size. A value that all layers share is stored once."""
     pattern = np.atleast_1d(header.of_arch("attention.sliding_window_pattern", []))
     heads = np.broadcast_to(np.asarray(header.of_arch("attention.head_count_kv", -1)), pattern.shape)
@@ -198,7 +200,7 @@ def check(target: Header, drafter: Header) -> None:
     if not ends_in_donors(own):
         raise PairError(f"{target.path.name}: its last layers with KV of their own are not a sliding and a full one, "
                         "which a drafter reads; run it without MTP.")  # fmt: skip
-    sides = _interface(target, "embedding_length"), _interface(drafter, "embedding_length_out")
+    sides = _header_interface(target, "embedding_length"), _header_interface(drafter, "embedding_length_out")
     for name, has_it, wants_it in chain(differences(*sides), _other_token(target.vocabulary, drafter.vocabulary)):
         raise PairError(
             f"{drafter.path.name} does not fit {target.path.name}: {name} is {has_it} in the target, {wants_it} in the "

@@ -42,7 +42,7 @@ class Headers:
     """
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan) -> None:
-        self._model = packed(_model(checkpoint, plan))
+        self._model = packed(_model_entries(checkpoint, plan))
         self._ordered: dict[str, bytes] = {}
         if isinstance(checkpoint.config, DrafterConfig) and checkpoint.config.ordered:
             self._ordered = {key: entry(key, value) for key, value in ordered_head(checkpoint).items()}
@@ -93,7 +93,7 @@ def add_card(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
     card.set_gguf_meta_model(writer)
 
 
-def _model(checkpoint: Checkpoint, plan: Plan) -> GGUFWriter:
+def _model_entries(checkpoint: Checkpoint, plan: Plan) -> GGUFWriter:
     """What all files of a model say (conversion/base.py, `prepare_metadata`)."""
     writer = collector(plan.arch, plan.tensors)
     writer.add_type(gguf.GGUFType.MODEL)

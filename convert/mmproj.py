@@ -87,7 +87,7 @@ def write_mmproj(plan: ProjectorPlan, checkpoint: Checkpoint, path: Path, more: 
         MtpError: a tensor holds NaN or infinite values.
     """
     with path.open("xb") as file:
-        file.write(header(list(packed(_metadata(plan, checkpoint)).values()), plan.tensors))
+        file.write(header(list(packed(_entries(plan, checkpoint)).values()), plan.tensors))
         for tensor in plan.tensors:
             data = _blocks(checkpoint.folder, tensor, checkpoint.values(tensor.source))
             file.write(data.data)
@@ -200,7 +200,7 @@ def _type_of(source: str, name: str, shape: tuple[int, ...], wanted: Type) -> Ty
         return Type.F32
     if name == "v.patch_embd.weight":
         return Type.F16 if wanted is Type.F16 else Type.F32
-    return tensor_types.fitting(wanted, tensor_types.Row(name, shape, wanted))
+    return tensor_types.fitting_type(wanted, tensor_types.Row(name, shape, wanted))
 
 
 def _complete(folder: Path, placed: set[str], config: Mapping[str, Any]) -> None:
@@ -230,7 +230,7 @@ def _blocks(folder: Path, tensor: Placed, values: Floats) -> Bytes:
         raise MtpError(f"{folder}: tensor {tensor.source!r}: {problem}.") from None
 
 
-def _metadata(plan: ProjectorPlan, checkpoint: Checkpoint) -> GGUFWriter:
+def _entries(plan: ProjectorPlan, checkpoint: Checkpoint) -> GGUFWriter:
     """All keys in the order of upstream's converter (conversion/base.py, `MmprojModel`)."""
     config = plan.settings
     vision, audio, unified = config["vision_config"], config.get("audio_config"), _unified(config)

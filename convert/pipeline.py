@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gemma_mtp.convert import link
-from gemma_mtp.convert.link import MtpError, PairError
+from gemma_mtp.convert.link import MtpError
 from gemma_mtp.convert.progress import Progress, counting
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def convert_pair(
                 write_mmproj(plans.projector[1], target, hidden / plans.projector[0], more)
             text = modelfile(*plans.first, target.generation, plans.projector[0] if plans.projector else None)
             (hidden / "Modelfile").write_text(text, encoding="utf-8")
-    return _pair(folder, plans)
+    return _written_pair(folder, plans)
 
 
 def plan_pair(
@@ -176,7 +176,7 @@ def checked_pair(target_dir: Folder, drafter_dir: Folder) -> Iterator[tuple[Chec
         yield target, drafter
 
 
-def _pair(folder: Path, plans: PairPlan) -> Pair:
+def _written_pair(folder: Path, plans: PairPlan) -> Pair:
     """What stands in a folder after all of a plan was written."""
     target, drafter = (folder / file for file in plans.first)
     contents = {
@@ -203,12 +203,12 @@ def _open_pair(
 ) -> Iterator[tuple[Checkpoint, Checkpoint]]:
     """Both checkpoints, downloaded if they are not there; on request no more of their weights than the headers."""
     from gemma_mtp.convert.checkpoint import open_checkpoint
-    from gemma_mtp.convert.hub import AUTO, official_drafter, resolve, resolve_headers
+    from gemma_mtp.convert.hub import AUTO_DRAFTER, fetch_checkpoint, fetch_headers, official_drafter
 
     source, other = os.fspath(target), os.fspath(drafter)
-    sources = source, official_drafter(source) if other == AUTO else other
+    sources = source, official_drafter(source) if other == AUTO_DRAFTER else other
     with ExitStack() as files:
-        first, second = [resolve_headers(each, files) if headers else resolve(each) for each in sources]
+        first, second = [fetch_headers(each, files) if headers else fetch_checkpoint(each) for each in sources]
         opened = [files.enter_context(open_checkpoint(each, allowed)) for each in (first, second)]
         yield opened[0], opened[1]
 
@@ -272,13 +272,12 @@ def _stems(target: Path, drafter: Path, name: str | None) -> tuple[str, str]:
 
 def _same_tokens(target: Checkpoint, drafter: Checkpoint) -> None:
     """Check that both have the same tokens; where they have the same file, it is read once."""
+    from gemma_mtp.convert.plan import other_target
+
     one, other = (checkpoint.folder / "tokenizer.json" for checkpoint in (target, drafter))
     if one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False):
         drafter.share_tokenizer(target)
         return
     for place, (left, right) in enumerate(zip(target.tokenizer.tokens, drafter.tokenizer.tokens, strict=False)):
         if left != right:
-            raise PairError(
-                f"the drafter is of another target: token {place} is {left!r} in {target.folder}, {right!r} in "
-                f"{drafter.folder}; pass the drafter published for this target."
-            )
+            raise other_target(f"token {place} is {left!r} in {target.folder}, {right!r} in {drafter.folder}")

@@ -67,7 +67,7 @@ def plan(
         raise MtpError(f"unknown format {quant!r}; choose one of {', '.join(tensor_types.QUANTS)}.")
     placed, dropped = _place(config, index)
     if isinstance(config, DrafterConfig) and config.ordered:
-        _check_ordered(config, index)
+        _check_ordered_tensors(config, index)
     rows = [tensor_types.Row(name, index[source].shape, SOURCE_TYPES[index[source].dtype])
             for name, source in placed.items()]  # fmt: skip
     rows.append(tensor_types.Row(names.ROPE_FREQS, (config.head_dim_full // 2,), Type.F32))
@@ -200,7 +200,7 @@ def _optional(config: Config) -> set[str]:
     return {f"blk.{layer}.{name}.weight" for layer in shared for name in ("attn_k", "attn_v", "attn_k_norm")}
 
 
-def _check_ordered(config: DrafterConfig, index: Mapping[str, Source]) -> None:
+def _check_ordered_tensors(config: DrafterConfig, index: Mapping[str, Source]) -> None:
     """The tables of an ordered head: there, of the right shape, and cutting the vocabulary into equal clusters."""
     wanted = {names.CENTROIDS: (config.n_centroids, config.n_embd), names.ORDERING: (config.vocab_size,)}
     for name, shape in wanted.items():
@@ -283,13 +283,17 @@ def check_pair(target: Config, drafter: Config) -> None:
         raise PairError("the first folder holds a drafter; pass the target first, then its drafter.")
     if not isinstance(drafter, DrafterConfig):
         raise PairError("the second folder holds a target, not a drafter; pass the target first, then its drafter.")
-    for name, ours, theirs in differences(_interface(target, target.n_embd), _interface(drafter, drafter.backbone)):
-        raise PairError(
-            f"the drafter is of another target: {name} is {ours} in the target, the drafter wants {theirs}; "
-            "pass the drafter published for this target."
-        )
+    for name, ours, theirs in differences(
+        _config_interface(target, target.n_embd), _config_interface(drafter, drafter.backbone)
+    ):
+        raise other_target(f"{name} is {ours} in the target, the drafter wants {theirs}")
 
 
-def _interface(config: Config, n_embd: int) -> Interface:
+def other_target(difference: str) -> PairError:
+    """The error that two checkpoints are no pair."""
+    return PairError(f"the drafter is of another target: {difference}; pass the drafter published for this target.")
+
+
+def _config_interface(config: Config, n_embd: int) -> Interface:
     kinds = {("full" if config.is_full(layer) else "sliding"): config.n_kv_of(layer) for layer in range(config.n_layer)}
     return Interface(n_embd, config.sliding_window, config.vocab_size, config.head_dim_full, config.head_dim, kinds)

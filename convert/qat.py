@@ -16,7 +16,7 @@ import numpy.typing as npt
 from gemma_mtp.convert.quantize import Bytes, Floats
 
 # What the weight of largest magnitude may be on the grid, likely ones first.
-ENDS = (-8, 7, -7, 6, -6, 5, -5, 4, -4, 3, -3, 2, -2, 1, -1)
+GRID_ENDS = (-8, 7, -7, 6, -6, 5, -5, 4, -4, 3, -3, 2, -2, 1, -1)
 # How far a weight may be from its place on the grid, of its own magnitude: bf16 rounds by 2^-8 at most, and the scale
 # is known from rounded weights.
 NEAR = 1.5 * 2.0**-8
@@ -43,7 +43,7 @@ def _regrid(weights: Floats, made: Bytes) -> None:
     places = _unpack(made)
     error = np.square(weights - places).sum(1)
     left = np.flatnonzero(~_exact(weights, places))
-    for end in ENDS:
+    for end in GRID_ENDS:
         values = weights[left]
         peaks = np.take_along_axis(values, np.abs(values).argmax(1)[:, None], 1)
         steps = np.rint(values * (end / peaks)).clip(-8, 7)

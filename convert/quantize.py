@@ -82,17 +82,22 @@ def widen(raw: Bytes, kind: str) -> Floats:
         return stored.astype(np.float32, copy=False)
 
 
-def largest(raw: Bytes, kind: Type) -> float:
-    """The largest magnitude among values of type F32, F16 or BF16, [bytes]; infinite if one is, or is NaN.
+def largest_magnitude(raw: Bytes, kind: Type) -> float:
+    """The largest magnitude among values of type F32, F16 or BF16, [bytes].
 
     Without the sign, the bits of floating-point numbers order like the numbers, with infinity and NaN at the top.
+
+    Raises:
+        MtpError: a value is NaN or infinite.
     """
     if kind is Type.F32:
         top = (raw.view(np.uint32) & np.uint32(0x7FFFFFFF)).max(keepdims=True).view(np.uint8)
     else:
         top = (raw.view(np.uint16) & np.uint16(0x7FFF)).max(keepdims=True).view(np.uint8)
     magnitude = float(widen(top, kind.name)[0])
-    return magnitude if np.isfinite(magnitude) else np.inf
+    if not np.isfinite(magnitude):
+        raise MtpError("it holds NaN or infinite values")
+    return magnitude
 
 
 def quantize(rows: npt.ArrayLike, kind: Type, imatrix: Floats | None = None) -> Bytes:
@@ -110,9 +115,7 @@ def quantize(rows: npt.ArrayLike, kind: Type, imatrix: Floats | None = None) -> 
         MtpError: a value is NaN, infinite, or too large for the 16 bits that `kind` has for it.
     """
     values = np.ascontiguousarray(rows, np.float32)
-    magnitude = largest(values.reshape(-1).view(np.uint8), Type.F32)
-    if np.isinf(magnitude):
-        raise MtpError("it holds NaN or infinite values")
+    magnitude = largest_magnitude(values.reshape(-1).view(np.uint8), Type.F32)
     return blocks_of(values, kind, magnitude, imatrix)
 
 

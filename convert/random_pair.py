@@ -34,12 +34,10 @@ from gemma_mtp.convert.sizes import SIZES, configs
 from gemma_mtp.convert.staging import clean_up, staging
 from gemma_mtp.convert.tensor_types import Options, find_quant, parse_type
 
-# Says that weights are random, and with which seed.
-KEY_SEED = "mtp.random.seed"
 GENERATOR = 4  # counts changes of what is generated
 
 
-def generate(
+def write_pair(
     shape: str,
     root: Path,
     quant: str = "Q4_0",
@@ -82,7 +80,7 @@ def generate(
         folder / f"gemma-4-{size}-random-{quant}.gguf",
         folder / f"gemma-4-{size}-random-assistant-{drafter_name}.gguf",
     )
-    common = {link.KEY_VERSION: link.VERSION, KEY_SEED: seed}
+    common = {link.KEY_VERSION: link.VERSION, link.KEY_SEED: seed}
     links = [common | each for each in link.entries((files[0].name, files[1].name), source, source)]
     formats = (quant, Options()), (drafter_quant, head)
     clean_up(folder)

@@ -13,12 +13,12 @@ from gemma_mtp.convert.errors import MtpError, PairError
 from gemma_mtp.convert.gguf_io.read import Header
 from gemma_mtp.convert.gguf_io.split import KEY_COUNT
 from gemma_mtp.convert.gguf_io.write import entry
-from gemma_mtp.convert.hub import resolve
+from gemma_mtp.convert.hub import fetch_checkpoint
 from gemma_mtp.convert.integrity import check_tensors, seal
 from gemma_mtp.convert.progress import Progress, counting
 from gemma_mtp.convert.staging import staging
 
-PIECE = 1 << 24
+COPIED_AT_ONCE = 1 << 24
 
 
 def link_files(
@@ -66,7 +66,7 @@ def link_files(
         link.KEY_HASHES: ["0" * 64] * len(theirs.tensors),
     }
     if ordered_from is not None:
-        values |= _ordered_head(theirs, resolve(str(ordered_from)))
+        values |= _ordered_head(theirs, fetch_checkpoint(str(ordered_from)))
     wanted = drafter if in_place else out or target.parent / f"{drafter.stem}-linked.gguf"
     if in_place and drafter.is_symlink():
         raise MtpError(f"{drafter} is a link to {drafter.resolve()}; name that file, or write another one with -o.")
@@ -108,7 +108,7 @@ def rewrite(header: Header, values: Mapping[str, Any], path: Path, progress: Pro
         copy(*header.tensor_table)
         file.write(b"\0" * (-file.tell() % header.alignment))
         source.seek(header.data_start)
-        while piece := source.read(PIECE):
+        while piece := source.read(COPIED_AT_ONCE):
             file.write(piece)
             more(len(piece))
 

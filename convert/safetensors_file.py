@@ -63,10 +63,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
             if start.startswith(b"version https://git-lfs"):
                 raise MtpError(f"{path} is a Git LFS pointer, not weights; run git lfs pull in {path.parent}.")
             if len(start) < 8 or length > min(size - 8, MAX_HEADER):
-                raise MtpError(
-                    f"{path} is damaged or only partly downloaded: its header wants {length} bytes, the file has "
-                    f"{max(size - 8, 0)} after its first 8; {again}"
-                )
+                raise _cut_off(path, f"header wants {length}", f"{max(size - 8, 0)} after its first 8")
             file.seek(8)
             text = file.read(length)
     except OSError as problem:
@@ -102,6 +99,12 @@ def _entry(path: Path, name: str, entry: Any, base: int) -> Entry:
     return Entry(dtype, tuple(shape), base + offsets[0], base + offsets[1])
 
 
+def _cut_off(path: Path, want: str, has: str) -> MtpError:
+    return MtpError(
+        f"{path} is damaged or only partly downloaded: its {want} bytes, the file has {has}; download it again."
+    )
+
+
 def _wrong(path: Path, name: str, what: str, got: Any, wanted: str) -> MtpError:
     return MtpError(f"{path}: {what} of {name!r} is {str(got)[:80]!r}, wanted {wanted}; download it again.")
 
@@ -117,7 +120,4 @@ def _check_places(path: Path, entries: Mapping[str, Entry], base: int, size: int
             )
         end = entry.stop
     if end != size:
-        raise MtpError(
-            f"{path} is damaged or only partly downloaded: its tensors want {end - base} bytes, the file has "
-            f"{size - base} for them; download it again."
-        )
+        raise _cut_off(path, f"tensors want {end - base}", f"{size - base} for them")

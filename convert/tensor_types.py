@@ -47,7 +47,6 @@ QUANTS: Mapping[str, Quant] = {
 }  # fmt: skip
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 
-# Formats of a projector.
 PROJECTOR_QUANTS = ("F16", "BF16", "F32", "Q8_0")
 
 # Formats of target and drafter together, and why.
@@ -191,8 +190,8 @@ def _type(tensor: Row, quant: Quant, options: Options, mixture: _Mixture) -> Typ
     if not quant.quantized:
         return quant.base
     if named is not None:
-        return fitting(named, tensor)
-    return fitting(quant.base if options.pure else mixture.type(tensor), tensor)
+        return fitting_type(named, tensor)
+    return fitting_type(quant.base if options.pure else mixture.type(tensor), tensor)
 
 
 def _must_fit(tensor: Row, kind: Type) -> Type:
@@ -201,7 +200,7 @@ def _must_fit(tensor: Row, kind: Type) -> Type:
     return kind
 
 
-def fitting(wanted: Type, tensor: Row) -> Type:
+def fitting_type(wanted: Type, tensor: Row) -> Type:
     """`wanted` if its blocks divide the rows of a tensor, else what llama.cpp puts in its place."""
     row = tensor.shape[-1]
     if fits(wanted, row):

@@ -28,7 +28,7 @@ from gemma_mtp.convert.metadata import Headers
 from gemma_mtp.convert.plan import SOURCE_TYPES, Plan, Planned, rope_freqs
 from gemma_mtp.convert.progress import More
 from gemma_mtp.convert.qat import regrid
-from gemma_mtp.convert.quantize import Bytes, blocks_of, largest, valid, widen
+from gemma_mtp.convert.quantize import Bytes, blocks_of, largest_magnitude, valid, widen
 from gemma_mtp.convert.tensor_types import EMBEDDINGS
 
 # Values of one piece of work: 8 MiB as float32.
@@ -163,9 +163,7 @@ def _piece(piece: _Rows, places: Sequence[_Place], checkpoint: Checkpoint) -> li
         size = types.n_bytes(source, (length,))
         raw = checkpoint.read(tensor.source, piece.start * size, (piece.stop - piece.start) * size)
     try:
-        magnitude = largest(raw, source)
-        if np.isinf(magnitude):
-            raise MtpError("it holds NaN or infinite values")
+        magnitude = largest_magnitude(raw, source)
         values = None
         made: dict[Any, Bytes] = {(source, None, qat): raw for qat in (False, True)}
         written = []

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 __all__ = ["Llama", "Stats", "open_pair"]
 
 if TYPE_CHECKING:
-    from gemma_mtp.runtime.llama import Llama
-    from gemma_mtp.runtime.pair import open_pair
+    from gemma_mtp.runtime.llama import Llama, open_pair
     from gemma_mtp.runtime.stats import Stats
 else:
     # Commands that do not generate are in this package too: libllama is loaded when a name is first asked for.
-    HOMES = {"Llama": "llama", "Stats": "stats", "open_pair": "pair"}
+    HOMES = {"Llama": "llama", "Stats": "stats", "open_pair": "llama"}
 
     def __getattr__(name):
         if name not in HOMES:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 
-def verify(draft: Sequence[int], choose: Callable[[int], int]) -> Iterator[tuple[int, bool]]:
+def walk(draft: Sequence[int], choose: Callable[[int], int]) -> Iterator[tuple[int, bool]]:
     """Walk along a draft, yielding the target's own choices until one differs from the draft.
 
     The tokens yielded are always the target's, so they do not depend on what was drafted: a draft token only saves the

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from gemma_mtp.runtime.grammar import grammar_sampler
 from gemma_mtp.runtime.sampling import readable
 from llama_cpp import llama_cpp as lib
 
@@ -54,12 +55,7 @@ def check_grammar(vocab: Any, grammar: Any) -> None:
     Raises:
         ValueError: it is not GBNF, or has no root rule.
     """
-    sampler = lib.llama_sampler_init_grammar(vocab, grammar._grammar.encode(), grammar._root.encode())
-    if not sampler:
-        raise ValueError(
-            f"llama.cpp cannot read this grammar; check its syntax (GBNF), and that it has a rule {grammar._root!r}."
-        )
-    lib.llama_sampler_free(sampler)
+    lib.llama_sampler_free(grammar_sampler(vocab, grammar))
 
 
 class Closed:
@@ -107,6 +103,18 @@ def explain_decode(problem: RuntimeError) -> RuntimeError:
     if "drafter" in found[1]:
         meaning += "; mtp=False goes on without the drafter"
     return RuntimeError(f"{found[1]} returned {found[2]}: {meaning}.")
+
+
+@contextmanager
+def explaining_decode() -> Iterator[None]:
+    """Raise what llama.cpp refuses within a block with the next step; any other error as it is."""
+    try:
+        yield
+    except RuntimeError as problem:
+        explained = explain_decode(problem)
+        if str(explained) == str(problem):
+            raise
+        raise explained from problem
 
 
 @contextmanager

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from gemma_mtp.runtime.native import Ids
 from llama_cpp import llama_cpp as lib
 
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
-LONGEST = 4096  # bytes of a token's text
-Ids = npt.NDArray[np.int32]
+TEXT_BYTES = 4096  # of the longest text of a token
 
 
-class Vocabulary:
+class TokenIndex:
     """Token ids by the first byte of their text.
 
     Args:
@@ -25,12 +25,12 @@ class Vocabulary:
 
     def __init__(self, vocab: Any, n_vocab: int) -> None:
         self.vocab = vocab
-        buffer = ctypes.create_string_buffer(LONGEST)
+        buffer = ctypes.create_string_buffer(TEXT_BYTES)
         first = np.full(n_vocab, -1, dtype=np.int32)
         size = np.zeros(n_vocab, dtype=np.int32)
         self.spelled = np.zeros(n_vocab, dtype=np.bool_)
         for token in range(n_vocab):
-            size[token] = lib.llama_token_to_piece(vocab, token, buffer, LONGEST, 0, True)
+            size[token] = lib.llama_token_to_piece(vocab, token, buffer, TEXT_BYTES, 0, True)
             # A grammar rejects tokens without text, or with text that begins with a zero byte.
             if size[token] > 0 and buffer[0] != b"\0":
                 first[token] = buffer[0][0]
@@ -50,37 +50,45 @@ class Vocabulary:
         self.probe_byte = first[self.probes]
 
 
+def grammar_sampler(vocab: Any, grammar: Any) -> Any:
+    """llama.cpp's sampler for a llama_cpp.LlamaGrammar, which the caller frees.
+
+    Raises:
+        ValueError: it is not GBNF, or has no root rule.
+    """
+    sampler = lib.llama_sampler_init_grammar(vocab, grammar._grammar.encode(), grammar._root.encode())
+    if not sampler:
+        raise ValueError(
+            f"llama.cpp cannot read this grammar; check its syntax (GBNF), and that it has a rule {grammar._root!r}."
+        )
+    return sampler
+
+
 class Mask:
     """A grammar at a point of a text.
 
     Args:
         sampler: a llama.cpp grammar sampler, owned from here on.
-        vocabulary: of the model.
+        index: of the model's tokens.
         by_byte: whether its rules speak of text alone, so that a first byte can rule out tokens.
     """
 
-    def __init__(self, sampler: Any, vocabulary: Vocabulary, by_byte: bool = True) -> None:
+    def __init__(self, sampler: Any, index: TokenIndex, by_byte: bool = True) -> None:
         self._sampler = sampler
         weakref.finalize(self, lib.llama_sampler_free, sampler)
-        self._vocabulary = vocabulary
+        self._index = index
         self._by_byte = by_byte
         self._legal: Ids | None = None
 
     @classmethod
-    def of(cls, grammar: Any, vocabulary: Vocabulary) -> Mask:
+    def of(cls, grammar: Any, index: TokenIndex) -> Mask:
         """The mask of a llama_cpp.LlamaGrammar before the first token.
 
         Raises:
             ValueError: llama.cpp cannot parse the grammar.
         """
-        rules = grammar._grammar
-        sampler = lib.llama_sampler_init_grammar(vocabulary.vocab, rules.encode(), grammar._root.encode())
-        if not sampler:
-            raise ValueError(
-                "llama.cpp cannot read this grammar; check its syntax (GBNF), and that it has a rule "
-                f"{grammar._root!r}."
-            )
-        return cls(sampler, vocabulary, by_byte="<" not in rules)  # <...> outside of quotes names a token
+        # <...> outside of quotes names a token
+        return cls(grammar_sampler(index.vocab, grammar), index, by_byte="<" not in grammar._grammar)
 
     def allows(self, ids: Ids) -> npt.NDArray[np.bool_]:
         """Whether each of the ids may come next, shape of `ids`."""
@@ -95,7 +103,7 @@ class Mask:
     def legal(self) -> Ids:
         """All ids that may come next, in ascending order; kept until the next `accept`."""
         if self._legal is None:
-            known = self._vocabulary
+            known = self._index
             if self._by_byte:
                 probed = self.allows(known.probes)
                 bytes_ = known.probe_byte[probed]
@@ -109,11 +117,11 @@ class Mask:
 
     def forced(self) -> int | None:
         """The next token, if only one may come; the tokens of single bytes, which can spell any text, do not count."""
-        if self._legal is None and self._by_byte and self.allows(self._vocabulary.probes).sum() > 1:
+        if self._legal is None and self._by_byte and self.allows(self._index.probes).sum() > 1:
             return None
         legal = self.legal()
         if len(legal) > 1:
-            legal = legal[~self._vocabulary.spelled[legal]]
+            legal = legal[~self._index.spelled[legal]]
         return int(legal[0]) if len(legal) == 1 else None
 
     def accept(self, token: int) -> None:
@@ -123,6 +131,6 @@ class Mask:
 
     def fork(self) -> Mask:
         """A copy that goes its own way."""
-        other = Mask(lib.llama_sampler_clone(self._sampler), self._vocabulary, self._by_byte)
+        other = Mask(lib.llama_sampler_clone(self._sampler), self._index, self._by_byte)
         other._legal = self._legal
         return other

@@ -6,12 +6,13 @@ it waits, and is refused if that takes too long; llama_cpp.Llama lets it in.
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 
 BUSY = (
     'this Llama is in use by another thread: "{name}" {what} since {seconds:.0f} s. Give each thread a Llama of its '
@@ -186,3 +187,35 @@ class Guard:
         with self._changed:
             self._holder = None
             self._changed.notify_all()
+
+
+class Guarded(Protocol):
+    """An object that its guard lets one thread at a time use."""
+
+    guard: Guard
+
+    def check_open(self) -> None:
+        """Raise RuntimeError if there is nothing to use."""
+
+
+def exclusive(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that needs the object for itself while it runs."""
+
+    @functools.wraps(method)
+    def guarded(self: Guarded, *args: Any, **kwargs: Any) -> Any:
+        self.check_open()
+        with self.guard.call():
+            return method(self, *args, **kwargs)
+
+    return guarded
+
+
+def exclusive_stream(method: Callable[..., Generator[Any, Any, None]]) -> Callable[..., Any]:
+    """A generator method that needs the object for itself from its first item to its last."""
+
+    @functools.wraps(method)
+    def guarded(self: Guarded, *args: Any, **kwargs: Any) -> Any:
+        self.check_open()
+        return self.guard.stream(method(self, *args, **kwargs))
+
+    return guarded

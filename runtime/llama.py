@@ -1,31 +1,49 @@
-"""llama_cpp.Llama with a drafter: the API, no algorithm."""
+"""The drop-in for llama_cpp.Llama: loads a target with its drafter, generates, closes.
+
+A `Llama` is an `Api` (stock's calls with our keywords), which is a `Context` (the target's KV cache), which is stock's.
+"""
 
 from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from functools import cached_property
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import llama_cpp
+from gemma_mtp.convert import link
 from gemma_mtp.runtime import loop, native, sampling
-from gemma_mtp.runtime.api import Api, exclusive_stream
+from gemma_mtp.runtime.api import Api
+from gemma_mtp.runtime.borrowed import bind, like
+from gemma_mtp.runtime.context import Stock
 from gemma_mtp.runtime.draft.costs import Costs, costs_path
-from gemma_mtp.runtime.draft.drafter import DraftSettings, attached
+from gemma_mtp.runtime.draft.drafter import Drafter, DraftSettings, attached
 from gemma_mtp.runtime.draft.length import Policy
 from gemma_mtp.runtime.draft.proposals import Proposals, sources
-from gemma_mtp.runtime.draft.source import Source
-from gemma_mtp.runtime.faults import check_options, explain_decode, explaining_load
-from gemma_mtp.runtime.grammar import Mask, Vocabulary
-from gemma_mtp.runtime.native import Floats
-from gemma_mtp.runtime.pair import Wanted, resolve
-from gemma_mtp.runtime.request import MOST, DraftLength, Request, checked_length, chosen_seed
+from gemma_mtp.runtime.draft.source import DraftSource
+from gemma_mtp.runtime.faults import Careful, Closed, check_options, explaining_decode, explaining_load
+from gemma_mtp.runtime.grammar import Mask, TokenIndex
+from gemma_mtp.runtime.guard import Guard, exclusive_stream
+from gemma_mtp.runtime.pair import Wanted, drafter_of, fetch_drafter
+from gemma_mtp.runtime.request import MOST, WISHES, DraftLength, Request, checked_length, checked_mtp, chosen_seed
 from gemma_mtp.runtime.sampling import Sampler, reading
-from llama_cpp import llama_cpp as lib
+from gemma_mtp.runtime.stats import Stats
 from llama_cpp._utils import suppress_stdout_stderr
+
+# Arguments of llama_cpp.Llama under which no drafter can work.
+WITHOUT_DRAFTER = {
+    "draft_model": "draft_model was given: it drafts, and the MTP drafter is not loaded",
+    "embedding": "embedding=True keeps embeddings instead of hidden rows: the MTP drafter is not loaded",
+    "vocab_only": "vocab_only=True: there are no weights, and the MTP drafter is not loaded",
+}
+NO_DRAFTER = "no linked drafter beside {}; name one with drafter=, or convert the pair again"
+# Arguments of `generate` that its sampler chain is made without: `Sampler` asks processors and grammar itself.
+NOT_OF_THE_CHAIN = ("tokens", "reset", "logits_processor", "stopping_criteria", "grammar")
+MIROSTAT = "mirostat draws its own random numbers"
 
 
 class Llama(Api):
@@ -42,19 +60,24 @@ class Llama(Api):
         draft_length: tokens to draft in a round, 15 at most, or "auto" (the default) to go by what passes cost on this
             machine and by what is accepted: then drafts also come from the text itself, and there are none where they
             do not pay. It may be set later on.
+        mtp: False generates without drafting unless a request says mtp=True; True insists on a drafter. It may be set
+            later on.
         options: everything llama_cpp.Llama takes. flash_attn is True by default where no layer is on a GPU. Without a
             seed every request draws one, which its answer tells under "seed", and `stats`.
 
     Attributes:
+        drafter: the drafter beside the target, None without one.
         stats: counters of the latest request.
         total_stats: counters of all requests.
 
     Raises:
-        gemma_mtp.convert.link.MtpError: a file is damaged, or the drafter is not the target's.
+        gemma_mtp.convert.link.MtpError: a file is damaged, the drafter is not the target's, or mtp=True without one.
         RuntimeError: the library was built for another CPU, or llama.cpp cannot load the model.
         ValueError: as llama_cpp.Llama, for instance when model_path does not exist; or draft_length is neither a count
             nor "auto".
     """
+
+    drafter: Drafter | None
 
     def __init__(
         self,
@@ -62,21 +85,43 @@ class Llama(Api):
         *,
         drafter: Wanted = "auto",
         draft_length: DraftLength = "auto",
+        mtp: bool | None = None,
         **options: Any,
     ) -> None:
-        self.prepare()
-        self.draft_length = draft_length
-        self._wanted = drafter
-        self._told: set[str] = set()
+        # For close() and __del__, should what follows raise.
+        self._stack, self.guard, self.drafter = ExitStack(), Guard(), None
+        wishes = Request(mtp, checked_length(draft_length))
         check_options(options)
         native.check_cpu()
+        path = drafter_of(model_path, drafter)
+        reason = next((WITHOUT_DRAFTER[name] for name in WITHOUT_DRAFTER if options.get(name)), None)
+        self._wanted, self._told = drafter, set[str]()
+        self._undrafted = _undrafted(model_path, drafter, path, reason)
+        self._defaults = self._possible(wishes)
+        self.stats, self.total_stats = Stats(), Stats()
+        self._request = self._logprobs = None
+        self._careful, self._counting = Careful(()), False
+        self._load(model_path, options)
+        self.fit_arrays()
+        if path is not None and reason is not None:
+            self._tell(reason)
+        elif path is not None:
+            native.notice_unpatched()
+            # Weakly, so that dropping the object frees it at once, as it does stock's.
+            self.drafter = self._stack.enter_context(attached(weakref.proxy(self), path))
+        # What passes and draft steps take here; from the cache, if this model has run on this machine before.
+        self._costs_path = self._costs_file()
+        self._costs = Costs.load(self._costs_path, MOST + 1)
+        self._policy = Policy(self._costs, MOST)
+
+    def _load(self, model_path: str | PathLike[str], options: dict[str, Any]) -> None:
+        """Stock's __init__, with our defaults, and errors that name the next step."""
         if options.get("swa_full") is False:
             # A batch longer than n_ubatch may overwrite keys that its rollback needs.
             options["n_ubatch"] = max(options.get("n_ubatch", 512), MOST + 1)
         if native.patched() and not (options.get("n_gpu_layers") and native.has_gpu()):
             # On the CPU the series has attention of a few queries in this form only; stock's default is without.
             options.setdefault("flash_attn", True)
-        path = resolve(model_path, drafter)
         # llama.cpp reports the sizes of its caches as warnings, which stock Llama shows even when told to be quiet.
         with suppress_stdout_stderr(disable=options.get("verbose", True)), explaining_load(options):
             super().__init__(fspath(model_path), **options)
@@ -84,23 +129,6 @@ class Llama(Api):
                 raise RuntimeError(f"Failed to initialize LoRA adapter from lora path: {self.lora_path}")
         if options.get("seed") == 0:  # stock takes it for none
             self._seed = 0
-        self.fit_arrays()
-        if path is not None and (reason := self._cannot_draft()):
-            self._tell(reason)
-        elif path is not None:
-            native.notice_unpatched()
-            # Weakly, so that dropping the object frees it at once, as it does stock's.
-            self.drafter = self._stack.enter_context(attached(weakref.proxy(self), path))
-
-    def _cannot_draft(self) -> str | None:
-        """Why a drafter cannot work with the arguments given, or None."""
-        if self.draft_model is not None:
-            return "draft_model was given: it drafts, and the MTP drafter is not loaded"
-        if self.context_params.embeddings:
-            return "embedding=True keeps embeddings instead of hidden rows: the MTP drafter is not loaded"
-        if self.model_params.vocab_only:
-            return "vocab_only=True: there are no weights, and the MTP drafter is not loaded"
-        return None
 
     def _tell(self, reason: str) -> None:
         """Say once per object why a request runs without MTP."""
@@ -108,107 +136,67 @@ class Llama(Api):
             self._told.add(reason)
             print(f"gemma-mtp: {reason}.", file=sys.stderr)
 
-    @property
-    def draft_length(self) -> DraftLength:
-        """Tokens to draft in a round, or "auto"; for requests that say nothing else.
-
-        Raises:
-            ValueError: on setting it to what is neither.
-        """
-        return self._draft_length
-
-    @draft_length.setter
-    def draft_length(self, value: Any) -> None:
-        self._draft_length = checked_length(value)
-
+    @like(Stock.generate, **WISHES)
     @exclusive_stream
     def generate(
-        self,
-        tokens: Sequence[int],
-        top_k: int = 40,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        typical_p: float = 1.0,
-        temp: float = 0.80,
-        repeat_penalty: float = 1.0,
-        reset: bool = True,
-        frequency_penalty: float = 0.0,
-        presence_penalty: float = 0.0,
-        tfs_z: float = 1.0,
-        mirostat_mode: int = 0,
-        mirostat_tau: float = 5.0,
-        mirostat_eta: float = 0.1,
-        penalize_nl: bool = True,
-        logits_processor: Any = None,
-        stopping_criteria: Any = None,
-        grammar: Any = None,
-        *,
-        mtp: bool | None = None,
-        draft_length: DraftLength | None = None,
+        self, *args: Any, mtp: bool | None = None, draft_length: DraftLength | None = None, **kwargs: Any
     ) -> Generator[int, Sequence[int] | None, None]:
         """Generate tokens from a prompt; arguments and behaviour are llama_cpp.Llama.generate's, with two more.
 
         Args:
-            tokens: the prompt; all further ones up to `grammar` as there.
-            mtp: False generates without drafting.
+            args: as there, the prompt's tokens first.
+            mtp: False generates without drafting; True insists on it.
             draft_length: tokens to draft in a round, or "auto".
+            kwargs: as there.
         """
-        request = self.request if mtp is None and draft_length is None else Request(mtp, draft_length)
-        tokens = list(tokens)
-        settings: dict[str, Any] = {
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "typical_p": typical_p,
-            "temp": temp,
-            "repeat_penalty": repeat_penalty,
-            "frequency_penalty": frequency_penalty,
-            "presence_penalty": presence_penalty,
-            "tfs_z": tfs_z,
-            "mirostat_mode": mirostat_mode,
-            "mirostat_tau": mirostat_tau,
-            "mirostat_eta": mirostat_eta,
-            "penalize_nl": penalize_nl,
-        }
-        stopping_criteria = reading(stopping_criteria)
-        kept = self.kept
+        given = bind(Stock.generate, *args, **kwargs)
+        given["tokens"] = list(given["tokens"])
+        given["stopping_criteria"] = reading(given["stopping_criteria"])
+        own = mtp is not None or draft_length is not None
+        request = self.asked(mtp, draft_length) if own or self._request is None else self._request
+        mirostat = given["mirostat_mode"] != 0 and given["temp"] > 0
+        if mirostat and request.mtp:
+            raise ValueError(f"MTP was asked for, but {MIROSTAT}; leave mirostat_mode at 0.")
         seed = chosen_seed(self._seed)
-        with self.counted(seed) as stats:
-            if kept is not None:
-                kept.begin(self, tokens)
-            if self.draft_model is not None or (mirostat_mode != 0 and temp > 0):
-                if mirostat_mode != 0 and self.drafter is not None:
-                    self._tell("mirostat draws its own random numbers: this request runs without MTP")
-                if reset and not self._can_cut(self._shared_with(tokens)):
-                    self.reset()
-                source = super().generate(
-                    tokens,
-                    reset=reset,
-                    stopping_criteria=stopping_criteria,
-                    logits_processor=logits_processor,
-                    grammar=grammar,
-                    **settings,
-                )
-                yield from stats.counting(source if kept is None else kept.watching(self, source))
-                return
+        with self.counted(seed) as stats, explaining_decode():
+            if self._logprobs is not None:
+                self._logprobs.begin(self, given["tokens"])
+            if self.draft_model is None and not mirostat:
+                yield from self._drafting(given, seed, request, stats)
+            else:
+                yield from stats.counting(self._as_stock(given))
 
-            def stop(row: int) -> bool:
-                return stopping_criteria is not None and bool(stopping_criteria(self._input_ids, self.logits(row)))
+    def _as_stock(self, given: dict[str, Any]) -> Generator[int, Sequence[int] | None, None]:
+        """Stock's own loop, for what only it can do."""
+        if given["mirostat_mode"] != 0 and self.drafter is not None:
+            self._tell(f"{MIROSTAT}: this request runs without MTP")
+        if given["reset"] and not self.can_reuse(given["tokens"]):
+            self.reset()
+        source = super().generate(**given)
+        return source if self._logprobs is None else self._logprobs.watching(source, self.chosen_from)
 
-            sampler = self._choice(settings, logits_processor, grammar, seed)
-            try:
-                left = self._reuse_prefix(tokens, reset)
-                length = request.length(self.draft_length)
-                asked = self.sources(sampler, length, DraftSettings.of(settings, seed))
-                proposals = Proposals(self, sampler, asked, length, self._policy, self._costs)
-                choose = sampler if kept is None else kept.recording(sampler)
-                yield from loop.generate(self, left, choose, proposals, stop, stats)
-            finally:
-                if self._costs.seen(1):
-                    stats.plain_pass_seconds = max(stats.tokens - 1, 0) * self._costs.pass_seconds(1)
-                self._costs.save(self._costs_path)
+    def _drafting(
+        self, given: dict[str, Any], seed: int, request: Request, stats: Stats
+    ) -> Generator[int, Sequence[int] | None, None]:
+        """Our loop, with drafts or without."""
+        tokens, criteria = given["tokens"], given["stopping_criteria"]
 
-    def sources(self, sampler: Sampler, length: DraftLength, settings: DraftSettings | None) -> list[Source]:
+        def stop(row: int) -> bool:
+            return criteria is not None and bool(criteria(self._input_ids, self.logits(row)))
+
+        sampler = self._choice(given, seed)
+        try:
+            left = self.reuse_prefix(tokens if given["reset"] else [*self._input_ids.tolist(), *tokens])
+            asked = self.sources(sampler, request.length, DraftSettings.of(given, seed))
+            proposals = Proposals(self, sampler, asked, request.length, self._policy, self._costs)
+            choose = sampler if self._logprobs is None else self._logprobs.recording(sampler)
+            yield from loop.generate(self, left, choose, proposals, stop, stats)
+        finally:
+            if self._costs.seen(1):
+                stats.plain_pass_seconds = max(stats.tokens - 1, 0) * self._costs.pass_seconds(1)
+            self._costs.save(self._costs_path)
+
+    def sources(self, sampler: Sampler, length: DraftLength, settings: DraftSettings | None) -> list[DraftSource]:
         """What is asked for drafts, in this order; for a request.
 
         Args:
@@ -222,38 +210,28 @@ class Llama(Api):
         native_round = settings if sampler.plain and native.drafts_rounds() else None
         return sources(self, self.drafter, self._costs, native_round, length)
 
-    def _choice(self, settings: dict[str, Any], logits_processor: Any, grammar: Any, seed: int) -> Sampler:
-        """What chooses tokens under these settings: llama.cpp's sampler chain, with our noise for its draw."""
-        temp, top_k = settings["temp"], settings["top_k"]
-        penalties = (settings["repeat_penalty"], settings["frequency_penalty"], settings["presence_penalty"])
-        keep = 1 if temp == 0.0 else top_k if temp > 0.0 and 0 < top_k < self._n_vocab else None
+    def _choice(self, given: Mapping[str, Any], seed: int) -> Sampler:
+        """What chooses tokens under these arguments: llama.cpp's sampler chain, with our noise for its draw."""
+        temp, top_k = given["temp"], given["top_k"]
+        penalties = (given["repeat_penalty"], given["frequency_penalty"], given["presence_penalty"])
+        chain = self._init_sampler(**{name: value for name, value in given.items() if name not in NOT_OF_THE_CHAIN})
         return Sampler(
-            sampling.without_draw(self._init_sampler(**settings)),
+            sampling.without_draw(chain),
             self._n_vocab,
             seed=None if temp == 0.0 else seed,
-            keep=keep,
+            keep=1 if temp == 0.0 else top_k if temp > 0.0 and 0 < top_k < self._n_vocab else None,
             penalized=0 if penalties == (1.0, 0.0, 0.0) else max(self.last_n_tokens_size, 0),
-            mask=Mask.of(grammar, self._vocabulary) if grammar is not None else None,
-            processors=logits_processor or (),
+            mask=Mask.of(given["grammar"], self._token_index) if given["grammar"] is not None else None,
+            processors=given["logits_processor"] or (),
             input_ids=lambda: self._input_ids,
         )
 
     @cached_property
-    def _vocabulary(self) -> Vocabulary:
-        """Tokens by their first byte, for grammars."""
-        return Vocabulary(self._model.vocab, self._n_vocab)
+    def _token_index(self) -> TokenIndex:
+        """Tokens by their first byte, for grammars; made with the first of these, as it asks for every token's text."""
+        return TokenIndex(self._model.vocab, self._n_vocab)
 
-    @cached_property
-    def _costs(self) -> Costs:
-        """What passes and draft steps take here; from the cache, if this model has run on this machine before."""
-        return Costs.load(self._costs_path, MOST + 1)
-
-    @cached_property
-    def _policy(self) -> Policy:
-        return Policy(self._costs, MOST)
-
-    @property
-    def _costs_path(self) -> Path:
+    def _costs_file(self) -> Path:
         settings = ("n_threads", "n_ubatch", "flash_attn_type", "type_k", "type_v", "offload_kqv")
         return costs_path(
             model=Path(self.model_path).name,
@@ -264,102 +242,81 @@ class Llama(Api):
             **{name: str(getattr(self.context_params, name, None)) for name in settings},
         )
 
-    def _reuse_prefix(self, tokens: list[int], reset: bool) -> list[int]:
-        """Keep what the KV cache shares with a prompt; returns the tokens left to decode, at least one.
+    def close(self) -> None:
+        """Free drafter and model; a stream still open ends.
 
         Raises:
-            ValueError: there is nothing to go on from, the prompt does not fit the context, or it holds an image that
-                the KV cache does not.
+            RuntimeError: another thread has been using the object for `guard.patience` seconds.
         """
-        keep = self.n_tokens
-        if reset:
-            keep = self._shared_with(tokens)
-        else:
-            tokens = [*self._input_ids.tolist(), *tokens]
-        if not tokens:
-            raise ValueError("the prompt is empty; pass at least one token, for instance the BOS token.")
-        if len(tokens) > self._n_ctx:
-            raise ValueError(f"the prompt has {len(tokens)} tokens, the context {self._n_ctx}; raise n_ctx.")
-        if tokens[-1] < 0:
-            raise ValueError("the prompt ends with an image or a sound; put text after it.")
-        # The last token is always decoded, for its logits and its hidden row.
-        keep = min(keep, len(tokens) - 1)
-        if keep and not self._can_cut(keep):
-            keep = 0
-        if min(tokens[keep:]) < 0:
-            raise ValueError(
-                "the image or the sound of this prompt is gone from the KV cache; ask through the chat handler again."
-            )
-        if keep == 0 or not self._ctx.kv_cache_seq_rm(-1, keep, -1):
-            keep = 0
-            self.reset()
-        self.n_tokens = keep
-        return tokens[keep:]
+        with self.guard.call():
+            self._stack.close()
+            self.drafter = None
+            self._ctx = self._model = self.tokenizer_ = Closed()
 
-    def _shared_with(self, tokens: list[int]) -> int:
-        """How many tokens of a prompt the KV cache begins with."""
-        pairs = zip(self._input_ids.tolist(), tokens, strict=False)
-        return next((i for i, (old, new) in enumerate(pairs) if old != new), min(self.n_tokens, len(tokens)))
-
-    def _can_cut(self, keep: int) -> bool:
-        """Whether the KV cache can go on after `keep` tokens: with swa_full=False it forgets keys out of the window."""
-        if self.context_params.swa_full or keep == 0:
-            return True
-        first = lib.llama_memory_seq_pos_min(self._ctx.memory, 0)
-        return bool(0 <= first <= max(0, keep - lib.llama_model_n_swa(self._model.model)))
-
-    def decode(self, tokens: Sequence[int], draft: Sequence[int]) -> int:
-        """Decode tokens and a draft after them; afterwards `n_tokens` counts the tokens, not the draft.
-
-        Returns:
-            The batch row of the last token; the rows of the draft follow it.
-
-        Raises:
-            RuntimeError: the context is full, or llama.cpp could not decode.
-        """
-        past = self.n_tokens
-        if past + len(tokens) > self._n_ctx:
-            raise RuntimeError(
-                f"the context of {self._n_ctx} tokens is full; pass a larger n_ctx, or a shorter prompt or max_tokens."
-            )
-        if not draft:
-            self.eval(tokens)
-            return int((len(tokens) - 1) % self.n_batch)
-        batch = [*tokens, *draft]
-        self._ctx.kv_cache_seq_rm(-1, past, -1)
-        self._batch.set_batch(batch=batch, n_past=past, logits_all=True)
-        try:
-            self._ctx.decode(self._batch)
-        except RuntimeError as problem:
-            self.roll_back()
-            raise explain_decode(problem) from problem
-        self.input_ids[past : past + len(batch)] = batch
-        if self._logits_all:
-            self.scores[past : past + len(batch)] = [self.logits(row) for row in range(len(batch))]
-        self.n_tokens = past + len(tokens)
-        return len(tokens) - 1
-
-    def ends(self, token: int) -> bool:
-        """Whether a token ends the generation."""
-        return bool(lib.llama_vocab_is_eog(self._model.vocab, token))
-
-    def roll_back(self) -> None:
-        """Cut the KV cache to `n_tokens`; what the last decode left is then no longer that of the last token."""
-        self._requires_eval = True
-        if self._ctx.ctx is not None:
-            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
-
-    def logits(self, row: int) -> Floats:
-        """Logits of a row of the last batch, shape [n_vocab]; a view, valid until the next decode."""
-        return native.logits_row(self.ctx, row, self._n_vocab)
-
-    def hidden(self, row: int) -> Floats:
-        """The target's hidden state of a row of the last batch, shape [n_embd]; only with a drafter."""
-        return native.hidden_row(self.ctx, row, self.n_embd())
+    def __del__(self) -> None:
+        if hasattr(self, "guard"):
+            self.guard.serialized = True  # nobody has the object any more, nor its streams
+            self.close()
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        return state | {"drafter": self._wanted, "draft_length": self.draft_length}
+        return state | {"drafter": self._wanted, "draft_length": self.draft_length, "mtp": self.mtp}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+    @classmethod
+    def from_pretrained(cls, repo_id: str, filename: str | None, *args: Any, **kwargs: Any) -> Self:
+        """As llama_cpp.Llama.from_pretrained; the drafter that the target names is fetched with it.
+
+        Args:
+            repo_id: a repository of the Hugging Face Hub.
+            filename: name or pattern of the target's file in it.
+            args: further arguments of llama_cpp.Llama.from_pretrained.
+            kwargs: the same, and arguments of this class.
+
+        Raises:
+            ImportError: huggingface_hub is not installed.
+            ValueError: no file of the repository, or more than one, matches; or a wish is not what it may be.
+        """
+        function = Stock.from_pretrained.__func__
+        given = bind(function, repo_id, filename, *args, **kwargs)
+        loading = given.pop("kwargs")
+        # Before anything is downloaded.
+        checked_length(loading.get("draft_length", "auto"))
+        checked_mtp(loading.get("mtp"))
+        # Stock's code downloads the files and then calls its class with model_path.
+        path = function(lambda model_path: model_path, **given)
+        if loading.get("drafter", "auto") == "auto":
+            fetch_drafter(Path(path), given)
+        return cls(path, **loading)
+
+
+def _undrafted(target: str | PathLike[str], wanted: Wanted, found: Path | None, reason: str | None) -> str | None:
+    """Why a target has no drafter that could draft, with what to do about it; None if it has, or is not there."""
+    if reason is not None:
+        return f"{reason}; leave that argument out"
+    if wanted is None:
+        return "drafter=None was given when it was loaded; load it with its drafter"
+    if found is None and Path(target).exists():
+        return NO_DRAFTER.format(target)
+    return None
+
+
+@contextmanager
+def open_pair(target: str | PathLike[str], drafter: Wanted = "auto", **options: Any) -> Iterator[Llama]:
+    """Open a target with its drafter, and close both at the end; a missing drafter is an error here.
+
+    Args:
+        target: GGUF file of the target.
+        drafter: as for `Llama`.
+        options: further arguments of `Llama`.
+
+    Raises:
+        gemma_mtp.convert.link.MtpError: there is no drafter, or not of this target.
+    """
+    path = drafter_of(target, drafter)
+    if path is None and drafter is not None and Path(target).exists():
+        raise link.PairError(f"{NO_DRAFTER.format(target)}.")
+    with closing(Llama(target, drafter=path, **options)) as llm:
+        yield llm

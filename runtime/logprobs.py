@@ -7,15 +7,13 @@ Gemma 4. A response needs of a row the chosen token and the few most likely ones
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import llama_cpp
 import numpy as np
 from gemma_mtp.runtime.native import Floats
 from gemma_mtp.runtime.sampling import Choose
-
-if TYPE_CHECKING:
-    import llama_cpp
-    from gemma_mtp.runtime.llama import Llama
+from gemma_mtp.runtime.target import Target
 
 # Prompt tokens decoded at a time when each needs its logits: llama.cpp's output buffer keeps as many rows for good.
 PROMPT_ROWS = 32
@@ -41,7 +39,7 @@ def top_logprobs(logits: Floats, token: int, top: int) -> tuple[float, list[tupl
     return float(logprobs[token]), [(int(i), float(logprobs[i])) for i in best]
 
 
-class Kept:
+class LogProbs:
     """The log-probabilities of one request.
 
     Args:
@@ -73,7 +71,7 @@ class Kept:
 
         return recorded
 
-    def begin(self, llm: Llama, tokens: list[int]) -> None:
+    def begin(self, target: Target, tokens: list[int]) -> None:
         """Note the prompt; if its own tokens are wanted, decode it with logits for all of them, but for the last.
 
         Raises:
@@ -84,19 +82,24 @@ class Kept:
             return
         if min(tokens, default=0) < 0:
             raise ValueError("echo with logprobs needs a prompt of text; this one holds an image or a sound.")
-        llm.reset()
-        step = min(PROMPT_ROWS, llm.n_batch)
+        target.reset()
+        step = min(PROMPT_ROWS, target.n_batch)
         for start in range(0, len(tokens) - 1, step):
             chunk = tokens[start : min(start + step, len(tokens) - 1)]
-            row = llm.decode(chunk[:1], chunk[1:])
-            llm.n_tokens = start + len(chunk)
+            row = target.decode(chunk[:1], chunk[1:])
+            target.n_tokens = start + len(chunk)
             for i in range(len(chunk)):
-                self.add(start + i + 1, llm.logits(row + i), tokens[start + i + 1])
+                self.add(start + i + 1, target.logits(row + i), tokens[start + i + 1])
 
     def watching(
-        self, llm: Llama, source: Generator[int, Sequence[int] | None, None]
+        self, source: Generator[int, Sequence[int] | None, None], chosen_from: Callable[[int], Floats]
     ) -> Generator[int, Sequence[int] | None, None]:
-        """Stock's generator of tokens, its rows kept."""
+        """Stock's generator of tokens, its rows kept.
+
+        Args:
+            source: the generator.
+            chosen_from: gives the logits from which it has just chosen the token at a position.
+        """
         sent: Sequence[int] | None = None
         position = len(self.prompt)
         while True:
@@ -104,7 +107,7 @@ class Kept:
                 token = source.send(sent)
             except StopIteration:
                 return
-            self.add(position, llm.scores[position - 1] if llm._logits_all else llm.logits(-1), token)
+            self.add(position, chosen_from(position), token)
             self.completion.append(token)
             sent = yield token
             position += 1 + len(sent or ())
@@ -133,44 +136,50 @@ class Kept:
             found["top_logprobs"].append(None if logprob is None else top | {text: logprob})
         return found
 
+    def attached(
+        self, llm: llama_cpp.Llama, prompt: str | list[int], answers: Iterator[dict[str, Any]], stream: bool
+    ) -> Generator[dict[str, Any], None, None]:
+        """What stock answers when it is not asked for log-probabilities, whole or in chunks, with them."""
+        if stream:
+            return self._in_chunks(llm, len(prompt), answers)
+        return (self._in_whole(llm, len(prompt), answer) for answer in answers)
+
+    def _in_whole(self, llm: llama_cpp.Llama, length: int, answer: dict[str, Any]) -> dict[str, Any]:
+        count = answer["usage"]["completion_tokens"]
+        first = 1 if self.prompt[:1] == [llm.token_bos()] else 0
+        start = first - len(self.prompt) if self.echo else 0
+        tokens = self.prompt[first:] * self.echo + self.completion[:count]
+        before = 0 if self.echo else length
+        found = self.response(
+            llm, start, len(tokens), lambda number: before + len(_text(llm, tokens[: number - start]))
+        )
+        if self.echo and found["tokens"]:  # as OpenAI's API has it
+            found["token_logprobs"][0] = found["top_logprobs"][0] = None
+        answer["choices"][0]["logprobs"] = found
+        return answer
+
+    def _in_chunks(
+        self, llm: llama_cpp.Llama, length: int, chunks: Iterator[dict[str, Any]]
+    ) -> Generator[dict[str, Any], None, None]:
+        """A chunk holds one token; or several, where a character is spread over them.
+
+        (Stock then sends them one by one, and the character is lost.)
+        """
+        done = 0
+        for chunk in chunks:
+            choice = chunk["choices"][0]
+            if choice["finish_reason"] is None:
+                count = _covered(llm, self.completion[done:], choice["text"])
+                choice["logprobs"] = self.response(
+                    llm, done, count, lambda number: length + len(_text(llm, self.completion[:number]))
+                )
+                done += count
+            yield chunk
+
 
 def _text(llm: llama_cpp.Llama, tokens: list[int]) -> str:
     text: str = llm.detokenize(tokens).decode("utf-8", errors="ignore")
     return text
-
-
-def attach(llm: llama_cpp.Llama, kept: Kept, prompt: str | list[int], answer: dict[str, Any]) -> dict[str, Any]:
-    """Add the log-probabilities to a completion that was asked for without them."""
-    count = answer["usage"]["completion_tokens"]
-    first = 1 if kept.prompt[:1] == [llm.token_bos()] else 0
-    start = first - len(kept.prompt) if kept.echo else 0
-    tokens = kept.prompt[first:] * kept.echo + kept.completion[:count]
-    before = 0 if kept.echo else len(prompt)
-    found = kept.response(llm, start, len(tokens), lambda number: before + len(_text(llm, tokens[: number - start])))
-    if kept.echo and found["tokens"]:  # as OpenAI's API has it
-        found["token_logprobs"][0] = found["top_logprobs"][0] = None
-    answer["choices"][0]["logprobs"] = found
-    return answer
-
-
-def attach_chunks(
-    llm: llama_cpp.Llama, kept: Kept, prompt: str | list[int], chunks: Iterator[dict[str, Any]]
-) -> Generator[dict[str, Any], None, None]:
-    """Add the log-probabilities to the chunks of a stream that was asked for without them.
-
-    A chunk holds one token; or several, where a character is spread over them. (Stock then sends them one by one, and
-    the character is lost.)
-    """
-    done = 0
-    for chunk in chunks:
-        choice = chunk["choices"][0]
-        if choice["finish_reason"] is None:
-            count = _covered(llm, kept.completion[done:], choice["text"])
-            choice["logprobs"] = kept.response(
-                llm, done, count, lambda number: len(prompt) + len(_text(llm, kept.completion[:number]))
-            )
-            done += count
-        yield chunk
 
 
 def _covered(llm: llama_cpp.Llama, tokens: list[int], text: str) -> int:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from time import perf_counter
 
-from gemma_mtp.runtime.accept import verify
+from gemma_mtp.runtime.accept import walk
 from gemma_mtp.runtime.draft.proposals import Proposals
 from gemma_mtp.runtime.draft.source import Draft
 from gemma_mtp.runtime.sampling import Choose
@@ -71,7 +71,7 @@ def generate(
 
             tokens = []
             hits = 0
-            for i, (token, accepted) in enumerate(verify(draft.tokens, choice)):
+            for i, (token, accepted) in enumerate(walk(draft.tokens, choice)):
                 if accepted:
                     hits += 1
                     stats.accepted_at(i, draft.sources[i])

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from gemma_mtp.convert import link
-
-if TYPE_CHECKING:
-    from gemma_mtp.runtime.llama import Llama
 
 Wanted = str | PathLike[str] | Literal["auto"] | None
 
 
-def resolve(target: str | PathLike[str], drafter: Wanted) -> Path | None:
+def drafter_of(target: str | PathLike[str], drafter: Wanted) -> Path | None:
     """The drafter to load with a target, its link checked.
 
     Args:
@@ -40,22 +36,30 @@ def resolve(target: str | PathLike[str], drafter: Wanted) -> Path | None:
     return path
 
 
-@contextmanager
-def open_pair(target: str | PathLike[str], drafter: Wanted = "auto", **options: Any) -> Iterator[Llama]:
-    """Open a target with its drafter, and close both at the end; a missing drafter is an error here.
+def fetch_drafter(target: Path, given: Mapping[str, Any]) -> None:
+    """Download the drafter that a target names, from the target's repository into the target's folder.
 
     Args:
-        target: GGUF file of the target.
-        drafter: as for `resolve`.
-        options: arguments of `Llama`.
-
-    Raises:
-        gemma_mtp.convert.link.MtpError: there is no drafter, or not of this target.
+        target: file of the target.
+        given: arguments of llama_cpp.Llama.from_pretrained that it came with.
     """
-    from gemma_mtp.runtime.llama import Llama  # llama.py needs this module
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
-    path = resolve(target, drafter)
-    if path is None and drafter is not None and Path(target).exists():
-        raise link.PairError(f"no linked drafter beside {target}; name one with drafter=, or convert the pair again.")
-    with closing(Llama(str(target), drafter=path, **options)) as llm:
-        yield llm
+    header = link.read_header(target)
+    peer = Path(str(header.metadata.get(link.KEY_PEER, ""))).name
+    if not peer or header.arch != link.TARGET_ARCH or (target.parent / peer).exists():
+        return
+    # In the Hub's cache a file lies at snapshots/REVISION/its path in the repository.
+    parts = target.parent.parts
+    inside = parts[parts.index("snapshots") + 2 :] if given["local_dir"] is None and "snapshots" in parts else ()
+    try:
+        hf_hub_download(
+            repo_id=given["repo_id"],
+            filename=peer,
+            subfolder="/".join(inside) or None,
+            local_dir=given["local_dir"],
+            cache_dir=given["cache_dir"],
+        )
+    except EntryNotFoundError:
+        return  # a repository without it: the target runs alone

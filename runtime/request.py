@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import random
 import secrets
 from collections.abc import Callable, Generator, Iterator
@@ -33,6 +31,8 @@ def checked_length(value: Any) -> DraftLength:
     raise ValueError(f"draft_length is {value!r}; give {LENGTHS}.")
 
 
+# What Gemma 4's generation_config.json says; it has no min_p, of which llama-cpp-python's own default is not 0.
+SAMPLING = {"temperature": 1.0, "top_k": 64, "top_p": 0.95, "min_p": 0.0}
 # llama.cpp draws a seed where it is given this one, which is -1 in 32 bits.
 DRAWN = 0xFFFFFFFF
 
@@ -59,12 +59,23 @@ def following_seed(seed: int) -> int:
     return random.Random(int(seed)).randint(0, 2**32) % DRAWN
 
 
+def checked_mtp(value: Any) -> bool | None:
+    """A wish for MTP, wherever it was given: for an object or for one request.
+
+    Raises:
+        ValueError: it is neither True nor False nor None.
+    """
+    if not isinstance(value, bool | None):
+        raise ValueError(f"mtp is {value!r}; give True, False or None.")
+    return value
+
+
 @dataclass(frozen=True)
 class Request:
-    """Wishes of one request; None leaves a thing as the object has it.
+    """Wishes of one request; None leaves a thing as it is otherwise.
 
     Attributes:
-        mtp: False generates without drafting.
+        mtp: False generates without drafting; True insists on it, and is an error where nothing can be drafted.
         draft_length: tokens to draft in a round, or "auto".
         told: what the answer says beside llama_cpp.Llama's keys, for a chat handler passes on only what it knows.
 
@@ -77,16 +88,24 @@ class Request:
     told: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.mtp, bool | None):
-            raise ValueError(f"mtp is {self.mtp!r}; give True, False or None.")
+        checked_mtp(self.mtp)
         if self.draft_length is not None:
-            checked_length(self.draft_length)
+            object.__setattr__(self, "draft_length", checked_length(self.draft_length))
 
-    def length(self, default: DraftLength) -> DraftLength:
-        """The draft length of this request, 0 when it wants no drafts."""
+    def within(self, around: Request) -> Request:
+        """These wishes, and those of what is around where there is none here."""
+        return Request(
+            mtp=around.mtp if self.mtp is None else self.mtp,
+            draft_length=around.draft_length if self.draft_length is None else self.draft_length,
+            told=self.told,
+        )
+
+    @property
+    def length(self) -> DraftLength:
+        """The draft length, 0 where no drafts are wanted; "auto" if nothing was said."""
         if self.mtp is False:
             return 0
-        return default if self.draft_length is None else checked_length(self.draft_length)
+        return "auto" if self.draft_length is None else self.draft_length
 
 
 NOTHING = Request()
@@ -105,14 +124,15 @@ def asking(request: Request) -> Iterator[None]:
         ASKED.reset(token)
 
 
-def within(mtp: bool | None, draft_length: Any) -> Request:
-    """The request of a call: what it says itself, and what the call around it said."""
+def asked(mtp: bool | None, draft_length: Any) -> Request:
+    """The request of a call: what it says itself, and what the call around it said.
+
+    Raises:
+        ValueError: a wish is not what it may be.
+    """
     around = ASKED.get()
-    return Request(
-        mtp=around.mtp if mtp is None else mtp,
-        draft_length=around.draft_length if draft_length is None else draft_length,
-        told={} if around is NOTHING else around.told,
-    )
+    own = Request(mtp, draft_length) if around is NOTHING else Request(mtp, draft_length, around.told)
+    return own.within(around)
 
 
 def _stepping(request: Request, chunks: Iterator[Any]) -> Generator[Any, None, None]:
@@ -158,26 +178,3 @@ def telling(request: Request, answer: Any) -> Any:
 
 
 WISHES = {"mtp": "bool | None", "draft_length": "DraftLength | None"}
-
-
-def per_request(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a method of llama_cpp.Llama the keyword arguments of a Request; everything else stays as it is."""
-
-    @functools.wraps(stock)
-    def method(self: Any, *args: Any, mtp: bool | None = None, draft_length: Any = None, **kwargs: Any) -> Any:
-        return ask(within(mtp, draft_length), lambda: stock(self, *args, **kwargs))
-
-    return with_keywords(method, **WISHES)
-
-
-def with_keywords(method: Callable[..., Any], **kinds: str) -> Callable[..., Any]:
-    """Show keyword arguments, None by default, in the signature that a method has from stock's."""
-    signature = inspect.signature(method)
-    ours = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
-        for name, kind in kinds.items()
-    ]
-    method.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*signature.parameters.values(), *ours]
-    )
-    return method

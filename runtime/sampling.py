@@ -16,14 +16,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 from gemma_mtp.runtime.grammar import CANDIDATE, Mask
-from gemma_mtp.runtime.native import Floats
+from gemma_mtp.runtime.native import Floats, Ids
 from llama_cpp import llama_cpp as lib
 
-Ids = npt.NDArray[np.int32]
 Doubles = npt.NDArray[np.float64]
 
 MASK = (1 << 64) - 1
-GOLDEN = 0x9E3779B97F4A7C15
+GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 # From how many candidates on the noise is computed only for those that can win.
 WIDE = 4096
 # What a drafter looks at when the chain has no top_k: rarer tokens are not worth a pass over the whole vocabulary.
@@ -60,10 +59,10 @@ def mix(word: int) -> int:
 
 def noise_words(seed: int, position: int, ids: Ids) -> npt.NDArray[np.uint64]:
     """64 random bits for token ids at a position, shape of `ids`; a pure function of its arguments."""
-    key = mix((mix((seed + GOLDEN) & MASK) + position * GOLDEN) & MASK)
+    key = mix((mix((seed + GOLDEN_GAMMA) & MASK) + position * GOLDEN_GAMMA) & MASK)
     words = ids.astype(np.uint64)
     words += np.uint64(1)
-    words *= np.uint64(GOLDEN)
+    words *= np.uint64(GOLDEN_GAMMA)
     words += np.uint64(key)
     words ^= words >> np.uint64(30)
     words *= np.uint64(0xBF58476D1CE4E5B9)
@@ -86,7 +85,7 @@ def gumbel_of(words: npt.NDArray[np.uint64]) -> Doubles:
     return noise
 
 
-def largest(values: npt.NDArray[Any], count: int) -> npt.NDArray[np.intp]:
+def likeliest(values: npt.NDArray[Any], count: int) -> npt.NDArray[np.intp]:
     """Indices of at least the `count` largest values, ties with the last of them included, in ascending order.
 
     The count-th largest of the maxima of blocks is a lower bound of the count-th largest value, and takes one pass over
@@ -112,7 +111,7 @@ def lowest_best(ids: Ids, scores: Doubles) -> int:
 def draw(ids: Ids, scores: Doubles, seed: int, position: int) -> int:
     """argmax of scores plus noise over candidates, both of shape [n]; noise is only computed where it can matter."""
     if len(ids) > WIDE:
-        likely = largest(scores, DRAFT_KEEP)
+        likely = likeliest(scores, DRAFT_KEEP)
         best = (scores[likely] + gumbel(seed, position, ids[likely])).max()
         # Any other candidate scores at most `bound`, so it wins only if exp(-exp(-noise)) is at least this uniform.
         bound = scores[likely].min()
@@ -228,7 +227,7 @@ class Sampler:
         """Ids among which are all that penalties, grammar and top_k can leave."""
         ids = self._all
         if self._keep is not None:
-            ids = largest(logits, self._keep + len(self._recent)).astype(np.int32)
+            ids = likeliest(logits, self._keep + len(self._recent)).astype(np.int32)
             if self._recent:
                 ids = np.union1d(ids, np.array(self._recent, dtype=np.int32))
         if self.mask is None:

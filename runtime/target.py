@@ -37,6 +37,9 @@ class Target(Protocol):
     def roll_back(self) -> None:
         """Cut the KV cache to `n_tokens`."""
 
+    def reset(self) -> None:
+        """Forget all tokens."""
+
     def logits(self, row: int) -> Floats:
         """The logits of a row of the latest batch, shape [n_vocab]."""
 

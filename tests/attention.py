@@ -24,7 +24,7 @@ F16 = 1
 Array = np.ndarray[Any, Any]
 
 
-def attend(ggml: Ggml, case: dict[str, Array], threads: int, together: int, times: int) -> tuple[Array, float]:
+def attend(ggml: Ggml, case: dict[str, Array], times: int, threads: int, together: int) -> tuple[Array, float]:
     """The attention of a case, `together` queries at a time; and the median time of a call in microseconds."""
     backend = P(ggml("ggml_backend_cpu_init", P))
     ggml("ggml_backend_cpu_set_n_threads", None, backend, ctypes.c_int(threads))
@@ -79,7 +79,7 @@ def quantized(ggml: Ggml, array: Array, kind: int) -> Array:
 if __name__ == "__main__":
     libraries, path, result, *times = sys.argv[1:]
     library, case = Ggml(Path(libraries)), dict(np.load(path))
-    runs = [attend(library, case, *map(int, run), int(times[0]) if times else 0) for run in case["runs"]]
+    runs = [attend(library, case, int(times[0]) if times else 0, *map(int, run)) for run in case["runs"]]
     np.save(result, [found for found, _ in runs])
     if times:
         print(*[round(microseconds) for _, microseconds in runs])

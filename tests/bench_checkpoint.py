@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import struct
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import shapes
 import torch
@@ -72,16 +71,8 @@ def _tokenizer(like: Path, folder: Path, size: int) -> None:
 def _weights(path: Path, tensors: dict[str, Source]) -> None:
     """Normal values of E2B's spread, from one block that is read from another place each time."""
     block = (torch.randn(1 << 25, generator=torch.Generator().manual_seed(0)) * 0.03).to(torch.bfloat16)
-    header: dict[str, Any] = {}
-    end = 0
-    for name, source in tensors.items():
-        size = prod(source.shape) * (8 if source.dtype == "I64" else 2)
-        header[name] = {"dtype": source.dtype, "shape": source.shape, "data_offsets": [end, end + size]}
-        end += size
-    raw = json.dumps(header).encode()
-    raw += b" " * (-len(raw) % 8)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.write(shapes.safetensors_header(tensors)[0])
         for place, source in enumerate(tensors.values()):
             left = prod(source.shape)
             if source.dtype == "I64":

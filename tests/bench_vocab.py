@@ -51,7 +51,7 @@ def make(folder: Path) -> tuple[Path, Path]:
     folders = folder / "target", folder / "drafter"
     if not (folders[1] / "tokenizer.json").exists():
         text = tokenizer()
-        size = {"vocab_size": len(json.loads(text)["model"]["vocab"])}
+        size: dict[str, Any] = {"vocab_size": len(json.loads(text)["model"]["vocab"])}
         make_target(folders[0], **NO_PER_LAYER, **size, hidden_size=WIDTH)
         make_drafter(folders[1], ordered=False, backbone=WIDTH, **size, hidden_size=WIDTH // 2)
         for each in folders:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import select
@@ -9,7 +10,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -118,6 +120,23 @@ def serving(server: Path, log: Path, *arguments: object) -> Iterator[str]:
             yield until(lambda: re.search(r"listening on (http://\S+)\n", log.read_text()), process)[1]
         finally:
             print(log.read_text()[-3000:])
+
+
+def post(url: str, body: Mapping[str, Any], key: str | None = None) -> dict[str, Any]:
+    """What a server answers to JSON, which is JSON too.
+
+    Args:
+        url: where to.
+        body: what is asked.
+        key: sent as a bearer token.
+
+    Raises:
+        urllib.error.HTTPError: another status than 200.
+    """
+    headers = {"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
+    with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=GUARD) as said:
+        answer: dict[str, Any] = json.load(said)
+    return answer
 
 
 class Terminal:

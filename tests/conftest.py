@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import pytest
@@ -75,7 +76,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Hugging Face folders of a random target, an ordered and a dense drafter for it, and a target and drafter whose
     rows fit no block."""
     root = tmp_path_factory.mktemp("tiny")
-    narrow = {"hidden_size": 80, "intermediate_size": 96}
+    narrow: dict[str, Any] = {"hidden_size": 80, "intermediate_size": 96}
     return {
         "target": make_target(root / "tiny-target"),
         "ordered": make_drafter(root / "tiny-ordered", ordered=True),

@@ -40,14 +40,15 @@ def probabilities(logits: Any, temp: float, top_k: int, top_p: float) -> Floats:
         kept = kept[: int(np.searchsorted(np.cumsum(share / share.sum()), top_p)) + 1]
     made = np.zeros(len(scores))
     made[kept] = np.exp((scores[kept] - scores.max()) / temp)
-    return made / made.sum()
+    made /= made.sum()
+    return made
 
 
 def rows(llm: Llama, prompt: str, tokens: int, temp: float, settings: dict[str, Any], seed: int) -> list[Any]:
     """For each position of a continuation, each of the three drafted places: coupled, greedy (0 or 1), bound."""
     ids = llm.tokenize(prompt.encode())
     llm.set_seed(seed)
-    text = list(ids)
+    text: list[int] = list(ids)
     neutral = {"min_p": 0.0, "repeat_penalty": 1.0}
     for token in llm.generate(ids, temp=temp, mtp=False, **settings, **neutral):
         text.append(token)
@@ -55,7 +56,10 @@ def rows(llm: Llama, prompt: str, tokens: int, temp: float, settings: dict[str, 
             break
     llm.reset()
     llm.eval(ids)
-    coupled, target, drafted = DraftSettings(temp, seed=seed, **settings), {}, []
+    assert llm.drafter is not None
+    coupled = DraftSettings(temp, seed=seed, **settings)
+    target: dict[int, Floats] = {}
+    drafted: list[list[tuple[int, int, Floats]]] = []
     row = (len(ids) - 1) % llm.n_batch
     for place in range(len(ids), len(text) - LENGTH):
         target[place] = probabilities(llm.logits(row), temp, **settings)
@@ -70,8 +74,8 @@ def rows(llm: Llama, prompt: str, tokens: int, temp: float, settings: dict[str, 
         row = llm.decode([text[place]], [])
     made = []
     for start, found in enumerate(drafted, len(ids) + 1):
-        places = [(text[place], target.get(place), *each) for place, each in enumerate(found, start)]
-        if all(p is not None for _, p, *_ in places):
+        places = [(text[at], target[at], *each) for at, each in enumerate(found, start) if at in target]
+        if len(places) == len(found):
             made.append([[a == right, b == right, np.minimum(p, q).sum()] for right, p, a, b, q in places])
     return made
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_mtp.convert import MtpError, convert_pair
-from gemma_mtp.convert.random_pair import generate
+from gemma_mtp.convert.random_pair import write_pair
 from gemma_mtp.patches import source
 from gemma_mtp.runtime import Llama, Stats
 from gemma_mtp.runtime.bench import machine
@@ -122,12 +122,12 @@ def felt(chance: float) -> dict[str, Any] | None:
     if not layers:
         console.print(f"speed at the shape of {SHAPE} is left out: {reason}")
         return None
-    formats = {"quant": "Q4_0", "drafter_quant": "Q4_0", "drafter_head": "Q4_0"}
+    formats: dict[str, Any] = {"quant": "Q4_0", "drafter_quant": "Q4_0", "drafter_head": "Q4_0"}
     acceptance = Chance((round(chance, 2),))
     try:
         with progress() as step:
             making = f"random weights of {SHAPE}'s shape, {LAYERS[layers]} GB, kept in {cache}"
-            files = generate(
+            files = write_pair(
                 SHAPE, cache, layers=None if layers == depth else layers,
                 progress=lambda done, total: step(making, done, total), **formats,
             )  # fmt: skip

@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 BATCH = 200
 EDGES = (0, 1, 2, 3, 4, 7, 8, 31, 32, 63, 64, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**62,
@@ -93,12 +94,12 @@ def judge_gguf(path: Path) -> str:
     """Read one GGUF file here and, if it is accepted, with libggml and llama.cpp; what happened, in a word."""
     import llama_cpp
     from gemma_mtp.convert import link
-    from gemma_mtp.convert.cli.inspect import describe
+    from gemma_mtp.convert.cli.inspect import plain_header
     from gemma_mtp.convert.integrity import verify_files
 
     try:
         header = link.read_header(path)
-        json.dumps(describe(header))
+        json.dumps(plain_header(header))
     except link.MtpError as problem:
         assert "\n" not in str(problem), problem
         return "refused"
@@ -196,7 +197,8 @@ def main() -> int:
         options.files = made(Path("build/fuzz-seeds"))
     headers = [header_bytes(path) for path in options.files]
     if options.batch:
-        batch(options.files, headers, *options.batch, options.keep)
+        first, count = options.batch
+        batch(options.files, headers, first, count, options.keep)
         return 0
     options.keep.mkdir(parents=True, exist_ok=True)
     end, number, total, broken = time.monotonic() + options.seconds, options.seed, Counter[str](), 0
@@ -235,9 +237,11 @@ def made(folder: Path) -> list[Path]:
     from tiny import make_drafter, make_target
 
     if not folder.exists():
-        few = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-               "num_kv_shared_layers": 0, "hidden_size": 64, "hidden_size_per_layer_input": 0, "intermediate_size": 64,
-               "head_dim": 32, "global_head_dim": 32}  # fmt: skip
+        few: dict[str, Any] = {
+            "num_hidden_layers": 3, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "num_kv_shared_layers": 0, "hidden_size": 64, "hidden_size_per_layer_input": 0, "intermediate_size": 64,
+            "head_dim": 32, "global_head_dim": 32,
+        }  # fmt: skip
         target = make_target(folder / "target", **few)
         same = {key: few[key] for key in ("intermediate_size", "head_dim", "global_head_dim")}
         drafter = make_drafter(folder / "drafter", ordered=True, backbone=64, **same)

@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import lzma
 import os
 import shutil
 import subprocess
@@ -30,6 +31,8 @@ from gemma_mtp.patches.source import VENDORED, BuildError, cache_dir, patched_tr
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
 LIMIT = 40e6  # bytes of the archive
+# A dictionary in which all of libggml-cuda.so has room: its kernels are much alike.
+XZ = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 192 << 20}]
 QUANT = "Q8_0"
 # What our package and its tests import and a machine may lack, all of it Python alone; numpy is not.
 PACKAGES = (
@@ -202,7 +205,7 @@ def main() -> int:
             kit.mkdir()
             about = assemble(kit)
             archive.parent.mkdir(parents=True, exist_ok=True)
-            with tarfile.open(archive, "w:xz", preset=9) as packed:
+            with lzma.open(archive, "wb", filters=XZ) as raw, tarfile.open(fileobj=raw, mode="w") as packed:
                 packed.add(kit, kit.name)
             held = {path.name: size(path) for path in sorted(kit.iterdir())}
     except BuildError as problem:

@@ -142,7 +142,7 @@ def run_against(hub: Hub, folder: Path, *command: str | Path, **environment: str
                 "HF_HUB_DOWNLOAD_TIMEOUT": str(GUARD), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}  # fmt: skip
     code = MAIN
     if command[0] == "resolve":
-        code = "import sys; from gemma_mtp.convert.hub import resolve; print(resolve(sys.argv[2]))"
+        code = "import sys; from gemma_mtp.convert.hub import fetch_checkpoint; print(fetch_checkpoint(sys.argv[2]))"
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, command)],
         capture_output=True, text=True, check=False, env={**clean, **settings, **environment}, cwd=folder,

@@ -22,7 +22,8 @@ PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 
 def pinned() -> str:
     """The version of torch that the tests are for, as pyproject.toml has it."""
-    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["test"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted: list[str] = project["optional-dependencies"]["test"]
     return next(each.removeprefix("torch==") for each in wanted if each.startswith("torch=="))
 
 

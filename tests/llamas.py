@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from gemma_mtp.runtime import Llama
 from gemma_mtp.runtime.draft.costs import STEP, Costs
+from gemma_mtp.runtime.draft.length import Policy
 from gemma_mtp.runtime.request import MOST
 from llama_cpp import llama_cpp as lib
+
+# One thread: with two, a loaded machine makes every batch wait.
+OPTIONS: dict[str, Any] = {
+    "n_ctx": 512,
+    "verbose": False,
+    "n_threads": 1,
+    "n_threads_batch": 1,
+    "flash_attn": True,
+    "draft_length": 3,
+}
 
 
 def see(llm: Llama, rows: int, seed: int = 0) -> None:
@@ -35,3 +49,15 @@ def paying() -> Costs:
         costs.observe(STEP, 0.01)
     costs.observe = lambda place, seconds: None  # type: ignore[method-assign]
     return costs
+
+
+@contextmanager
+def drafting(llm: Llama) -> Iterator[None]:
+    """Within the block the draft length "auto" always drafts."""
+    kept = llm._costs, llm._policy
+    llm._costs = paying()
+    llm._policy = Policy(llm._costs, MOST)
+    try:
+        yield
+    finally:
+        llm._costs, llm._policy = kept

@@ -12,12 +12,14 @@ import ctypes
 import hashlib
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-P, I = ctypes.c_void_p, ctypes.c_int64  # noqa: E741 (the letters of a signature)
+# The letters of a signature.
+P: TypeAlias = ctypes.c_void_p
+I: TypeAlias = ctypes.c_int64  # noqa: E741
 REPACKED = ("Q4_0", "Q4_K")
 # enum ggml_type, and bytes that a context of ten tensors and a graph needs at most
 F32, I32, CONTEXT = 0, 26, 1 << 20
@@ -108,7 +110,7 @@ def two_threads(ggml: Ggml) -> int:
     return backend
 
 
-def products(folder: Path, kind: str, length: int, rows: int, seed: int, most: int, alone: bool) -> str:
+def products(folder: Path, kind: str, alone: bool, length: int, rows: int, seed: int, most: int) -> str:
     """Digest of the products of a random matrix [rows, length] with 1 to `most` random rows."""
     ggml, rng = Ggml(folder), np.random.default_rng(seed)
     backend = two_threads(ggml)
@@ -125,4 +127,4 @@ def products(folder: Path, kind: str, length: int, rows: int, seed: int, most: i
 
 if __name__ == "__main__":
     libraries, name, *numbers, mode = sys.argv[1:]
-    print(products(Path(libraries), name, *map(int, numbers), alone=mode == "alone"))
+    print(products(Path(libraries), name, mode == "alone", *map(int, numbers)))

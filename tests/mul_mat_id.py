@@ -17,7 +17,7 @@ from mul_mat import Ggml, computed, matrices, two_threads
 EXPERTS, USED = 8, 2
 
 
-def products(folder: Path, kind: str, length: int, rows: int, seed: int, most: int, alone: bool) -> str:
+def products(folder: Path, kind: str, alone: bool, length: int, rows: int, seed: int, most: int) -> str:
     """Digest of the products of random experts [EXPERTS, rows, length] with 1 to `most` random rows."""
     ggml, rng = Ggml(folder), np.random.default_rng(seed)
     backend = two_threads(ggml)
@@ -40,4 +40,4 @@ def products(folder: Path, kind: str, length: int, rows: int, seed: int, most: i
 
 if __name__ == "__main__":
     libraries, name, *numbers, mode = sys.argv[1:]
-    print(products(Path(libraries), name, *map(int, numbers), alone=mode == "alone"))
+    print(products(Path(libraries), name, mode == "alone", *map(int, numbers)))

@@ -58,8 +58,8 @@ def index(config: TargetConfig | DrafterConfig, shared: bool = True) -> dict[str
     return found
 
 
-def sparse_safetensors(path: Path, tensors: dict[str, Source]) -> None:
-    """A safetensors file whose weights are a hole: true header, true size, no bytes on the disk."""
+def safetensors_header(tensors: dict[str, Source]) -> tuple[bytes, int]:
+    """What a safetensors file of bf16 and I64 tensors begins with, and how many bytes of weights follow."""
     header, end = {}, 0
     for name, source in tensors.items():
         size = prod(source.shape) * (8 if source.dtype == "I64" else 2)
@@ -67,8 +67,14 @@ def sparse_safetensors(path: Path, tensors: dict[str, Source]) -> None:
         end += size
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
-    path.write_bytes(struct.pack("<Q", len(raw)) + raw)
-    os.truncate(path, 8 + len(raw) + end)
+    return struct.pack("<Q", len(raw)) + raw, end
+
+
+def sparse_safetensors(path: Path, tensors: dict[str, Source]) -> None:
+    """A safetensors file whose weights are a hole: true header, true size, no bytes on the disk."""
+    header, size = safetensors_header(tensors)
+    path.write_bytes(header)
+    os.truncate(path, len(header) + size)
 
 
 def sparse_gguf(path: Path, planned: plan.Plan) -> None:

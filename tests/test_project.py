@@ -120,6 +120,29 @@ def test_the_docs_list_every_file_of_ours_and_no_other() -> None:
     assert sorted({*files, *patches} - set(listed)) == []
 
 
+def test_the_walks_name_what_is_there() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    steps = re.findall(r"^\| `([a-z_/]+\.py)` \| `(\w+)` \|", text, re.MULTILINE)
+    assert {path.split("/")[0] for path, _ in steps} == {"convert", "runtime"}
+    for path, name in steps:
+        nodes = ast.walk(ast.parse((ROOT / path).read_text()))
+        assert name in {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}, (path, name)
+
+
+def test_the_rules_name_tests_that_are_there() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`(test_\w+)`", text))
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    defined = set(re.findall(r"def (test_\w+)", tests))
+    assert named and sorted(named - defined) == []
+
+
+def test_files_that_the_docs_name_are_there() -> None:
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "patches" / "README.md"):
+        for path in re.findall(r"`((?:convert|runtime|patches|tests|docs)/[\w./-]+\.\w+)`", page.read_text()):
+            assert (ROOT / path).exists(), (page.name, path)
+
+
 def test_readme_is_short_and_its_links_lead_somewhere() -> None:
     readme = (ROOT / "README.md").read_text()
     assert len(readme.splitlines()) <= 150

@@ -59,7 +59,7 @@ DRAFTER = {
 }
 
 # The five targets, each with what sets it apart at full size, in a sixteenth or less of its width. E2B is TEXT itself.
-NO_PER_LAYER = {
+NO_PER_LAYER: dict[str, Any] = {
     "num_kv_shared_layers": 0, "use_double_wide_mlp": False,
     "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0,
 }  # fmt: skip

@@ -93,9 +93,12 @@ def make_drafter() -> Gemma4AssistantForCausalLM:
 
 
 class Optimizers:
-    """Muon for the matrices inside the layers, AdamW for embeddings and vectors; the rate falls linearly with time."""
+    """Muon for the matrices inside the layers, AdamW for embeddings and vectors; the rate falls linearly with time.
 
-    def __init__(self, model: nn.Module, muon: float, adam: float, seconds: float) -> None:
+    Says under a name how far it is, and the mean of the latest losses, every 20 seconds.
+    """
+
+    def __init__(self, name: str, model: nn.Module, muon: float, adam: float, seconds: float) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         inner = [p for name, p in named if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
         outer = [p for _, p in named if not any(p is q for q in inner)]
@@ -105,6 +108,7 @@ class Optimizers:
         ]
         self.rates = [muon, adam]
         self.seconds, self.start, self.steps = seconds, time.monotonic(), 0
+        self.name, self.shown, self.mean = name, 0.0, 8.0
 
     def elapsed(self) -> float:
         """Share of the time that is used up."""
@@ -119,6 +123,10 @@ class Optimizers:
         loss.backward()
         for part in self.parts:
             part.step()
+        self.mean += 0.02 * (loss.item() - self.mean)
+        if time.monotonic() - self.shown > 20:
+            self.shown = time.monotonic()
+            console.print(f"{self.name} {self.elapsed():5.1%} step {self.steps:5d} loss {self.mean:.3f}")
 
 
 def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
@@ -127,17 +135,13 @@ def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def train_target(target: nn.Module, sampler: Sampler, seconds: float, batch: int) -> None:
-    optimizers, shown, mean = Optimizers(target, muon=0.02, adam=0.004, seconds=seconds), 0.0, 8.0
+    optimizers = Optimizers("target", target, muon=0.02, adam=0.004, seconds=seconds)
     target.train()
     while optimizers.elapsed() < 1:
         ids = torch.tensor(sampler.batch(batch), device=device_of(target))
         with torch.autocast(ids.device.type, torch.bfloat16):
             loss = next_token_loss(target, ids)
         optimizers.step(loss)
-        mean += 0.02 * (loss.item() - mean)
-        if time.monotonic() - shown > 20:
-            shown = time.monotonic()
-            console.print(f"target {optimizers.elapsed():5.1%} step {optimizers.steps:5d} loss {mean:.3f}")
     target.eval()
 
 
@@ -156,7 +160,8 @@ def written(target: Any, prompts: Tensor, count: int) -> Tensor:
 
 def written_by_target(target: Any, sampler: Sampler, seconds: float, rows: int) -> Tensor:
     """Training text for the drafter: prompts of various lengths continued by the target to LENGTH tokens."""
-    start, made, chooser = time.monotonic(), [], random.Random(3)
+    made: list[Tensor] = []
+    start, chooser = time.monotonic(), random.Random(3)
     while time.monotonic() - start < seconds or not made:
         keep = chooser.randrange(24, 140)
         prompts = torch.tensor(sampler.batch(rows), device=device_of(target))[:, :keep]
@@ -248,7 +253,7 @@ def train_drafter(drafter: Any, target: Any, sampler: Sampler, own: Tensor, seco
     cluster_of = torch.empty_like(order)
     cluster_of[order] = torch.arange(VOCAB) // (VOCAB // drafter.config.num_centroids)
     cluster_of = cluster_of.to(device_of(target))
-    optimizers, shown, mean = Optimizers(drafter, muon=0.02, adam=0.004, seconds=seconds), 0.0, 8.0
+    optimizers = Optimizers("drafter", drafter, muon=0.02, adam=0.004, seconds=seconds)
     chooser = random.Random(5)
     drafter.train()
     while optimizers.elapsed() < 1:
@@ -259,10 +264,6 @@ def train_drafter(drafter: Any, target: Any, sampler: Sampler, own: Tensor, seco
         with torch.autocast(context.ids.device.type, torch.bfloat16):
             loss = draft_loss(drafter, context, cluster_of)
         optimizers.step(loss)
-        mean += 0.02 * (loss.item() - mean)
-        if time.monotonic() - shown > 20:
-            shown = time.monotonic()
-            console.print(f"drafter {optimizers.elapsed():5.1%} step {optimizers.steps:5d} loss {mean:.3f}")
     drafter.eval()
 
 

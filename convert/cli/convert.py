@@ -13,7 +13,7 @@ import click
 from gemma_mtp.convert import Pair, convert_pair, plan_pair
 from gemma_mtp.convert.cli.show import counts_line, describe_plan, progress_bar, show_plan
 from gemma_mtp.convert.errors import MtpError
-from gemma_mtp.convert.hub import AUTO, name_of
+from gemma_mtp.convert.hub import AUTO_DRAFTER, name_of
 from gemma_mtp.convert.tensor_types import (
     ALIASES,
     PROJECTOR_QUANTS,
@@ -47,7 +47,7 @@ def type_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def read_options(
     tensor_type: tuple[str, ...], token_embedding_type: str | None, output_tensor_type: str | None, pure: bool
 ) -> Options:
-    """The four options as the recipe takes them.
+    """The four options as the rules of types take them.
 
     Raises:
         MtpError: a type or a pattern cannot be read.
@@ -120,7 +120,7 @@ def convert(
         raise click.UsageError("pass the drafter once, as second argument or with --drafter.")
     recipe = recipe or recipe_of(name_of(target))
     formats = RECIPES[recipe]
-    sources = target, drafter or named or AUTO
+    sources = target, drafter or named or AUTO_DRAFTER
     chosen = quant or formats[:1], drafter_quant or formats[1:]
     options: dict[str, Any] = {
         "options": replace(

@@ -38,7 +38,7 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> None:
         _inspect_checkpoint(file, tensors, as_json)
         return
     header = read.read(file)
-    found = describe(header)
+    found = plain_header(header)
     if as_json:
         click.echo(json.dumps(found))
         return
@@ -85,7 +85,7 @@ def _inspect_checkpoint(folder: Path, tensors: bool, as_json: bool) -> None:
         show_tensors(found)
 
 
-def describe(header: link.Header) -> dict[str, Any]:
+def plain_header(header: link.Header) -> dict[str, Any]:
     """A header as plain values: metadata (long arrays by length), tensors (row length first), link, what is wrong."""
     problem, drafter = None, None
     try:

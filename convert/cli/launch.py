@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 from gemma_mtp.convert import launch as launching
-from gemma_mtp.convert.engines import ENGINES, Acceptance, Engine, Job
+from gemma_mtp.convert.engines import ENGINES, Engine, Job, Reported
 from gemma_mtp.convert.errors import MtpError
 
 
@@ -50,7 +50,7 @@ def launch(
     if flags and not flags[0].startswith("-"):
         raise click.UsageError(f"unexpected argument {flags[0]!r}; the engine's flags stand behind --.")
     launching.check_flags(chosen, flags)
-    checked = launching.check(target, drafter)
+    checked = launching.checked(target, drafter)
     job = launching.job(checked, host, port, draft_length)
     command = [*chosen.command(job), *flags]
     if only_print:
@@ -66,7 +66,7 @@ def _serve(
     as_json: bool,
 ) -> None:  # fmt: skip
     """Start an engine, say where it is, and stay until it ends or is to end."""
-    api = launching.Api(job.host, job.port, key)
+    api = launching.EngineApi(job.host, job.port, key)
     with launching.log_file(engine.name, log) as path:
         click.echo(f"starting {engine.name}; its log: {path}", err=True)
         with launching.running(command, path) as process:
@@ -83,7 +83,7 @@ def _serve(
             raise MtpError(f"{engine.name} ended by itself; its log: {path}")
 
 
-def _tell(as_json: bool, found: Acceptance) -> None:
+def _tell(as_json: bool, found: Reported) -> None:
     if as_json:
         said = {"tokens_per_pass": found.per_pass, "acceptance": found.rate, "acceptance_by_position": found.positions}
         click.echo(json.dumps(said))

@@ -10,10 +10,10 @@ from gemma_mtp.convert.cli.show import progress_bar
 from gemma_mtp.convert.integrity import verify_files
 
 
-@click.command()
+@click.command("verify")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-def verify(out: Path, as_json: bool) -> None:
+def verify_command(out: Path, as_json: bool) -> None:
     """Check a converted pair: both files whole, every hash right, every block finite, the drafter the target's own.
 
     OUT is the folder that convert wrote, or one GGUF file of it.

@@ -63,9 +63,9 @@ def entry(key: str, value: Any, kind: int | None = None) -> bytes:
     """
     if kind is None:
         kind = STRING if isinstance(value, str) else UINT32 if isinstance(value, int) else ARRAY
-    start = _text(key) + struct.pack("<I", kind)
+    start = _string(key) + struct.pack("<I", kind)
     if kind == STRING:
-        return start + _text(value)
+        return start + _string(value)
     if kind == ARRAY:
         array = value if isinstance(value, Array) else Array.of(value)
         return start + struct.pack("<IQ", array.kind, array.count) + array.raw
@@ -77,13 +77,13 @@ def header(entries: Sequence[bytes], tensors: Sequence[TensorInfo]) -> bytes:
     infos, offset = [], 0
     for tensor in tensors:
         shape = tensor.shape[::-1]
-        infos.append(_text(tensor.name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, tensor.type, offset))
+        infos.append(_string(tensor.name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, tensor.type, offset))
         offset += types.padded(tensor.n_bytes)
     start = MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(entries))
     raw = b"".join([start, *entries, *infos])
     return raw.ljust(types.padded(len(raw)), b"\0")
 
 
-def _text(value: str | bytes) -> bytes:
+def _string(value: str | bytes) -> bytes:
     raw = value if isinstance(value, bytes) else value.encode()
     return len(raw).to_bytes(8, "little") + raw

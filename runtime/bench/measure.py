@@ -25,7 +25,6 @@ from gemma_mtp.runtime.bench.worker import Worker
 
 PASSES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12)
 TIMES = 3  # timings at each visit
-KEY_SEED = "mtp.random.seed"  # of convert/random_pair.py
 
 
 def measure(settings: Settings, step: Step = lambda label, done, total: None) -> dict[str, Any]:
@@ -51,7 +50,7 @@ def measure(settings: Settings, step: Step = lambda label, done, total: None) ->
         ours = stack.enter_context(closing(Worker(settings.target, settings.drafter, **settings.loading)))
         result["versions"] |= {"llama_cpp": ours.library["llama_cpp"], "patched": ours.library["patched"]}
         result["machine"] |= {"gpu": ours.library["gpu"], "features": ours.library["features"]}
-        prompt = _prompt(settings, ours, KEY_SEED in header.metadata)
+        prompt = _prompt(settings, ours, link.KEY_SEED in header.metadata)
         with ExitStack() as others:
             workers = {"ours": ours}
             for name in sorted({"stock", "portable"} & set(binaries)):  # the third has our own library
@@ -112,7 +111,7 @@ def _binary(name: str) -> Path:
 
 
 def _about(settings: Settings, header: link.Header) -> dict[str, Any]:
-    seed = header.metadata.get(KEY_SEED)
+    seed = header.metadata.get(link.KEY_SEED)
     flags = {key: value for key, value in asdict(settings).items() if key not in ("target", "drafter", "prompts")}
     return {
         "target": settings.target.name,

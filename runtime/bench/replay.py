@@ -12,7 +12,7 @@ from typing import Any
 from gemma_mtp.runtime.bench.settings import Chance
 from gemma_mtp.runtime.draft.drafter import Drafting, DraftSettings, FromDrafter
 from gemma_mtp.runtime.draft.lookup import FromText
-from gemma_mtp.runtime.draft.source import Draft, Source, Start
+from gemma_mtp.runtime.draft.source import Draft, DraftSource, Start
 from gemma_mtp.runtime.llama import Llama
 from gemma_mtp.runtime.native import Floats
 from gemma_mtp.runtime.request import DraftLength
@@ -83,14 +83,14 @@ class Replay:
         return token - 1 if token else 1
 
 
-class Fruitless(Source):
+class Fruitless(DraftSource):
     """Asks a source and proposes nothing: a record may repeat itself, and what it holds is right whatever the chance.
 
     Args:
         source: what is asked.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: DraftSource) -> None:
         self._source = source
 
     def propose(self, start: Start, draft: Draft, room: int) -> None:
@@ -98,7 +98,7 @@ class Fruitless(Source):
         self._source.propose(start, draft, room)
 
 
-class Until(Source):
+class Until(DraftSource):
     """Ends a run between two rounds: `Enough` is raised instead of drafting on.
 
     Args:
@@ -140,7 +140,7 @@ class Replaying(Llama):
 
     rehearsal: Rehearsal | None = None
 
-    def sources(self, sampler: Sampler, length: DraftLength, settings: DraftSettings | None) -> list[Source]:
+    def sources(self, sampler: Sampler, length: DraftLength, settings: DraftSettings | None) -> list[DraftSource]:
         """As there, with `Replay` in the drafter's place."""
         asked = super().sources(sampler, length, settings)
         if self.rehearsal is None or not asked:

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from gemma_mtp.runtime.request import SAMPLING
+
 START_SECONDS = 600
 
 
@@ -110,8 +112,8 @@ class Server:
     def run(self, tokens: list[int], n: int, seed: int, temp: float = 0.0, ignore_eos: bool = True) -> Run:
         """Complete a prompt by n tokens. The prompt stays in the server's cache, so a second run only generates."""
         body = {
-            "prompt": tokens, "n_predict": n, "seed": seed, "temperature": temp, "top_k": 64, "top_p": 0.95,
-            "min_p": 0.0, "ignore_eos": ignore_eos, "cache_prompt": True,
+            **SAMPLING, "prompt": tokens, "n_predict": n, "seed": seed, "temperature": temp, "ignore_eos": ignore_eos,
+            "cache_prompt": True,
         }  # fmt: skip
         request = urllib.request.Request(
             f"{self.url}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}

@@ -199,11 +199,12 @@ class Measure:
     def generate(self, prompt: list[int], n: int, length: DraftLength, temp: float, seed: int) -> dict[str, Any]:
         """Generate n tokens, or up to the end of the turn, with what the drafter proposes; length 0 for none."""
         from gemma_mtp.runtime.bench.replay import Rehearsal
+        from gemma_mtp.runtime.request import SAMPLING
 
         self.llm.draft_length = length
         self.llm.set_seed(seed)
         made: list[int] = []
-        settings = {"top_k": 64, "top_p": 0.95, "min_p": 0.0, "temp": temp}
+        settings = {name: value for name, value in SAMPLING.items() if name != "temperature"} | {"temp": temp}
         with closing(self.llm.running(Rehearsal(len(prompt) + n), prompt, **settings)) as tokens:
             for token in tokens:
                 made.append(token)

@@ -13,7 +13,7 @@ import click
 from gemma_mtp.convert import link
 from gemma_mtp.convert.sizes import SIZES
 from gemma_mtp.runtime.bench.settings import PROMPTS, WARM_TOKENS, Chance, Settings
-from gemma_mtp.runtime.pair import resolve
+from gemma_mtp.runtime.pair import drafter_of
 from gemma_mtp.runtime.request import checked_length
 
 DEFAULT_ACCEPTANCE = "0.35,0.6,0.8,0.95"
@@ -229,7 +229,7 @@ def _pair(pair: Path, drafter: Path | None) -> tuple[Path, Path]:
             listed = ", ".join(path.name for path in targets) or "none"
             raise link.MtpError(f"{pair} must hold one target to measure, it holds: {listed}; name the file.")
         pair = targets[0]
-    found = resolve(pair, drafter or "auto")
+    found = drafter_of(pair, drafter or "auto")
     if found is None:
         raise link.PairError(f"no linked drafter beside {pair}; name one with --drafter, or convert the pair again.")
     return pair, found

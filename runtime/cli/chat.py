@@ -8,7 +8,7 @@ from contextlib import closing, suppress
 from typing import Any
 
 import click
-from gemma_mtp.runtime.cli.options import loading_options, sampling_options
+from gemma_mtp.runtime.cli.options import loading_options, opened, sampling_options
 
 HELP = "/exit or Ctrl-D leaves, /new starts over, Ctrl-C stops an answer."
 
@@ -25,13 +25,7 @@ def chat(
     system: str | None,
     think: bool,
     max_tokens: int | None,
-    temp: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    seed: int | None,
-    no_mtp: bool,
-    drafter: str | None,
+    sampling: dict[str, Any],
     **loading: Any,
 ) -> None:
     """Talk to a model in the terminal.
@@ -44,12 +38,7 @@ def chat(
       gemma-mtp chat out/gemma-4-E2B-it-Q4_K_M.gguf
       gemma-mtp chat out/gemma-4-E2B-it-Q4_K_M.gguf --think --system "You are terse."
     """
-    from gemma_mtp.runtime.llama import Llama
-
-    sampling = {"temperature": temp, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
-    with closing(Llama(target, drafter=None if no_mtp else drafter or "auto", **loading)) as llm:
-        if llm.drafter is None and not no_mtp:
-            click.echo(f"no linked drafter beside {target}: generating without MTP", err=True)
+    with opened(target, **loading) as llm:
         if sys.stdin.isatty():
             with suppress(ImportError):  # line editing and history, where Python has it
                 import readline  # noqa: F401
@@ -95,7 +84,7 @@ def converse(llm: Any, system: str | None, typed: Callable[[], Iterator[str]], *
             continue
         messages.append({"role": "user", "content": line})
         try:
-            answer = say(llm, messages, **arguments)
+            answer = answered(llm, messages, **arguments)
         except (ValueError, RuntimeError) as problem:  # the context is full: the conversation so far stays
             messages.pop()
             click.echo(f"error: {problem} /new starts over.", err=True)
@@ -104,7 +93,7 @@ def converse(llm: Any, system: str | None, typed: Callable[[], Iterator[str]], *
         click.echo(llm.stats.line(), err=True)
 
 
-def say(llm: Any, messages: list[dict[str, str]], **arguments: Any) -> str:
+def answered(llm: Any, messages: list[dict[str, str]], **arguments: Any) -> str:
     """Print an answer as it is made and return it, as far as it came before Ctrl-C."""
     answer = ""
     with closing(llm.create_chat_completion(messages, stream=True, **arguments)) as chunks, suppress(KeyboardInterrupt):

@@ -20,7 +20,7 @@ COMMANDS = {
     "convert": "gemma_mtp.convert.cli.convert:convert",
     "link": "gemma_mtp.convert.cli.link:link_command",
     "inspect": "gemma_mtp.convert.cli.inspect:inspect",
-    "verify": "gemma_mtp.convert.cli.verify:verify",
+    "verify": "gemma_mtp.convert.cli.verify:verify_command",
     "modelfile": "gemma_mtp.convert.cli.modelfile:modelfile_command",
     "ollama": "gemma_mtp.convert.cli.ollama:ollama",
     "launch": "gemma_mtp.convert.cli.launch:launch",
@@ -42,12 +42,12 @@ def imported(where: str) -> Any:
 
 
 def random_pair(*arguments: Any, **options: Any) -> Any:
-    """`gemma_mtp.convert.random_pair.generate`, which the context hands to bench."""
-    return imported("gemma_mtp.convert.random_pair:generate")(*arguments, **options)
+    """`gemma_mtp.convert.random_pair.write_pair`, which the context hands to bench."""
+    return imported("gemma_mtp.convert.random_pair:write_pair")(*arguments, **options)
 
 
 # What asks a program to end, beside Ctrl-C, and what is said then. Windows has no SIGHUP.
-ENDS = {"SIGTERM": "terminated", "SIGHUP": "hung up"}
+SIGNALS = {"SIGTERM": "terminated", "SIGHUP": "hung up"}
 
 
 class Ended(BaseException):
@@ -92,7 +92,7 @@ def ending() -> Iterator[None]:
 
     kept, kept_hook = {}, sys.unraisablehook
     if threading.current_thread() is threading.main_thread():
-        numbers = [getattr(signal, name) for name in ENDS if hasattr(signal, name)]
+        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
         kept = {each: signal.signal(each, end) for each in numbers if signal.getsignal(each) is signal.SIG_DFL}
         sys.unraisablehook = lost
     try:
@@ -164,7 +164,7 @@ class LazyGroup(click.Group):
         except KeyboardInterrupt:
             leave(130, "\ninterrupted")
         except Ended as asked:
-            leave(128 + asked.number, ENDS[signal.Signals(asked.number).name])
+            leave(128 + asked.number, SIGNALS[signal.Signals(asked.number).name])
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -1,12 +1,18 @@
-"""Options that several commands share."""
+"""Options that several commands share, and what becomes of them."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import click
-from gemma_mtp.runtime.request import LENGTHS, checked_length
+from gemma_mtp.runtime.request import LENGTHS, SAMPLING, checked_length
+
+if TYPE_CHECKING:
+    from gemma_mtp.runtime.llama import Llama
+    from gemma_mtp.runtime.pair import Wanted
 
 
 class DraftLengthType(click.ParamType):
@@ -25,12 +31,13 @@ def loading_options(command: Any) -> Any:
     """Options that decide how a pair is loaded, as arguments of `Llama`."""
 
     @functools.wraps(command)
-    def loaded(*arguments: Any, n_threads: int | None, **others: Any) -> Any:
+    def loaded(*args: Any, n_threads: int | None, no_mtp: bool, drafter: str | None, **others: Any) -> Any:
         from gemma_mtp.runtime.bench.machine import physical_cores
 
         # A pass over a draft is a batch to llama.cpp: -t is for both, as in its own tools; so is their default.
         threads = n_threads or physical_cores()
-        return command(*arguments, n_threads=threads, n_threads_batch=threads, **others)
+        wanted = None if no_mtp else drafter or "auto"
+        return command(*args, drafter=wanted, n_threads=threads, n_threads_batch=threads, **others)
 
     for option in (
         click.option("--drafter", metavar="FILE", help="Drafter to use instead of the linked one beside the target."),
@@ -43,23 +50,43 @@ def loading_options(command: Any) -> Any:
         click.option("-ngl", "--gpu-layers", "n_gpu_layers", type=int, default=-1, show_default=True,
                      help="Layers on the GPU, -1 for all."),
         click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),
+        click.option("--no-mtp", is_flag=True, help="Generate without the drafter."),
     ):  # fmt: skip
         loaded = option(loaded)
     return loaded
 
 
 def sampling_options(command: Any) -> Any:
-    """Options that decide how tokens are chosen."""
+    """Options that decide how tokens are chosen, as `sampling`, arguments of a completion."""
+
+    @functools.wraps(command)
+    def sampled(
+        *args: Any, temp: float, top_k: int, top_p: float, min_p: float, seed: int | None, **others: Any
+    ) -> Any:
+        sampling = {"temperature": temp, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+        return command(*args, sampling=sampling, **others)
+
     for option in (
-        click.option("--no-mtp", is_flag=True, help="Generate without the drafter."),
         click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Same seed, same text. [default: random]"),
-        click.option("--min-p", type=float, default=0.0, show_default=True,
+        click.option("--min-p", type=float, default=SAMPLING["min_p"], show_default=True,
                      help="Drop tokens below this share of the best."),
-        click.option("--top-p", type=float, default=0.95, show_default=True, help="Keep this much probability."),
-        click.option("--top-k", type=int, default=64, show_default=True,
+        click.option("--top-p", type=float, default=SAMPLING["top_p"], show_default=True,
+                     help="Keep this much probability."),
+        click.option("--top-k", type=int, default=SAMPLING["top_k"], show_default=True,
                      help="Keep the k most likely tokens, 0 for all."),
-        click.option("--temp", type=click.FloatRange(0), default=1.0, show_default=True,
+        click.option("--temp", type=click.FloatRange(0), default=SAMPLING["temperature"], show_default=True,
                      help="Temperature, 0 for greedy."),
     ):  # fmt: skip
-        command = option(command)
-    return command
+        sampled = option(sampled)
+    return sampled
+
+
+@contextmanager
+def opened(target: str, drafter: Wanted, **loading: Any) -> Iterator[Llama]:
+    """A target for the length of a block, with its drafter; where one is wanted and there is none, it is said."""
+    from gemma_mtp.runtime.llama import Llama
+
+    with closing(Llama(target, drafter=drafter, **loading)) as llm:
+        if drafter is not None and llm.drafter is None:
+            click.echo(f"no linked drafter beside {target}: generating without MTP", err=True)
+        yield llm

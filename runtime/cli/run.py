@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from contextlib import closing
 from typing import Any
 
 import click
-from gemma_mtp.runtime.cli.options import loading_options, sampling_options
+from gemma_mtp.runtime.cli.options import loading_options, opened, sampling_options
 
 
 @click.command()
@@ -24,15 +23,9 @@ def run(
     prompt: str,
     chat: bool,
     max_tokens: int,
-    temp: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    seed: int | None,
-    no_mtp: bool,
+    sampling: dict[str, Any],
     as_json: bool,
     stats: bool,
-    drafter: str | None,
     **loading: Any,
 ) -> None:
     """Generate text with a target and its linked drafter.
@@ -46,20 +39,8 @@ def run(
       gemma-mtp run out/gemma-4-E2B-it-Q4_K_M.gguf -p "Once" --temp 0 --draft 4
       gemma-mtp run out/gemma-4-E2B-it-Q4_K_M.gguf -p "Once" --no-mtp
     """
-    from gemma_mtp.runtime.llama import Llama
-
-    with closing(Llama(target, drafter=None if no_mtp else drafter or "auto", **loading)) as llm:
-        if llm.drafter is None and not no_mtp:
-            click.echo(f"no linked drafter beside {target}: generating without MTP", err=True)
-        settings: dict[str, Any] = {
-            "max_tokens": max_tokens,
-            "temperature": temp,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "seed": seed,
-            "stream": True,
-        }
+    with opened(target, **loading) as llm:
+        settings = sampling | {"max_tokens": max_tokens, "stream": True}
         if chat:
             chunks = llm.create_chat_completion([{"role": "user", "content": prompt}], **settings)
             pieces = (chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)

@@ -61,7 +61,6 @@ def application(
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port to listen at.")
 @click.option("--api-key", envvar="GEMMA_MTP_API_KEY", help="Key that clients must send. [env: GEMMA_MTP_API_KEY]")
 @click.option("--think", is_flag=True, help="Let the model think before it answers.")
-@click.option("--no-mtp", is_flag=True, help="Generate without the drafter.")
 @loading_options
 def serve(
     target: str,
@@ -69,8 +68,7 @@ def serve(
     port: int,
     api_key: str | None,
     think: bool,
-    no_mtp: bool,
-    drafter: str | None,
+    drafter: Wanted,
     draft_length: Any,
     **loading: Any,
 ) -> None:
@@ -86,7 +84,7 @@ def serve(
     try:
         import uvicorn
 
-        app = application(target, None if no_mtp else drafter or "auto", draft_length, api_key, think, **loading)
+        app = application(target, drafter, draft_length, api_key, think, **loading)
     except ModuleNotFoundError as problem:
         raise click.ClickException(f"serve needs {problem.name}; run: pip install 'gemma-mtp[serve]'") from None
     uvicorn.run(app, host=host, port=port)

@@ -15,7 +15,7 @@ import llama_cpp
 from gemma_mtp.convert.link import DRAFTER_ARCH
 from gemma_mtp.runtime import native
 from gemma_mtp.runtime.draft.costs import STEP, Costs
-from gemma_mtp.runtime.draft.source import Draft, Proposal, Source, Start
+from gemma_mtp.runtime.draft.source import Draft, DraftSource, Proposal, Start
 from gemma_mtp.runtime.native import Floats
 from gemma_mtp.runtime.sampling import MASK, Choose, NoTokenLeft, Sampler
 from gemma_mtp.runtime.target import Target
@@ -133,7 +133,7 @@ class EndOfDraft(Exception):
     """Raised by a choice in mid-draft: there is no use in drafting on."""
 
 
-class FromDrafter(Source):
+class FromDrafter(DraftSource):
     """Asks the drafter, which reads what the grammar forced before it goes on from there.
 
     Args:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from gemma_mtp.runtime.draft.source import Draft, Source, Start
+from gemma_mtp.runtime.draft.source import Draft, DraftSource, Start
 
 
-class FromGrammar(Source):
+class FromGrammar(DraftSource):
     """While the grammar allows a single token, that token is certain."""
 
     NAME = "grammar"

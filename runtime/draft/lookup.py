@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from itertools import takewhile
 
 import numpy as np
-from gemma_mtp.runtime.draft.source import Draft, Proposal, Source, Start
+from gemma_mtp.runtime.draft.source import Draft, DraftSource, Proposal, Start
 from gemma_mtp.runtime.target import Target
 
 GRAM = 3  # tokens that must agree
@@ -74,7 +74,7 @@ class Lookup:
         return min(place + 1, AGREEMENT)
 
 
-class FromText(Source):
+class FromText(DraftSource):
     """Proposes what followed before, as far as the grammar allows; not behind tokens that the grammar forced.
 
     Args:

@@ -10,7 +10,7 @@ from gemma_mtp.runtime.draft.drafter import Drafter, DraftSettings, FromDrafter
 from gemma_mtp.runtime.draft.forced import FromGrammar
 from gemma_mtp.runtime.draft.length import Policy, fitting
 from gemma_mtp.runtime.draft.lookup import FromText
-from gemma_mtp.runtime.draft.source import Draft, Proposal, Source, Start
+from gemma_mtp.runtime.draft.source import Draft, DraftSource, Proposal, Start
 from gemma_mtp.runtime.request import MOST, DraftLength
 from gemma_mtp.runtime.sampling import Sampler
 from gemma_mtp.runtime.target import Target
@@ -18,7 +18,7 @@ from gemma_mtp.runtime.target import Target
 
 def sources(
     target: Target, drafter: Drafter, costs: Costs, settings: DraftSettings | None, length: DraftLength
-) -> list[Source]:
+) -> list[DraftSource]:
     """The sources of a request, in the order in which they are asked.
 
     Args:
@@ -28,7 +28,7 @@ def sources(
         settings: how the request chooses, if that is a matter of logits and position alone.
         length: with a fixed length the drafter drafts, and the text is not looked at.
     """
-    found: list[Source] = [FromGrammar(), FromDrafter(target, drafter, costs, settings)]
+    found: list[DraftSource] = [FromGrammar(), FromDrafter(target, drafter, costs, settings)]
     return [*found, FromText(target)] if length == "auto" else found
 
 
@@ -48,7 +48,7 @@ class Proposals:
         self,
         target: Target,
         sampler: Sampler,
-        sources: Sequence[Source],
+        sources: Sequence[DraftSource],
         length: DraftLength,
         policy: Policy,
         costs: Costs,

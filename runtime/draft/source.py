@@ -65,7 +65,7 @@ class Proposal:
     free: bool = False
 
 
-class Source(Protocol):
+class DraftSource(Protocol):
     """One way of guessing what follows. Sources are asked in turn, and each sees what those before it added."""
 
     def propose(self, start: Start, draft: Draft, room: int) -> Proposal | None:

@@ -182,7 +182,7 @@ def test_output_that_exists_is_kept(pair: Folders, tmp_path: Path) -> None:
 
 
 def test_too_little_room(pair: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     refused(*pair, tmp_path / "out", "1,000 free", "make room")
 
 

@@ -16,6 +16,7 @@ from gemma_mtp.convert.checkpoint import open_checkpoint
 from gemma_mtp.convert.imatrix import read_imatrix
 from gemma_mtp.convert.tensor_types import DEFAULT, QUANTS, Options, needs_imatrix, parse_tensor_type, parse_type
 from gguf import GGUFWriter
+from gguf_files import finish
 from tiny import SIZES
 from upstream import Upstream, assert_same
 
@@ -48,10 +49,7 @@ def write_gguf(path: Path, found: dict[str, np.ndarray]) -> Path:
         counts = np.arange(len(values), dtype=np.float32)[:, None] * 7 + (len(values) == 1)
         writer.add_tensor(f"{name}.in_sum2", values * np.maximum(counts, 1))
         writer.add_tensor(f"{name}.counts", counts)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import PIPE
+from typing import Any
 
 import pytest
 import torch
@@ -164,8 +165,9 @@ def test_values_of_another_kind_in_the_configuration(pair: Folders) -> None:
     """Each value of config.json in turn is another: it is refused in one line, or it can be planned."""
     path = pair[0] / "config.json"
     whole, refusals = json.loads(path.read_text()), 0
+    others: list[Any] = ["x", [], {"a": 1}, -1, 1e400, None, True]
     for key in whole["text_config"]:
-        for value in ("x", [], {"a": 1}, -1, 1e400, None, True):
+        for value in others:
             path.write_text(json.dumps({**whole, "text_config": {**whole["text_config"], key: value}}))
             try:
                 with open_checkpoint(pair[0]) as opened:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from gemma_mtp.convert import link
 from gemma_mtp.convert.errors import MtpError
-from gemma_mtp.convert.hub import FIRST, name_of, official_drafter, repository, resolve
+from gemma_mtp.convert.hub import FIRST, fetch_checkpoint, name_of, official_drafter, repository
 from hub import Hub, run_against, serving
 from safetensors.torch import load_file, save_file
 
@@ -88,7 +88,7 @@ def test_an_official_target_brings_its_drafter(run: Run, hub: Hub, tmp_path: Pat
     assert repository(snapshot) == TARGET
     assert name_of(snapshot) == "gemma-4-E2B-it"
     assert official_drafter(str(snapshot)) == DRAFTER
-    assert resolve(str(snapshot)) == snapshot
+    assert fetch_checkpoint(str(snapshot)) == snapshot
 
 
 def test_a_dry_run_downloads_headers_only(run: Run, hub: Hub, sharded: Path, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_repository_without_safetensors(run: Run, hub: Hub) -> None:
 def test_what_is_neither_folder_nor_repository(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(MtpError, match="not a folder"):
-        resolve(source or "x")
+        fetch_checkpoint(source or "x")
 
 
 def test_drafters_of_official_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

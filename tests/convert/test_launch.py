@@ -82,7 +82,7 @@ def test_print_for_sglang(size: str, pairs: dict[str, tuple[Path, Path]]) -> Non
 
 
 def test_the_12b_is_known_by_its_drafter(pairs: dict[str, tuple[Path, Path]]) -> None:
-    assert {size: launch.check(*map(str, pair)).unified for size, pair in pairs.items()} == {
+    assert {size: launch.checked(*map(str, pair)).unified for size, pair in pairs.items()} == {
         size: size == "12B" for size in pairs
     }
 
@@ -275,7 +275,7 @@ def test_a_whole_life(
         numbers = engine_of(notes)
         argv = json.loads(notes.read_text())["argv"]
         assert argv[-2:] == [extra, "512"]
-        assert [engine, *argv] == shlex.split(run(engine, *FOLDERS, "--print", *options).stdout)
+        assert [engine, *argv] == shlex.split(run(engine, *FOLDERS, "--print", *map(str, options)).stdout)
         for _ in range(3):
             ask(line.split()[0], "/v1/completions")
         code, out, err = ended(process, number)
@@ -386,14 +386,19 @@ def test_a_port_that_is_taken(launched: Started) -> None:
 
 @pytest.mark.parametrize(("host", "url"), [("0.0.0.0", "http://127.0.0.1:1"), ("::", "http://[::1]:1")])
 def test_who_listens_everywhere_is_asked_at_home(host: str, url: str) -> None:
-    assert launch.Api(host, 1, None).url == url
+    assert launch.EngineApi(host, 1, None).url == url
+
+
+def says(text: str | None) -> Callable[[str], str | None]:
+    """An engine that answers whatever it is asked with this."""
+    return lambda path: text
 
 
 def test_answers_of_another_shape_are_no_acceptance() -> None:
     for text in (None, "", "# nothing", "vllm:spec_decode_num_drafts_total 0.0\n"):
-        assert VLLM().acceptance(lambda path, text=text: text, 4) is None
+        assert VLLM().acceptance(says(text), 4) is None
     for text in (None, '{"internal_states": []}', '{"internal_states": [{"avg_spec_accept_length": null}]}'):
-        assert SGLang().acceptance(lambda path, text=text: text, 4) is None
+        assert SGLang().acceptance(says(text), 4) is None
 
 
 # What the engines' own sources say.

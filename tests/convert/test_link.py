@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gemma_mtp.convert import Pair, convert_pair, link
-from gemma_mtp.runtime.pair import resolve
+from gemma_mtp.runtime.pair import drafter_of
 from tiny import PAIR, make_drafter, make_target
 
 
@@ -69,7 +69,7 @@ def test_the_drafter_is_its_own_among_others(tiny: dict[str, Path], tmp_path: Pa
 def test_no_drafter_is_not_an_error(demo: Pair, tmp_path: Path) -> None:
     shutil.copy(demo.target, tmp_path)
     assert link.find_drafter(tmp_path / demo.target.name) is None
-    assert resolve(tmp_path / demo.target.name, "auto") is None
+    assert drafter_of(tmp_path / demo.target.name, "auto") is None
 
 
 def test_a_drafter_that_does_not_fit_is_named(tiny: dict[str, Path], tmp_path: Path) -> None:
@@ -156,10 +156,10 @@ def test_the_ordered_head_travels_whole(demo: Pair) -> None:
 def test_a_drafter_can_be_named_in_another_folder(demo: Pair, tmp_path: Path) -> None:
     shutil.copy(demo.drafter, tmp_path / "x.gguf")
     (tmp_path / "t.gguf").symlink_to(demo.target)
-    assert resolve(demo.target, tmp_path / "x.gguf") == tmp_path / "x.gguf"
-    assert resolve(tmp_path / "t.gguf", "auto") == tmp_path / "x.gguf"
+    assert drafter_of(demo.target, tmp_path / "x.gguf") == tmp_path / "x.gguf"
+    assert drafter_of(tmp_path / "t.gguf", "auto") == tmp_path / "x.gguf"
     with pytest.raises(link.PairError, match="cannot run alone"):
-        resolve(demo.drafter, "auto")
+        drafter_of(demo.drafter, "auto")
 
 
 def test_a_drafter_for_other_shapes_is_refused_at_conversion(tiny: dict[str, Path], tmp_path: Path) -> None:

@@ -46,8 +46,8 @@ def make(kind: str, folder: Path) -> Path:
     torch.manual_seed(0)
     model: Any
     if kind == "12B":
-        vision = {"mm_embed_dim": 64, "patch_size": 4, "pooling_kernel_size": 3, "mm_posemb_size": 32,
-                  "output_proj_dims": 64}  # fmt: skip
+        vision: dict[str, Any] = {"mm_embed_dim": 64, "patch_size": 4, "pooling_kernel_size": 3, "mm_posemb_size": 32,
+                                  "output_proj_dims": 64}  # fmt: skip
         config = transformers.Gemma4UnifiedConfig(
             text_config=DENSE, vision_config=vision, audio_config={"audio_embed_dim": 48}
         )

@@ -47,7 +47,8 @@ def on_grid(reach: tuple[int, int], scales: Array) -> Array:
 
 def scales(seed: int = 1) -> Array:
     rng = np.random.default_rng(seed)
-    return (rng.uniform(0.001, 0.006, (N, 1)) * rng.choice([-1, 1], (N, 1))).astype(np.float32)
+    made: Array = (rng.uniform(0.001, 0.006, (N, 1)) * rng.choice([-1, 1], (N, 1))).astype(np.float32)
+    return made
 
 
 @pytest.mark.parametrize("reach", REACH)
@@ -97,7 +98,7 @@ def test_weights_on_no_grid_keep_their_blocks() -> None:
 
 def put_on_grid(folder: Path) -> dict[str, Any]:
     """Matrices of a checkpoint, moved to a grid whose blocks end at 7 or -7."""
-    weights = load_file(folder / "model.safetensors")
+    weights: dict[str, Any] = load_file(folder / "model.safetensors")
     for name, tensor in weights.items():
         if tensor.ndim > 1 and tensor.is_floating_point():
             blocks = tensor.float().reshape(-1, 32)

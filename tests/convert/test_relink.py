@@ -16,7 +16,8 @@ from gemma_mtp.convert import Pair, convert_pair, link
 from gemma_mtp.convert.relink import link_files
 from gemma_mtp.convert.staging import PREFIX
 from gemma_mtp.runtime.cli.main import main
-from gemma_mtp.runtime.pair import resolve
+from gemma_mtp.runtime.pair import drafter_of
+from gguf_files import copy_metadata, copy_tensors, finish
 from tiny import PAIR, make_drafter
 from upstream import Upstream, data, plain
 
@@ -51,7 +52,7 @@ def test_one_link_serves_every_quantization(files: tuple[Path, Path, Path]) -> N
     assert done.exit_code == 0, done.output
     linked = drafter.with_name(f"{drafter.stem}-linked.gguf")
     assert link.find_drafter(q4) == link.find_drafter(bf16) == linked
-    assert resolve(bf16, "auto") == linked
+    assert drafter_of(bf16, "auto") == linked
     assert {path: path.read_bytes() for path in files} == before
     assert run("verify", q4).exit_code == 0
     assert f"DRAFT ./{linked.name}" in run("modelfile", q4).stdout
@@ -169,16 +170,9 @@ def test_a_split_target(files: tuple[Path, Path, Path]) -> None:
     _, target, drafter = files
     writer = GGUFWriter(target.with_name("part.gguf"), link.TARGET_ARCH, split_max_tensors=20)
     reader = GGUFReader(target)
-    for field in reader.fields.values():
-        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
-            sub_type = field.types[1] if len(field.types) > 1 else None
-            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub_type)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    copy_metadata(reader, writer)
+    copy_tensors(reader, writer)
+    finish(writer)
     parts = sorted(target.parent.glob("part-*.gguf"))
     assert len(parts) > 1
     assert link.weights_identity(link.read_header(parts[0])) == link.weights_identity(link.read_header(target))

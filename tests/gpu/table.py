@@ -1,11 +1,15 @@
 """The figures of results.json as lines for people; standard library only, for any Python 3."""
 
+from __future__ import annotations
+
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
-def lines(results):
+def lines(results: dict[str, Any]) -> Iterator[str]:
     yield "\n{}; kit of {made}, commit {commit}, {patches} patches".format(
         results["gpu"] or "no GPU", **{key: results["kit"][key] for key in ("made", "commit", "patches")}
     )
@@ -20,7 +24,7 @@ def lines(results):
             yield f"{step['step']}: {json.dumps(figures)}"
 
 
-def bench(name, found):
+def bench(name: str, found: dict[str, Any]) -> Iterator[str]:
     """Milliseconds by tokens, then a row an acceptance: ours, and stock's llama-server if it was measured."""
     for key, title in (("target_pass_ms", "a target pass over n tokens, ms"), ("draft_round_ms", "K drafted, ms")):
         yield f"{name}: {title}: " + "  ".join(f"{n}: {value:.2f}" for n, value in found[key].items())

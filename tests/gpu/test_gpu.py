@@ -24,7 +24,7 @@ from gemma_mtp.convert import link
 from gemma_mtp.runtime import Llama, native
 from gemma_mtp.runtime.draft import drafter
 from gemma_mtp.runtime.draft.drafter import DraftSettings
-from gemma_mtp.runtime.sampling import gumbel
+from gemma_mtp.runtime.sampling import Choose, gumbel
 from mtp_library import candidates
 
 DRY = os.environ.get("GPU_KIT_DRY") == "1"
@@ -147,7 +147,8 @@ def test_a_round_in_one_call_is_that_of_single_steps(temp: float, llm: Llama, fi
     for token, hidden, position in states(llm):
         made = {}
         # A Choose that is no DraftSettings is asked after each step.
-        for way, choose in {"one call": settings, "steps": lambda row, at: settings(row, at)}.items():
+        ways: dict[str, Choose] = {"one call": settings, "steps": lambda logits, position: settings(logits, position)}
+        for way, choose in ways.items():
             draft = partial(llm.drafter.draft, token, hidden, position, length, choose)
             draft()  # warms up
             made[way], ms = timed(draft)
@@ -209,7 +210,8 @@ def test_a_draft_step_is_one_graph_on_one_device(llm: Llama, figures: dict[str, 
     """No part of a draft step goes to the CPU and back; how often it is waited for is told, not judged."""
     if not hasattr(ctypes.CDLL(None), "gpu_kit_counts"):
         pytest.skip("counts.c is not preloaded: run by tests/gpu/run.sh")
-    assert llm.drafter is not None
+    loaded = llm.drafter
+    assert loaded is not None
     if llm.n_vocab() > 100000:  # random weights: any tokens will do
         state = range(1000, 1040)
         hidden = llm.hidden(llm.decode(list(state), []))
@@ -218,7 +220,7 @@ def test_a_draft_step_is_one_graph_on_one_device(llm: Llama, figures: dict[str, 
         token, hidden, position = list(states(llm))[-1]
 
     def round_of(length: int) -> Any:
-        work = lambda: llm.drafter.draft(token, hidden, position, length, DraftSettings())  # noqa: E731
+        work = partial(loaded.draft, token, hidden, position, length, DraftSettings())
         work()
         return np.median([counted(work) for _ in range(5)], axis=0)
 

@@ -84,7 +84,7 @@ def test_without_a_network_a_build_says_so_in_one_line(tmp_path: Path) -> None:
 
 
 def test_an_environment_without_pip_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(source.BuildError, match="has no pip"):
         source.pip("--version")
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ def kit(tmp_path: Path) -> Path:
     return made
 
 
-def run(kit: Path, seconds: int = 60, network: bool = True, python: str = "none", **env: str) -> dict[str, Any]:
+def run(
+    kit: Path, seconds: int = 60, network: bool = True, python: str = "none", env: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Run the script in a bare environment and an empty folder; returns what it wrote, its status and its output."""
     here = kit.parent / "here"
     here.mkdir(exist_ok=True)
@@ -52,7 +55,7 @@ def run(kit: Path, seconds: int = 60, network: bool = True, python: str = "none"
     command = ["bash", str(kit / "run.sh")]
     if not network:
         command = ["unshare", "-n", "bash", "-c", LOOPBACK, "run", *command]
-    done = subprocess.run(command, cwd=here, env=bare | env, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(command, cwd=here, env={**bare, **(env or {})}, capture_output=True, text=True, timeout=1200)
     assert sorted(path.name for path in (here / "out").iterdir()) == ["log.txt", "results.json", "table.txt"]
     results: dict[str, Any] = json.loads((here / "out" / "results.json").read_text())
     return results | {"status": done.returncode, "output": done.stdout + done.stderr}
@@ -74,7 +77,7 @@ def without_python(kit: Path) -> dict[str, str]:
 
 
 def test_what_is_missing_is_told_and_the_rest_runs(kit: Path) -> None:
-    found = run(kit, **without_python(kit))
+    found = run(kit, env=without_python(kit))
     steps = by_name(found)
     assert found["dry"] is True and found["kit"]["commit"] == "c"
     assert steps["devices"]["status"] == "skipped" and "no GPU" in steps["devices"]["said"]
@@ -87,7 +90,7 @@ def test_what_is_missing_is_told_and_the_rest_runs(kit: Path) -> None:
 
 def test_a_program_that_does_not_start_is_told(kit: Path) -> None:
     program(kit / "bin" / "ours" / "llama-server", 'echo "no such \\"library\\""; exit 1')
-    step = by_name(run(kit, **without_python(kit)))["programs"]
+    step = by_name(run(kit, env=without_python(kit)))["programs"]
     assert step["status"] == "failed"
     assert step["said"].endswith("there is no python3")
 
@@ -96,7 +99,7 @@ def test_a_gpu_that_llama_cpp_does_not_see_is_no_gpu(kit: Path) -> None:
     """Nothing that is meant for a GPU is measured on the CPU without a word."""
     env = without_python(kit)
     program(Path(env["PATH"]) / "nvidia-smi", "echo 'GPU 0: pretended'")
-    found = run(kit, **env)
+    found = run(kit, env=env)
     steps = by_name(found)
     assert (found["dry"], found["gpu"]) == (False, "GPU 0: pretended")
     assert steps["devices"]["status"] == "passed"
@@ -105,7 +108,7 @@ def test_a_gpu_that_llama_cpp_does_not_see_is_no_gpu(kit: Path) -> None:
     assert "does not see the GPU" in steps["bench-31B"]["said"]
     program(kit / "bin" / "ours" / "llama-server", "echo CUDA0: pretended")
     program(kit / "bin" / "ours" / "test-backend-ops", 'shift; echo "asked: $*"; echo "1/1 tests passed"')
-    found = run(kit, **env)
+    found = run(kit, env=env)
     steps = by_name(found)
     assert steps["programs"]["said"] == "as packed"
     assert "no Python" in steps["bench-31B"]["said"]
@@ -116,7 +119,7 @@ def test_a_gpu_that_llama_cpp_does_not_see_is_no_gpu(kit: Path) -> None:
 
 def test_a_step_ends_at_its_limit_and_the_results_are_there(kit: Path) -> None:
     program(kit / "bin" / "ours" / "test-backend-ops", "[ $1 = test ] || exit 0; echo begun; sleep 100")
-    found = run(kit, seconds=9, **without_python(kit))
+    found = run(kit, seconds=9, env=without_python(kit))
     steps = by_name(found)
     assert steps["operations"]["status"] == "killed" and steps["operations"]["said"].endswith("begun")
     assert steps["operations"]["seconds"] <= 15
@@ -156,7 +159,7 @@ def test_the_kit_runs_from_its_archive_without_network(packed: Path) -> None:
     """With a Python that has numpy and nothing else; then without numpy."""
     venv = packed.parent / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
-    bare = run(packed, seconds=400, network=False, python=str(venv / "bin" / "python"), **without_python(packed))
+    bare = run(packed, seconds=400, network=False, python=str(venv / "bin" / "python"), env=without_python(packed))
     steps = by_name(bare)
     assert {steps[name]["status"] for name in ("programs", "operations", "server")} == {"passed"}, bare["output"]
     assert "numpy" in steps["tokens"]["said"] and bare["status"] == 0

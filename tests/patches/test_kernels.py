@@ -18,7 +18,7 @@ import llama_cpp
 import numpy as np
 import pytest
 from gemma_mtp.convert import Pair, convert_pair
-from gemma_mtp.convert.random_pair import generate
+from gemma_mtp.convert.random_pair import write_pair
 from gemma_mtp.patches import check, source, toolchain
 from gemma_mtp.runtime import Llama
 from tiny import PAIR
@@ -252,7 +252,7 @@ def test_two_hundred_tokens_alone_and_in_batches(weights: str, quant: str, tmp_p
         pair, text = demo_pair(tmp_path, quant)
         target = pair.target
     else:
-        target, _ = generate(
+        target, _ = write_pair(
             "E2B", source.cache_dir() / "shapes", quant=quant, drafter_quant="Q4_0", drafter_head="Q4_0"
         )
         text = b""

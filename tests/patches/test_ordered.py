@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import json
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from subprocess import PIPE, STDOUT
 from typing import Any
@@ -15,12 +15,13 @@ import gguf
 import llama_cpp
 import numpy as np
 import pytest
-from children import GUARD, ended, serving, started
+from children import ended, post, serving, started
 from gemma_mtp.convert import Pair, convert_pair, link
 from gemma_mtp.patches import source
 from gemma_mtp.runtime import Llama, native
 from gemma_mtp.runtime.draft.drafter import DraftSettings
 from gemma_mtp.runtime.sampling import gumbel
+from gguf_files import copy_metadata, copy_tensors, finish
 from llama_cpp import llama_cpp as lib
 from llama_cpp import llama_cpp_ext as ext
 from mtp_library import candidates, round_with_chances
@@ -96,11 +97,11 @@ def several(pair: Pair, texts: list[list[int]]) -> Iterator[tuple[Any, Any, Any]
     for i in range(len(texts)):
         found = candidates(ctx, i)
         assert found is not None
-        ids, logits = (part.copy() for part in found)
+        tokens, logits = found[0].copy(), found[1].copy()
         full = native.logits_row(ctx, i, len(drafter.vocabulary))
-        assert np.array_equal(full[ids], logits)
-        assert np.isneginf(np.delete(full, ids)).all()
-        yield capture.rows[i], ids, logits
+        assert np.array_equal(full[tokens], logits)
+        assert np.isneginf(np.delete(full, tokens)).all()
+        yield capture.rows[i], tokens, logits
     for opened in (ctx, target):
         lib.llama_free(opened)
     for model in models:
@@ -171,13 +172,10 @@ def test_a_native_round_tells_and_minds_its_chances(settings: DraftSettings, llm
         seen.append(float(1 / np.exp(logits - logits[token], dtype=np.float64).sum()))
         return token
 
-    def all_of_them(*place: Any) -> Any:
-        return round_with_chances(*place, 5, settings)
-
-    ours = rounds(llm, all_of_them)
+    ours = rounds(llm, partial(round_with_chances, length=5, settings=settings))
     assert [tokens for tokens, _ in ours] == rounds(llm, drafting(noted))
     assert np.allclose([chance for _, chances in ours for chance in chances], seen, rtol=1e-4)
-    cut = rounds(llm, lambda *place: round_with_chances(*place, 5, settings, p_min=0.5))
+    cut = rounds(llm, partial(round_with_chances, length=5, settings=settings, p_min=0.5))
     for (tokens, chances), found in zip(ours, cut, strict=True):
         kept = next((i for i, chance in enumerate(chances) if chance < 0.5), 5)
         assert found == (tokens[:kept], chances[:kept])
@@ -200,21 +198,13 @@ def with_tensors(drafter: Path, path: Path, ordering: Any) -> Path:
     """The drafter with its ordered head in tensors, as upstream's names have it."""
     reader, known = gguf.GGUFReader(drafter), link.read_header(drafter).metadata
     writer = gguf.GGUFWriter(path, link.DRAFTER_ARCH)
-    for name, field in reader.fields.items():
-        if name.startswith("GGUF.") or name in ("general.architecture", link.KEY_CENTROIDS, link.KEY_ORDERING):
-            continue
-        part = field.types[-1] if field.types[0] is gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(name, field.contents(), field.types[0], sub_type=part)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    copy_metadata(reader, writer, leaving=(link.KEY_CENTROIDS, link.KEY_ORDERING))
+    copy_tensors(reader, writer)
     writer.add_tensor(
         "masked_embd_centroids.weight", known[link.KEY_CENTROIDS].reshape(known[link.KEY_N_CENTROIDS], -1)
     )
     writer.add_tensor("masked_embd_ordering", known[link.KEY_ORDERING].astype(ordering))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 
@@ -255,9 +245,7 @@ def test_llama_server_drafts_with_it(backend: bool, demo: Pair, tmp_path: Path) 
     sampling = "--spec-draft-backend-sampling" if backend else "--no-spec-draft-backend-sampling"
     options = "--spec-draft-model", demo.drafter, "--spec-type", "draft-mtp", sampling, "-c", 512
     with serving(SERVER, tmp_path / "log", "-m", demo.target, *options) as url:
-        body = json.dumps({"prompt": PROMPT, "n_predict": 64, "temperature": 0.0}).encode()
-        request = urllib.request.Request(f"{url}/completion", body, {"Content-Type": "application/json"})
-        timings = json.load(urllib.request.urlopen(request, timeout=GUARD))["timings"]
+        timings = post(f"{url}/completion", {"prompt": PROMPT, "n_predict": 64, "temperature": 0.0})["timings"]
     assert timings["draft_n_accepted"] > timings["draft_n"] / 3 > 0
 
 

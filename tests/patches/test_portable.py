@@ -7,13 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from children import serving
+from children import post, serving
 from gemma_mtp.convert import Pair
 from gemma_mtp.patches import toolchain
 
@@ -93,11 +92,7 @@ def test_llama_server_finds_its_kernels_from_any_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     draft = ("-md", demo.drafter, "--spec-type", "draft-mtp", "--spec-draft-n-max", "3")
-    with serving(
-        portable / "llama_cpp" / "lib" / "llama-server", tmp_path / "log", "-m", demo.target, *draft
-    ) as address:
-        body = json.dumps({"prompt": "def main(", "n_predict": 12, "temperature": 0}).encode()
-        request = urllib.request.Request(f"{address}/completion", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request) as answer:
-            told = json.load(answer)
+    server = portable / "llama_cpp" / "lib" / "llama-server"
+    with serving(server, tmp_path / "log", "-m", demo.target, *draft) as address:
+        told = post(f"{address}/completion", {"prompt": "def main(", "n_predict": 12, "temperature": 0})
     assert told["content"] and told["timings"]["draft_n_accepted"] > 0

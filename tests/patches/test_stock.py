@@ -8,16 +8,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from children import GUARD, environment, serving
+from children import environment, post, serving
 from gemma_mtp.convert import Pair, convert_pair
 from gemma_mtp.patches import stock
+from prompts import PROMPT
 from tiny import SIZES
 
 STOCK = stock.stock_dir()
@@ -25,13 +25,6 @@ pytestmark = [
     pytest.mark.stock,
     pytest.mark.skipif(not STOCK.exists(), reason="no unpatched llama.cpp here; make check-stock builds it"),
 ]
-
-
-def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=GUARD) as answer:
-        parsed: dict[str, Any] = json.load(answer)
-    return parsed
 
 
 def drafting(pair: Pair, log: Path, *options: str) -> AbstractContextManager[str]:
@@ -55,7 +48,7 @@ def test_every_size_drafts(
     """Random pairs of every kind load with their drafter, draft, and give as many tokens as they are asked for."""
     folders = sizes[size] if size in sizes else (tiny["target"], tiny["dense"])
     pair = convert_pair(*folders, tmp_path, quant, quant)
-    body = {"prompt": "import os\nimport sys\n\ndef main(", "n_predict": 24, "temperature": 0, "ignore_eos": True}
+    body = {"prompt": PROMPT, "n_predict": 24, "temperature": 0, "ignore_eos": True}
     with drafting(pair, tmp_path / "log", "-c", "512") as url:
         answer = post(f"{url}/completion", body)
     assert answer["tokens_predicted"] == 24
@@ -87,11 +80,10 @@ made = llm(sys.argv[2], max_tokens=64, temperature=0.0)["choices"][0]["text"]
 told = [str(w.message) for w in said if "patches" in str(w.message)]
 print(json.dumps({"text": made, "accepted": llm.stats.accepted, "notices": len(told)}))
 """
-    prompt = "import os\nimport sys\n\ndef main("
     made = {}
     for name, env in (("stock", {"LLAMA_CPP_LIB_PATH": str(STOCK)}), ("ours", {})):
         text = code if env else code.replace("assert not", "assert")
-        command = [sys.executable, "-c", text, demo.target, prompt]
+        command = [sys.executable, "-c", text, demo.target, PROMPT]
         around = environment(tmp_path, **env)
         done = subprocess.run(command, env=around, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -34,9 +35,10 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_their_tests_pass_with_ours(demo: Pair, sdist: Path, tmp_path: Path) -> None:
     here = Path(__file__).parents[1]
     command = [sys.executable, "-m", "pytest", "tests", "-q", "-p", "with_ours", "-p", "no:cacheprovider"]
-    command += ["--rootdir", sdist, "-k", f"not ({' or '.join(LEFT_OUT)})"]
-    env = environment(tmp_path, PYTHONPATH=str(here), GEMMA_MTP_TARGET=str(demo.target), HF_HUB_OFFLINE="1")
-    done = subprocess.run([*map(str, command)], cwd=sdist, env=env, capture_output=True, text=True, check=False)
+    command += ["--rootdir", str(sdist), "-k", f"not ({' or '.join(LEFT_OUT)})"]
+    path = os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")])
+    env = environment(tmp_path, PYTHONPATH=path, GEMMA_MTP_TARGET=str(demo.target), HF_HUB_OFFLINE="1")
+    done = subprocess.run(command, cwd=sdist, env=env, capture_output=True, text=True, check=False)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     counted = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import numpy as np
-from gemma_mtp.runtime.accept import verify
+from gemma_mtp.runtime.accept import walk
 from gemma_mtp.runtime.draft.length import fitting
 from gemma_mtp.runtime.sampling import gumbel, lowest_best
 from gemma_mtp.runtime.stats import Stats
@@ -22,7 +22,7 @@ def test_every_draft_gives_the_targets_tokens() -> None:
                     asked.append(i)
                     return target[i]
 
-                made = list(verify(draft, choose))
+                made = list(walk(draft, choose))
                 hits = next((i for i, (a, b) in enumerate(zip(draft, target, strict=False)) if a != b), length)
                 assert [token for token, _ in made] == list(target[: hits + 1])
                 assert [accepted for _, accepted in made] == [True] * hits + [False]
@@ -30,9 +30,8 @@ def test_every_draft_gives_the_targets_tokens() -> None:
 
 
 def test_choices_are_made_only_when_asked_for() -> None:
-    walk = verify([1, 2], lambda i: i + 1)
-    assert next(walk) == (1, True)
-    walk.close()
+    choices = walk([1, 2], lambda i: i + 1)
+    assert next(choices) == (1, True)
 
 
 def test_draft_fits_context_and_batch() -> None:

@@ -15,17 +15,9 @@ import numpy as np
 import pytest
 from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import Llama
+from llamas import OPTIONS
 from prompts import PROMPT
 
-# One thread: with two, a loaded machine makes every batch wait.
-OPTIONS: dict[str, Any] = {
-    "n_ctx": 512,
-    "verbose": False,
-    "n_threads": 1,
-    "n_threads_batch": 1,
-    "flash_attn": True,
-    "draft_length": 3,
-}
 MESSAGES = [{"role": "system", "content": "You write Python."}, {"role": "user", "content": "Continue:\nimport os\n"}]
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 24}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "y"]}}, "required": ["a", "b"]}
@@ -108,6 +100,7 @@ TEXT: dict[str, Call] = {
         MESSAGES, **GREEDY, functions=[TOOLS[0]["function"]], function_call={"name": "look"}
     ),
 }
+OURS = {"mtp", "draft_length", "chat_template_kwargs"}
 SAMPLED = {"temperature": 0.9, "max_tokens": 16, "seed": 5}
 SHAPE: dict[str, Call] = {
     "sampled": lambda llm: llm(PROMPT, **SAMPLED),
@@ -116,7 +109,7 @@ SHAPE: dict[str, Call] = {
     "mirostat 2": lambda llm: llm(PROMPT, **SAMPLED, mirostat_mode=2, logprobs=1),
     "negative temperature": lambda llm: llm(PROMPT, **SAMPLED | {"temperature": -1.0}),
     "save_state": lambda llm: vars(llm.save_state()),
-    "getstate": lambda llm: {k: v for k, v in llm.__getstate__().items() if k not in ("drafter", "draft_length")},
+    "getstate": lambda llm: {k: v for k, v in llm.__getstate__().items() if k not in {"drafter", *OURS}},
 }
 
 
@@ -192,7 +185,6 @@ def test_the_same_keys_and_types(call: Call, mtp: Llama, stock: llama_cpp.Llama)
 
 
 METHODS = [name for name, kind in inspect.getmembers(llama_cpp.Llama, callable) if not name.startswith("_")]
-OURS = {"mtp", "draft_length", "chat_template_kwargs"}
 
 
 @pytest.mark.parametrize("name", [*METHODS, "__call__"])
@@ -316,7 +308,8 @@ def test_an_object_with_a_seed_makes_the_same_sequence_again(demo: Pair) -> None
 
 
 def test_a_seed_is_a_whole_number(mtp: Llama) -> None:
-    for seed in ("x", 2.5, []):
+    wrong: list[Any] = ["x", 2.5, []]
+    for seed in wrong:
         with pytest.raises(ValueError, match=r"seed is .+; give a whole number"):
             mtp(PROMPT, seed=seed)
 

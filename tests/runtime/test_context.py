@@ -8,22 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import llamas
 import numpy as np
 import pytest
 from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import Llama, Stats
+from gguf_files import finish
 from llama_cpp import llama_cpp as lib
 from llamas import see
 from prompts import held_out
 
-OPTIONS: dict[str, Any] = {
-    "n_ctx": 1024,
-    "verbose": False,
-    "n_threads": 1,
-    "n_threads_batch": 1,
-    "flash_attn": True,
-    "draft_length": 3,
-}
+OPTIONS = llamas.OPTIONS | {"n_ctx": 1024}
 # Acceptance of the pair is about 0.6; a drafter that reads wrong keys gets near 0.
 SANE = 0.35
 WINDOW = 128  # of the bundled pair's sliding layers
@@ -71,7 +66,8 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_settings_of_the_cache(case: str, demo: Pair) -> None:
     """Long enough to roll back across the sliding window."""
-    texts, total = [], Stats()
+    texts: list[list[str]] = []
+    total = Stats()
     for llm in both(demo, **CASES[case]):
         texts.append([])
         for prompt in PROMPTS:
@@ -250,10 +246,7 @@ def lora(demo: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
             columns, rows = (int(n) for n in tensor.shape)
             writer.add_tensor(f"{tensor.name}.lora_a", random.normal(0, 0.2, (4, columns)).astype(np.float32))
             writer.add_tensor(f"{tensor.name}.lora_b", random.normal(0, 0.2, (rows, 4)).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 

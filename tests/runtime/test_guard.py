@@ -23,16 +23,9 @@ from gemma_mtp.runtime import Llama, native
 from gemma_mtp.runtime import guard as guard_module
 from gemma_mtp.runtime.guard import Guard, Holder
 from llama_cpp import llama_cpp as lib
+from llamas import OPTIONS
 from prompts import PROMPT
 
-OPTIONS: dict[str, Any] = {
-    "n_ctx": 512,
-    "verbose": False,
-    "n_threads": 1,
-    "n_threads_batch": 1,
-    "flash_attn": True,
-    "draft_length": 3,
-}
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 32}
 
 
@@ -337,13 +330,13 @@ def test_a_failed_decode_rolls_back(code: int, place: int, usable: Llama, monkey
 
 def test_a_drafter_that_fails_says_how_to_go_on(usable: Llama, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By rounds in one native call, and by one decode for each token."""
-    real, exported = lib.llama_decode, native._exported
+    real, exported = lib.llama_decode, native._llama_mtp_draft()
 
-    def failing(name: str) -> Any:
-        return (lambda *_: -2) if name == "llama_mtp_draft" and exported(name) is not None else exported(name)
+    def failing() -> Any:
+        return None if exported is None else lambda *_: -2
 
     monkeypatch.setattr(lib, "llama_decode", lambda ctx, batch: real(ctx, batch) if ctx == usable.ctx else -2)
-    monkeypatch.setattr(native, "_exported", failing)
+    monkeypatch.setattr(native, "_llama_mtp_draft", failing)
     for settings in (GREEDY, GREEDY | {"repeat_penalty": 1.2}):
         with pytest.raises(RuntimeError, match=r"memory ran out.*mtp=False"):
             usable(PROMPT, **settings)
@@ -389,7 +382,9 @@ def test_a_closed_object_says_so(demo: Pair) -> None:
     llm.close()
     with pytest.raises(RuntimeError):
         next(stream)
-    calls = [*CALLS.values(), lambda llm: llm.tokenize(b"x"), lambda llm: llm.n_ctx(), lambda llm: llm.token_eos()]
+    calls: list[Callable[[Llama], Any]] = [
+        *CALLS.values(), lambda llm: llm.tokenize(b"x"), lambda llm: llm.n_ctx(), lambda llm: llm.token_eos(),
+    ]  # fmt: skip
     for call in calls:
         if call is not CALLS["close"]:
             with pytest.raises(RuntimeError, match="closed"):
@@ -455,7 +450,7 @@ try:
 except (ValueError, RuntimeError) as problem:
     print(problem)
 """
-    command = [sys.executable, "-c", code, demo.target]
+    command = [sys.executable, "-c", code, str(demo.target)]
     done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert hint in done.stdout

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +102,7 @@ def test_chat(settings: dict[str, Any], mtp: Llama, plain: Llama) -> None:
 def test_responses_have_the_shape_of_stocks(mtp: Llama, stock: llama_cpp.Llama) -> None:
     """With the seed beside it: in an answer, and in the last chunk of a stream."""
     messages, seed = [{"role": "user", "content": "hi"}], {"seed": "int"}
-    for call, more in (
+    calls: list[tuple[Callable[[Any], Any], dict[str, str]]] = [
         (lambda llm: llm(PROMPT, max_tokens=6, **GREEDY), seed),
         (lambda llm: llm(PROMPT, max_tokens=6, echo=True, stop=["x"], **GREEDY), seed),
         (lambda llm: next(iter(list(llm(PROMPT, max_tokens=6, stream=True, **GREEDY)))), {}),
@@ -111,7 +110,8 @@ def test_responses_have_the_shape_of_stocks(mtp: Llama, stock: llama_cpp.Llama) 
         (lambda llm: llm.create_chat_completion(messages, max_tokens=6, **GREEDY), seed),
         (lambda llm: list(llm.create_chat_completion(messages, max_tokens=6, stream=True, **GREEDY))[1], {}),
         (lambda llm: list(llm.create_chat_completion(messages, max_tokens=6, stream=True, **GREEDY))[-1], seed),
-    ):
+    ]
+    for call, more in calls:
         assert shape(call(mtp)) == shape(call(stock)) | more
 
 
@@ -125,7 +125,7 @@ def test_generate_yields_tokens_one_by_one(mtp: Llama, plain: Llama) -> None:
     ids = mtp.tokenize(PROMPT.encode())
     made = []
     for llm in (mtp, plain):
-        tokens = []
+        tokens: list[int] = []
         for token in llm.generate(ids, temp=0.0, repeat_penalty=1.0):
             assert llm.n_tokens == len(ids) + len(tokens)
             assert list(llm._input_ids) == ids + tokens
@@ -182,38 +182,100 @@ def test_any_draft_length_gives_the_same_text(length: int, demo: Pair, plain: Ll
         assert (llm.stats.drafted > 0) == (length > 0)
 
 
-WRONG_LENGTHS = [-1, 16, 2.5, True, "3", "long", [3]]
+WRONG = {
+    "draft_length": ([-1, 16, 2.5, True, "3", "foo", [3]],
+                     r'^draft_length is .+; give a number of tokens, 0 for none and 15 at most, or "auto"\.$'),
+    "mtp": (["no", "auto", 0, 1, 2.5, []], r"^mtp is .+; give True, False or None\.$"),
+}  # fmt: skip
+MESSAGES = [{"role": "user", "content": "x"}]
 
 
-def test_a_draft_length_is_checked_wherever_it_is_given(demo: Pair) -> None:
-    """One rule, which names what is allowed: beyond it the text would depend on how far was drafted."""
-    allowed = r'is .+; give a number of tokens, 0 for none and 15 at most, or "auto"\.$'
-    for length in WRONG_LENGTHS:
-        with pytest.raises(ValueError, match=f"^draft_length {allowed}"):
-            Llama(demo.target, draft_length=length, **OPTIONS)
-    messages = [{"role": "user", "content": "x"}]
-    with closing(Llama(demo.target, draft_length=3, **OPTIONS)) as llm:
-        ways: list[Callable[[Any], Any]] = [
-            lambda length: setattr(llm, "draft_length", length),
-            lambda length: llm(PROMPT, draft_length=length),
-            lambda length: list(llm(PROMPT, draft_length=length, stream=True)),
-            lambda length: llm.create_chat_completion(messages, draft_length=length),
-            lambda length: next(llm.generate([2, 5], draft_length=length)),
-        ]
-        for way, length in product(ways, WRONG_LENGTHS):
-            with pytest.raises(ValueError, match=f"^draft_length {allowed}"):
-                way(length)
-        for mtp in ("no", 0, 1, []):
-            for call in (llm, llm.create_completion, lambda prompt, mtp: next(llm.generate([2, 5], mtp=mtp))):
-                with pytest.raises(ValueError, match=r"^mtp is .+; give True, False or None\.$"):
-                    call(PROMPT, mtp=mtp)
-        llm.draft_length = np.int64(4)
-        assert (llm.draft_length, type(llm.draft_length)) == (4, int)
-        assert llm(PROMPT, max_tokens=2, draft_length="auto")["choices"]
-    for length in ("16", "-1", "2.5", "few"):
-        wrong = CliRunner().invoke(main, ["run", str(demo.target), "-p", "x", "--draft", length])
+def setting(llm: Llama, name: str, value: Any) -> str:
+    setattr(llm, name, value)
+    return name
+
+
+# Every way to say how far, and whether, to draft.
+LOADING: dict[str, Callable[..., Any]] = {
+    "Llama": lambda path, **wish: Llama(path, **OPTIONS, **wish),
+    "open_pair": lambda path, **wish: open_pair(path, **OPTIONS, **wish).__enter__(),
+    "from_pretrained": lambda path, **wish: Llama.from_pretrained("nobody/asks-for-this", path.name, **wish),
+}
+ASKING: dict[str, Callable[..., Any]] = {
+    "call": lambda llm, **wish: llm(PROMPT, max_tokens=4, **wish),
+    "completion": lambda llm, **wish: llm.create_completion(PROMPT, max_tokens=4, **wish),
+    "stream": lambda llm, **wish: list(llm(PROMPT, max_tokens=4, stream=True, **wish)),
+    "chat": lambda llm, **wish: llm.create_chat_completion(MESSAGES, max_tokens=4, **wish),
+    "chat stream": lambda llm, **wish: list(llm.create_chat_completion(MESSAGES, max_tokens=4, stream=True, **wish)),
+    "generate": lambda llm, **wish: next(llm.generate([2, 5], **wish)),
+    "attribute": lambda llm, **wish: [setting(llm, *each) for each in wish.items()],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in WRONG for value in WRONG[name][0]])
+def test_wishes_are_checked_wherever_they_are_given(name: str, value: Any, demo: Pair, mtp: Llama) -> None:
+    """One rule, which names what is allowed: beyond 15 the text would depend on how far was drafted."""
+    for subject, ways in ((demo.target, LOADING), (mtp, ASKING)):
+        for way in ways.values():
+            with pytest.raises(ValueError, match=WRONG[name][1]):
+                way(subject, **{name: value})
+    assert mtp(PROMPT, max_tokens=8, **GREEDY) and mtp.stats.drafted > 0
+
+
+@pytest.mark.parametrize("command", [["run", "-p", "x"], ["chat"], ["serve"], ["bench"]], ids=lambda words: words[0])
+def test_the_commands_check_the_draft_length(command: list[str], demo: Pair) -> None:
+    for length in ("16", "-1", "2.5", "True", "foo"):
+        wrong = CliRunner().invoke(main, [*command, str(demo.target), "--draft", length])
         assert wrong.exit_code == 2
-        assert 'a number of tokens, 0 for none and 15 at most, or "auto"' in wrong.stderr.replace("\n", " ")
+        said = " ".join(wrong.stderr.split())
+        assert 'a number of tokens, 0 for none and 15 at most, or "auto"' in said or "not a list of numbers" in said
+
+
+def test_a_draft_length_may_be_of_any_whole_number_type(mtp: Llama) -> None:
+    kept = mtp.draft_length
+    setting(mtp, "draft_length", np.int64(4))
+    assert (mtp.draft_length, type(mtp.draft_length)) == (4, int)
+    mtp.draft_length = kept
+    assert mtp(PROMPT, max_tokens=2, draft_length="auto")["choices"]
+
+
+@pytest.mark.parametrize("way", ASKING)
+def test_mtp_asked_for_where_it_cannot_be_had_is_an_error(way: str, plain: Llama, mtp: Llama) -> None:
+    with pytest.raises(ValueError, match=r"^MTP was asked for, but drafter=None was given .+; load it with"):
+        ASKING[way](plain, mtp=True)
+    with pytest.raises(ValueError, match=r"^MTP was asked for, but draft_length is 0"):
+        ASKING[way](mtp, draft_length=0, mtp=True)
+    if way != "attribute":
+        assert ASKING[way](plain, mtp=False)
+        assert ASKING[way](mtp, mtp=True)
+        if not way.startswith("chat"):
+            with pytest.raises(ValueError, match=r"^MTP was asked for, but mirostat draws .+mirostat_mode"):
+                ASKING[way](mtp, mtp=True, mirostat_mode=2)
+    mtp.mtp, mtp.draft_length = None, 3
+
+
+def test_mtp_of_an_object(demo: Pair, tmp_path: Path) -> None:
+    """What requests go by that say nothing; and with True there must be a drafter, before anything is loaded."""
+    with closing(Llama(demo.target, draft_length=3, mtp=False, **OPTIONS)) as llm:
+        assert llm.drafter is not None and llm.mtp is False
+        for wish, drafts in (({}, False), ({"mtp": True}, True), ({"draft_length": 2}, False)):
+            llm(PROMPT, max_tokens=8, **GREEDY, **wish)
+            assert (llm.stats.drafted > 0) == drafts
+        llm.mtp = None
+        llm(PROMPT, max_tokens=8, **GREEDY)
+        assert llm.stats.drafted > 0
+    alone = shutil.copy(demo.target, tmp_path)
+    for path, options, reason in (
+        (alone, {}, "no linked drafter beside"),
+        (demo.target, {"drafter": None}, "drafter=None"),
+        (demo.target, {"embedding": True}, "embedding=True .+ leave that argument out"),
+        (demo.target, {"vocab_only": True}, "vocab_only=True"),
+        (demo.target, {"draft_length": 0}, "draft_length is 0"),
+    ):
+        with pytest.raises(ValueError, match=f"^MTP was asked for, but {reason}"):
+            Llama(path, mtp=True, **OPTIONS, **options)
+    with pytest.raises(ValueError, match="does not exist"):
+        Llama(tmp_path / "none.gguf", mtp=True, **OPTIONS)
 
 
 def test_stats_add_up(mtp: Llama) -> None:
@@ -235,7 +297,7 @@ def test_seconds_are_what_the_user_waits_for(mtp: Llama, monkeypatch: pytest.Mon
     """By a clock that only stands still where nothing outside of the loop is done."""
     now, detokenize = 100.0, mtp.detokenize
 
-    def slow(*args: Any, **kwargs: Any) -> bytes:
+    def slow(*args: Any, **kwargs: Any) -> Any:
         nonlocal now
         now += 1.0
         return detokenize(*args, **kwargs)
@@ -440,7 +502,7 @@ def test_run_names_what_is_wrong_in_one_line(demo: Pair, tmp_path: Path) -> None
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(demo.target.read_bytes()[:-50000])
     for target in (tmp_path / "none.gguf", cut, demo.drafter):
-        command = [sys.executable, "-c", MAIN, "run", target, "-p", "x"]
+        command = [sys.executable, "-c", MAIN, "run", str(target), "-p", "x"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 1
         assert done.stderr.startswith("error: "), done.stderr

@@ -12,16 +12,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from typing import Any
+from typing import Any, cast
 
+import llama_cpp
 import numpy as np
 import numpy.typing as npt
 import pytest
 from coupling import probabilities
 from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import Llama, Stats, loop
-from gemma_mtp.runtime.accept import verify
+from gemma_mtp.runtime.accept import walk
+from gemma_mtp.runtime.borrowed import bind
 from gemma_mtp.runtime.draft.costs import Costs
+from gemma_mtp.runtime.draft.drafter import Drafter
 from gemma_mtp.runtime.draft.length import Policy
 from gemma_mtp.runtime.draft.proposals import Proposals, sources
 from gemma_mtp.runtime.request import MOST
@@ -47,14 +50,18 @@ class Replay:
         self.rewind()
 
     def rewind(self) -> None:
-        self.n_tokens, self._rows = len(self.prompt) - 1, []
+        self.n_tokens = len(self.prompt) - 1
+        self._rows: list[Key] = []
         self.input_ids[: len(self.prompt)] = self.prompt
 
     def n_ctx(self) -> int:
-        return self.llm.n_ctx()
+        return int(self.llm.n_ctx())
 
     def roll_back(self) -> None:
         pass
+
+    def reset(self) -> None:
+        self.n_tokens = 0
 
     def ends(self, token: int) -> bool:
         return self.llm.ends(token)
@@ -73,11 +80,11 @@ class Replay:
             self.target[key] = self.llm.logits(self._real(key)).copy()
         return self.target[key]
 
-    def hidden(self, row: int) -> Key:
+    def hidden(self, row: int) -> Any:
         return self._rows[row]
 
     def _real(self, key: Key) -> int:
-        return self.llm.decode(self.llm._reuse_prefix(list(key), True), [])
+        return self.llm.decode(self.llm.reuse_prefix(list(key)), [])
 
     def draft(self, token: int, hidden: Key, position: int, length: int, choose: Callable[[Any, int], int]) -> None:
         made: list[int] = []
@@ -95,13 +102,13 @@ class Replay:
             seen.append(logits.copy())
             return made[len(seen) - 1] if len(seen) <= len(made) else 0
 
+        assert self.llm.drafter is not None
         self.llm.drafter.draft(token, self.llm.hidden(row), self.llm.n_tokens, len(made) + 1, choose)
         return seen[-1]
 
 
 def sampler_of(llm: Llama, temp: float, settings: dict[str, Any], seed: int) -> Sampler:
-    neutral = {"repeat_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "min_p": 0.0, "typical_p": 1.0}
-    return llm._choice({"temp": temp, **settings, **neutral}, None, None, seed)
+    return llm._choice(bind(llama_cpp.Llama.generate, [], temp=temp, min_p=0.0, **settings), seed)
 
 
 def places(replay: Replay, temp: float, settings: dict[str, Any], draws: int) -> npt.NDArray[np.float64]:
@@ -110,11 +117,11 @@ def places(replay: Replay, temp: float, settings: dict[str, Any], draws: int) ->
     cumulated: dict[Key, tuple[Any, Any]] = {}
     found = np.zeros((draws, TOKENS))
     sampler, policy = sampler_of(replay.llm, temp, settings, 0), Policy(costs := Costs(MOST + 1), MOST)
-    drafted = 0
+    drafted, stand_in = 0, cast(Drafter, replay)
     for seed in range(draws):
         replay.rewind()
         sampler.seed, key, stats = seed, tuple(replay.prompt), Stats()
-        proposals = Proposals(replay, sampler, sources(replay, replay, costs, None, 2), 2, policy, costs)
+        proposals = Proposals(replay, sampler, sources(replay, stand_in, costs, None, 2), 2, policy, costs)
         made = loop.generate(replay, [replay.prompt[-1]], sampler, proposals, lambda row: False, stats)
         for place, token in zip(range(TOKENS), made, strict=False):
             if key not in cumulated:
@@ -145,7 +152,7 @@ def llm(demo: Pair) -> Iterator[Llama]:
 
 def prompt_of(llm: Llama, which: int) -> list[int]:
     text = json.loads((PAIR / "prompts.json").read_text())["prompts"][which]["text"]
-    return llm.tokenize(text.encode())
+    return list(llm.tokenize(text.encode()))
 
 
 def wrong_second_draw(draft: Sequence[int], choose: Callable[[int], int]) -> Iterator[tuple[int, bool]]:
@@ -173,11 +180,11 @@ def test_wrong_rules_are_noticed(llm: Llama, monkeypatch: pytest.MonkeyPatch) ->
     """A draft taken over unasked, and a second draw where the first differs from the draft."""
 
     def trusting(draft: Sequence[int], choose: Callable[[int], int]) -> Iterator[tuple[int, bool]]:
-        for i, (token, accepted) in enumerate(verify(draft, choose)):
+        for i, (token, accepted) in enumerate(walk(draft, choose)):
             yield (draft[i], True) if i == 0 and draft else (token, accepted)
 
     replay = Replay(llm, prompt_of(llm, 0))
-    monkeypatch.setattr(loop, "verify", trusting)
+    monkeypatch.setattr(loop, "walk", trusting)
     first, *later = chi_squares(places(replay, 1.0, TRUNCATED, 1000))
     assert first < LIMIT < max(later)
 
@@ -186,7 +193,7 @@ def test_wrong_rules_are_noticed(llm: Llama, monkeypatch: pytest.MonkeyPatch) ->
         return wrong_second_draw.sampler  # type: ignore[attr-defined, no-any-return]
 
     made = sampler_of
-    monkeypatch.setattr(loop, "verify", wrong_second_draw)
+    monkeypatch.setattr(loop, "walk", wrong_second_draw)
     monkeypatch.setitem(globals(), "sampler_of", keeping)
     first, *later = chi_squares(places(replay, 1.0, TRUNCATED, 1000))
     assert first < LIMIT < max(later)

@@ -26,7 +26,7 @@ from gemma_mtp.runtime.bench.speed import best_length
 from gemma_mtp.runtime.bench.worker import Measure, Worker
 from gemma_mtp.runtime.cli.main import main
 from gemma_mtp.runtime.draft.length import Policy
-from gemma_mtp.runtime.request import MOST
+from gemma_mtp.runtime.request import MOST, DraftLength
 from llamas import paying
 
 STOCK = stock.stock_dir()
@@ -124,7 +124,7 @@ def test_replay_is_right_with_the_chance_asked_for(chance: float, choose: Any) -
     replay = Replay(drafter, record, Chance((chance,)), seed=3, begin=0)
     right = np.zeros(length + 1)
     for _ in range(rounds):
-        drafted = replay.draft(2, np.zeros(1), 1, length, choose)
+        drafted = replay.draft(2, np.zeros(1, np.float32), 1, length, choose)
         hits = [token == truth for token, truth in zip(drafted, record[2:], strict=False)]
         count = hits.index(False) if False in hits else length
         assert not any(hits[count:])  # a wrong token ends what can be accepted
@@ -137,7 +137,7 @@ def test_replay_is_right_with_the_chance_asked_for(chance: float, choose: Any) -
 
 def test_replay_without_a_chance_proposes_what_the_drafter_does() -> None:
     replay = Replay(Guesses(), [5, 6, 7], None, seed=0, begin=0)
-    assert replay.draft(6, np.zeros(1), 1, 3, None) == [0, 0, 0]
+    assert replay.draft(6, np.zeros(1, np.float32), 1, 3, None) == [0, 0, 0]
 
 
 def test_chances_take_turns() -> None:
@@ -150,12 +150,12 @@ def test_chances_take_turns() -> None:
     record = list(range(1, 40))
     replay = Replay(Guesses(), record, Chance((0.0, 1.0), 4), seed=0, begin=10)
     for position in range(10, 30):
-        right = replay.draft(0, np.zeros(1), position, 2, None) == record[position + 1 : position + 3]
+        right = replay.draft(0, np.zeros(1, np.float32), position, 2, None) == record[position + 1 : position + 3]
         assert right == ((position - 10) // 4 % 2 == 1)
 
 
 @pytest.mark.parametrize("length", [0, 2, "auto"])
-def test_replays_end_between_rounds_and_keep_to_the_record(length: int | str, demo: Pair) -> None:
+def test_replays_end_between_rounds_and_keep_to_the_record(length: DraftLength, demo: Pair) -> None:
     """Whatever the draft length; "auto" is made to draft, and what the text so far holds is no help."""
     options: dict[str, Any] = {"n_ctx": 256, "verbose": False, "n_threads": 1, "n_threads_batch": 1}
     with closing(Replaying(demo.target, **options)) as llm:
@@ -184,7 +184,7 @@ def test_best_length_weighs_cost_and_acceptance() -> None:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
     """E2B's shape cut to five layers, 800 MB."""
-    target, drafter = random_pair.generate("E2B", tmp_path_factory.mktemp("shapes"), layers=5)
+    target, drafter = random_pair.write_pair("E2B", tmp_path_factory.mktemp("shapes"), layers=5)
     yield target, drafter
     target.unlink()
 
@@ -193,7 +193,7 @@ def test_random_weights_are_a_linked_pair_at_true_shape(small: tuple[Path, Path]
     target, drafter = (link.read_header(path) for path in small)
     verify_files(small[0])  # every block finite, the link checked
     assert link.find_drafter(target.path) == drafter.path
-    assert target.metadata[random_pair.KEY_SEED] == target.metadata[measure.KEY_SEED] == 0
+    assert target.metadata[link.KEY_SEED] == 0
     assert target.tensors["token_embd.weight"].shape == (1536, 262144)
     assert target.tensors["blk.4.ffn_down.weight"].shape == (6144, 1536)
     assert drafter.metadata[link.KEY_N_CENTROIDS] == 2048
@@ -202,7 +202,7 @@ def test_random_weights_are_a_linked_pair_at_true_shape(small: tuple[Path, Path]
     again = tmp_path / small[0].parent.name / small[0].name
     again.parent.mkdir()
     again.touch()
-    made = random_pair.generate("E2B", tmp_path, layers=5)
+    made = random_pair.write_pair("E2B", tmp_path, layers=5)
     assert made[0].stat().st_size == 0
     assert made[1].read_bytes() == small[1].read_bytes()
 
@@ -215,12 +215,12 @@ def test_killed_while_making_random_weights(small: tuple[Path, Path], tmp_path: 
     code = (
         "import os, signal, sys; from pathlib import Path; from gemma_mtp.convert import random_pair\n"
         "random_pair.put_hashes = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "random_pair.generate('E2B', Path(sys.argv[1]), layers=5)"
+        "random_pair.write_pair('E2B', Path(sys.argv[1]), layers=5)"
     )
     assert subprocess.run([sys.executable, "-c", code, tmp_path], check=False).returncode == -signal.SIGKILL
     (left,) = [path for path in folder.iterdir() if path.name != small[0].name]
     assert left.name.startswith(".")
-    random_pair.generate("E2B", tmp_path, layers=5)
+    random_pair.write_pair("E2B", tmp_path, layers=5)
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in small)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from children import GUARD, MAIN, STOPPING, Terminal, alone, ended, environment, said, started, until
 from gemma_mtp.convert import Pair
+from gemma_mtp.convert.staging import PREFIX
 from hub import serving
 
 BACKGROUND = (signal.SIGINT,)
@@ -55,9 +56,11 @@ def test_a_conversion(number: signal.Signals, tiny: dict[str, Path], tmp_path: P
 
 def test_two_signals_are_one(tiny: dict[str, Path], tmp_path: Path, place: dict[str, Any]) -> None:
     """What is tidied up after the first is not left by the second."""
-    code = STOPPING.replace("import rich", "import os, shutil, signal; tidy = shutil.rmtree\n"
-                            "shutil.rmtree = lambda *a, **k: (os.kill(os.getpid(), signal.SIGTERM), tidy(*a, **k))\n"
-                            "import rich")  # fmt: skip
+    again = f"os.path.basename(a[0]).startswith({PREFIX!r}) and os.kill(os.getpid(), signal.SIGTERM)"
+    code = (
+        "import os, shutil, signal; tidy = shutil.rmtree\n"
+        f"shutil.rmtree = lambda *a, **k: ({again}, tidy(*a, **k))\n{STOPPING}"
+    )
     command = [sys.executable, "-c", code, "convert", tiny["target"], tiny["ordered"], "-o", tmp_path / "out", *CONVERT]
     with started(command, **place) as process:
         said(process.stdout, "at work")
@@ -179,9 +182,14 @@ def test_a_conversation_in_a_terminal(demo: Pair, tmp_path: Path, place: dict[st
     command = [sys.executable, "-c", MAIN, "chat", demo.target, "-t", "1"]
     try:
         with started(command, BACKGROUND, **place | {"stdin": theirs, "stdout": theirs}) as process:
+
+            def asked_to_end() -> bool:
+                process.send_signal(signal.SIGTERM)
+                return process.poll() is not None
+
             Terminal(ours).until("> ")
             # Until the terminal is read, Python's readline notices no signal: then the next one is.
-            until(lambda: process.send_signal(signal.SIGTERM) or process.poll() is not None)
+            until(asked_to_end)
             told(signal.SIGTERM, process, tmp_path / "temporary")
     finally:
         os.close(ours)

@@ -20,11 +20,14 @@ import pytest
 import uvicorn
 from children import GUARD, MAIN, Terminal, environment, started, until
 from click.testing import CliRunner
-from gemma_mtp.convert import Pair
+from gemma_mtp.convert import Pair, modelfile
 from gemma_mtp.runtime import Llama
 from gemma_mtp.runtime.bench.machine import physical_cores
+from gemma_mtp.runtime.cli.chat import chat
 from gemma_mtp.runtime.cli.main import main
+from gemma_mtp.runtime.cli.run import run
 from gemma_mtp.runtime.cli.serve import application
+from gemma_mtp.runtime.request import SAMPLING
 
 CHAT = ["-t", "1", "--temp", "0", "--draft", "3"]
 
@@ -35,7 +38,8 @@ def test_a_conversation_without_a_terminal(demo: Pair) -> None:
     done = CliRunner().invoke(main, ["chat", str(demo.target), "-n", "16", *CHAT], input=typed)
     assert done.exit_code == 0, done.output
     llm = Llama(demo.target, n_ctx=4096, n_threads=1, n_threads_batch=1, verbose=False, draft_length=3)
-    messages, answers = [{"role": "user", "content": "import os"}], []
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "import os"}]
+    answers: list[str] = []
     for following in ("def main(", None):
         answer = llm.create_chat_completion(messages, max_tokens=16, temperature=0.0, top_k=64, min_p=0.0)
         answers.append(answer["choices"][0]["message"]["content"])
@@ -45,6 +49,14 @@ def test_a_conversation_without_a_terminal(demo: Pair) -> None:
     told = done.stderr.splitlines()
     assert sum("drafted" in line for line in told) == 3
     assert sum("unknown command /help" in line for line in told) == 1
+
+
+def test_the_defaults_of_sampling_are_those_of_the_modelfile() -> None:
+    """One set of values for both mouths, as Gemma 4's generation_config.json has them."""
+    assert {name: SAMPLING[name] for name in modelfile.SAMPLING} == modelfile.SAMPLING
+    for command in (run, chat):
+        defaults = {option.name: option.default for option in command.params}
+        assert [defaults[name] for name in ("temp", "top_k", "top_p", "min_p")] == list(SAMPLING.values())
 
 
 def test_threads_are_for_drafts_and_prompts_too(demo: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +89,11 @@ def test_interrupt_stops_the_answer_and_not_the_program(demo: Pair, tmp_path: Pa
     terminal = Terminal(ours)
     try:
         with started(program, stdin=theirs, stdout=theirs, stderr=theirs, env=environment(tmp_path)) as process:
+
+            def interrupted() -> bool:
+                process.send_signal(signal.SIGINT)
+                return terminal.until("> ", seconds=10)
+
             terminal.until("> ")
             terminal.type("def first(\n")
             terminal.until("first(")
@@ -85,7 +102,7 @@ def test_interrupt_stops_the_answer_and_not_the_program(demo: Pair, tmp_path: Pa
             terminal.until("tokens/s")
             terminal.until("> ")
             # The prompt stands there before the terminal is read, and only then Python's readline notices a signal.
-            until(lambda: process.send_signal(signal.SIGINT) or terminal.until("> ", seconds=10), process)
+            until(interrupted, process)
             terminal.type("/exit\n")
             assert process.wait(GUARD) == 0
     finally:
@@ -125,7 +142,8 @@ def test_the_server_answers_with_mtp(server: str, demo: Pair) -> None:
     from llama_cpp.server import app
 
     messages = [{"role": "user", "content": "import os"}]
-    body = {"messages": messages, "max_tokens": 24, "temperature": 0, "logprobs": True, "top_logprobs": 1}
+    body: dict[str, Any] = {"messages": messages, "max_tokens": 24, "temperature": 0, "logprobs": True}
+    body["top_logprobs"] = 1
     with post(f"{server}/v1/chat/completions", **body) as answer:
         found = json.load(answer)
     assert len(found["choices"][0]["logprobs"]["content"]) == 24
@@ -156,7 +174,7 @@ def test_several_clients_at_once(server: str) -> None:
 
     def ask(number: int) -> None:
         for _ in range(3):
-            body = {"prompt": "import os\n" * (1 + number), "max_tokens": 8, "temperature": 0}
+            body: dict[str, Any] = {"prompt": "import os\n" * (1 + number), "max_tokens": 8, "temperature": 0}
             with post(f"{server}/v1/completions", **body) as answer:
                 texts.setdefault(number, set()).add(json.load(answer)["choices"][0]["text"])
 

@@ -118,7 +118,7 @@ def test_target_logits(
     theirs = tmp_path / "upstream.gguf"
     script = upstream / "convert_hf_to_gguf.py"
     command = [sys.executable, script, PAIR / "gemma-4-demo", "--outtype", "f32", "--outfile", theirs]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run([*map(str, command)], check=True, capture_output=True)
     wanted = [reference.logits(ids) for ids in texts]
     worst, rows, other, margins = {}, 0, 0, []
     for name, path in (("ours", pair.target), ("upstream", theirs)):

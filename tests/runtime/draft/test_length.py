@@ -28,7 +28,14 @@ TABLES = {
     "slow": (SLOW_MEMORY, 0.45),
 }
 CONSTANT = (0.0, 0.2, 0.35, 0.6, 0.8, 0.95)
-LEVELS: dict[str, Callable[[int], float]] = {str(level): (lambda made, level=level: level) for level in CONSTANT}
+
+
+def always(level: float) -> Callable[[int], float]:
+    """The same chance, however many tokens were made."""
+    return lambda made: level
+
+
+LEVELS = {str(level): always(level) for level in CONSTANT}
 LEVELS["switching"] = lambda made: 0.1 if made // 64 % 2 == 0 else 0.9
 
 

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import Llama, Stats
-from gemma_mtp.runtime.draft.length import Policy
 from gemma_mtp.runtime.draft.lookup import Lookup
 from gemma_mtp.runtime.grammar import Mask
-from gemma_mtp.runtime.request import MOST
-from gemma_mtp.runtime.sampling import NoTokenLeft, Sampler, draw, gumbel, largest, lowest_best
-from llamas import paying, see
+from gemma_mtp.runtime.request import MOST, DraftLength
+from gemma_mtp.runtime.sampling import NoTokenLeft, Sampler, draw, gumbel, likeliest, lowest_best
+from llamas import drafting, see
 from prompts import PROMPT
 
 OPTIONS: dict[str, Any] = {"n_ctx": 512, "verbose": False, "flash_attn": True, "n_threads": 1, "n_threads_batch": 1}
@@ -41,9 +40,9 @@ def mtp(demo: Pair) -> Iterator[Llama]:
         yield llm
 
 
-def tokens_of(llm: Llama, text: str, length: int | str, count: int = 64, seed: int = 5, **settings: Any) -> list[int]:
+def tokens_of(llm: Llama, text: str, length: DraftLength, count: int = 64, seed: int = 5, **settings: Any) -> list[int]:
     """Tokens of a request with a draft length; the object keeps its own."""
-    kept, llm.draft_length = llm.draft_length, length  # type: ignore[assignment]
+    kept, llm.draft_length = llm.draft_length, length
     llm.set_seed(seed)
     made: list[int] = []
     for token in llm.generate(llm.tokenize(text.encode()), **settings):
@@ -85,11 +84,9 @@ def test_tokens_depend_on_nothing_about_drafts(mtp: Llama) -> None:
         for length in (1, 3, 7):
             assert tokens_of(mtp, text, length, 40, **settings) == wanted, (name, length)
             assert mtp.stats.drafted > 0
-        mtp._costs = paying()
-        mtp._policy = Policy(mtp._costs, MOST)
-        assert tokens_of(mtp, text, "auto", 40, **settings) == wanted, name
+        with drafting(mtp):
+            assert tokens_of(mtp, text, "auto", 40, **settings) == wanted, name
         assert mtp.stats.drafted > 0
-        del mtp._costs, mtp._policy
 
 
 def test_lookup_finds_the_longest_agreement() -> None:
@@ -141,10 +138,8 @@ def look(llm: Llama, seed: int = 0) -> list[int]:
 @pytest.fixture
 def eager(mtp: Llama) -> Iterator[Llama]:
     """The pair, with costs under which "auto" always drafts."""
-    mtp._costs = paying()
-    mtp._policy = Policy(mtp._costs, MOST)
-    yield mtp
-    del mtp._costs, mtp._policy
+    with drafting(mtp):
+        yield mtp
 
 
 def test_drafts_hold_no_image(eager: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,12 +210,10 @@ def test_an_image_that_is_gone_is_an_error(mtp: Llama) -> None:
 def test_lookup_helps_where_the_text_repeats_itself(mtp: Llama) -> None:
     """Tokens per target pass, greedy, on a prompt of repeated lines, with lookup and with the drafter alone."""
     lines = "".join(f"    parser.add_argument('--option{i}', help='set option {i}', default=None)\n" for i in range(6))
-    text, settings = f"def options(parser):\n{lines}{lines}", {"temp": 0.0, "repeat_penalty": 1.0}
-    mtp._costs = paying()
-    mtp._policy = Policy(mtp._costs, MOST)
-    made = tokens_of(mtp, text, "auto", 128, **settings)
+    text, settings = f"def options(parser):\n{lines}{lines}", dict[str, Any](temp=0.0, repeat_penalty=1.0)
+    with drafting(mtp):
+        made = tokens_of(mtp, text, "auto", 128, **settings)
     with_lookup = mtp.stats
-    del mtp._costs, mtp._policy
     assert tokens_of(mtp, text, 3, 128, **settings) == made
     print(json.dumps({"lookup": with_lookup.tokens_per_target_pass, "drafter": mtp.stats.tokens_per_target_pass}))
     assert with_lookup.accepted_from.get("lookup", 0) > 0
@@ -293,7 +286,7 @@ def test_the_mask_agrees_with_asking_about_every_token(mtp: Llama) -> None:
         ('root ::= ("ab" | "cd" | "é☃" [à-ü]+ | "e")+ "\\n"', "abcdé☃äüe\n"),
         ('root ::= "{" ws "\\"x\\":" ws [0-9]+ "}"\nws ::= [ \\n]*', '{ "x": 12}'),
     ):
-        mask = Mask.of(grammar(rules), mtp._vocabulary)
+        mask = Mask.of(grammar(rules), mtp._token_index)
         for token in mtp.tokenize(text.encode(), add_bos=False):
             legal = mask.legal()
             assert legal.tolist() == everything[mask.allows(everything)].tolist()
@@ -325,7 +318,7 @@ def test_short_cuts_change_nothing() -> None:
         values = np.round(chooser.standard_normal(size) * 3, 1).astype(np.float32)
         ids = np.arange(size, dtype=np.int32)
         for count in (1, 2, 64, size):
-            found = largest(values, count)
+            found = likeliest(values, count)
             bound = np.sort(values)[-min(count, size)]
             assert set(np.flatnonzero(values >= bound)) <= set(found.tolist())
         for position in range(20):

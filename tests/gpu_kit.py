@@ -168,7 +168,7 @@ def assemble(into: Path) -> dict[str, Any]:
             cuda = f"compiled for sm_{gpu_cuda.ARCHITECTURE}"
         except BuildError as problem:
             say(f"libggml-cuda.so is left out, the machine must compile it: {problem}")
-        sources(tree / VENDORED, into / "source")
+            sources(tree / VENDORED, into / "source")
         packages(into / "python", tree)
 
     def unpatched(at: Path) -> None:

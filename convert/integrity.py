@@ -17,7 +17,7 @@ from gemma_mtp.convert.errors import MtpError
 from gemma_mtp.convert.gguf_io.read import Header, Strings, Tensor
 from gemma_mtp.convert.gguf_io.split import KEY_PLACE
 from gemma_mtp.convert.gguf_io.types import BLOCKS, Type
-from gemma_mtp.convert.gguf_io.write import HASH, Array
+from gemma_mtp.convert.gguf_io.write import HASH, Array, write_all
 
 # Bytes looked at in one go, a little less so that whole blocks fit.
 READ_AT_ONCE = 1 << 24
@@ -171,5 +171,5 @@ def seal(path: Path) -> Header:
 
 def put_hashes(file: int, place: int, hashes: Sequence[str]) -> None:
     """Put hashes into an open file, at the place that its header has for them; then all of it is on the disk."""
-    os.pwrite(file, Array.of(hashes).raw, place)
+    write_all(file, Array.of(hashes).raw, place)
     os.fsync(file)

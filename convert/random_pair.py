@@ -80,8 +80,7 @@ def write_pair(
         folder / f"gemma-4-{size}-random-{quant}.gguf",
         folder / f"gemma-4-{size}-random-assistant-{drafter_name}.gguf",
     )
-    common = {link.KEY_VERSION: link.VERSION, link.KEY_SEED: seed}
-    links = [common | each for each in link.entries((files[0].name, files[1].name), source, source)]
+    links = [{link.KEY_SEED: seed} | each for each in link.entries((files[0].name, files[1].name), source, source)]
     formats = (quant, Options()), (drafter_quant, head)
     clean_up(folder)
     wanted = [job for job in zip(files, (target_config, drafter_config), formats, links, strict=True)

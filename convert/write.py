@@ -22,6 +22,7 @@ from gemma_mtp.convert.checkpoint import Checkpoint
 from gemma_mtp.convert.errors import MtpError
 from gemma_mtp.convert.gguf_io import types
 from gemma_mtp.convert.gguf_io.split import Part
+from gemma_mtp.convert.gguf_io.write import write_all
 from gemma_mtp.convert.imatrix import Imatrix
 from gemma_mtp.convert.integrity import put_hashes
 from gemma_mtp.convert.metadata import Headers
@@ -131,7 +132,7 @@ def _create(
     head = headers.head(output.plan, part, output.link, output.imatrix)
     file = os.open(output.folder / part.file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     files.callback(os.close, file)
-    _write_all(file, memoryview(head.raw), 0)
+    write_all(file, memoryview(head.raw), 0)
     offset, hashes = len(head.raw), []
     for tensor in part.tensors:
         hashes.append(hashlib.sha256())
@@ -177,7 +178,7 @@ def _piece(piece: _Rows, places: Sequence[_Place], checkpoint: Checkpoint) -> li
                     regrid(values, made[key])
                 if weights is not None and not valid(made[key], each.type):
                     raise MtpError(f"its importances are too large for {each.type.name}; compute the matrix again")
-            _write_all(file, made[key].data, offset + piece.start * types.n_bytes(each.type, (length,)))
+            write_all(file, made[key].data, offset + piece.start * types.n_bytes(each.type, (length,)))
             written.append(made[key])
     except MtpError as problem:
         raise MtpError(f"{checkpoint.folder}: tensor {tensor.source!r}: {problem}.") from None
@@ -190,10 +191,3 @@ def _weights(imatrix: Imatrix | None, tensor: Planned, piece: _Rows) -> Any:
         return None
     found = imatrix.of(tensor.name, tensor.shape, tensor.name in EMBEDDINGS)
     return None if found is None else found[piece.start // tensor.shape[-2] if len(tensor.shape) > 2 else 0]
-
-
-def _write_all(file: int, data: memoryview, offset: int) -> None:
-    view = data.cast("B")
-    while view:
-        done = os.pwrite(file, view, offset)
-        view, offset = view[done:], offset + done

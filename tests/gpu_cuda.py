@@ -77,7 +77,7 @@ def files(llama: Path) -> Iterator[Path]:
 
 
 def library(tree: Path) -> Path:
-    """libggml-cuda.so of a patched tree, from the cache or compiled (40 minutes on two cores, once).
+    """libggml-cuda.so of a patched tree, from the cache or compiled (about an hour on two cores, once).
 
     What an interrupted run compiled is taken up by the next.
 
@@ -102,7 +102,7 @@ def library(tree: Path) -> Path:
 
 def compile_library(llama: Path, home: Path, compiler: Path) -> None:
     """Compile libggml-cuda.so below `home` and leave it alone there."""
-    say("compiling libggml-cuda.so for sm_90: 40 minutes on two cores, once")
+    say("compiling libggml-cuda.so for sm_90: about an hour on two cores, once")
     if not (home / "llama.cpp").exists():
         shutil.rmtree(home / "llama.part", ignore_errors=True)
         shutil.copytree(llama, home / "llama.part", symlinks=True)

@@ -168,7 +168,7 @@ def assemble(into: Path) -> dict[str, Any]:
             cuda = f"compiled for sm_{gpu_cuda.ARCHITECTURE}"
         except BuildError as problem:
             say(f"libggml-cuda.so is left out, the machine must compile it: {problem}")
-        sources(tree / VENDORED, into / "source")
+            sources(tree / VENDORED, into / "source")
         packages(into / "python", tree)
 
     def unpatched(at: Path) -> None:
@@ -195,6 +195,15 @@ def size(path: Path) -> int:
     return sum(each.lstat().st_size for each in [path, *path.rglob("*")] if each.is_file())
 
 
+def pack(kit: Path, archive: Path) -> None:
+    """Pack a folder, its largest file first: what is much alike among the others is then near enough to be seen."""
+    largest = max((path for path in kit.rglob("*") if path.is_file()), key=size)
+    inside = str(kit.name / largest.relative_to(kit))
+    with lzma.open(archive, "wb", filters=XZ) as raw, tarfile.open(fileobj=raw, mode="w") as packed:
+        packed.add(largest, inside)
+        packed.add(kit, kit.name, filter=lambda member: None if member.name == inside else member)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("archive", nargs="?", type=Path, default=ROOT / "build" / "gpu-kit.tar.xz")
@@ -205,8 +214,7 @@ def main() -> int:
             kit.mkdir()
             about = assemble(kit)
             archive.parent.mkdir(parents=True, exist_ok=True)
-            with lzma.open(archive, "wb", filters=XZ) as raw, tarfile.open(fileobj=raw, mode="w") as packed:
-                packed.add(kit, kit.name)
+            pack(kit, archive)
             held = {path.name: size(path) for path in sorted(kit.iterdir())}
     except BuildError as problem:
         say(f"error: {problem}")

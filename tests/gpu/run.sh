@@ -105,8 +105,6 @@ cuda_folders() {
 
 # --- the programs: as packed, with our copies of the compiler's libraries, or compiled here
 
-starts() { "$bin/ours/llama-server" --version && "$bin/ours/test-backend-ops" --help > /dev/null; }
-
 # Whether the programs find every library, in a version that will do. The driver's is missing where there is no GPU.
 starts() {
     local missing
@@ -142,6 +140,7 @@ programs() {
 
 compile() {  # ours for this GPU, from the packed sources
     local tool
+    [ -d "$kit/source" ] || { echo "this kit has no sources; make gpu-kit where there is no nvcc packs them"; return 1; }
     for tool in c++ cmake python3 nvcc; do
         command -v $tool > /dev/null || { echo "to be compiled here, but there is no $tool"; return 1; }
     done

@@ -90,7 +90,12 @@ def test_what_is_missing_is_told_and_the_rest_runs(kit: Path) -> None:
 
 def test_a_program_that_does_not_start_is_told(kit: Path) -> None:
     program(kit / "bin" / "ours" / "llama-server", 'echo "no such \\"library\\""; exit 1')
-    step = by_name(run(kit, env=without_python(kit)))["programs"]
+    env = without_python(kit)
+    step = by_name(run(kit, env=env))["programs"]
+    assert step["status"] == "failed"
+    assert "this kit has no sources" in step["said"]
+    (kit / "source").mkdir()
+    step = by_name(run(kit, env=env))["programs"]
     assert step["status"] == "failed"
     assert step["said"].endswith("there is no python3")
 

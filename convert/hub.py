@@ -88,13 +88,14 @@ def fetch_headers(source: str, files: ExitStack) -> Path:
 
 def _present(name: str, cached: Path) -> list[str]:
     """Names of the files in a repository, at the commit of a snapshot; offline those of the snapshot."""
-    from huggingface_hub import constants, list_repo_files
+    from huggingface_hub import constants, errors, list_repo_files
 
-    if constants.is_offline_mode():
-        return [path.name for path in cached.iterdir()]
     with _hub_errors(name, cached.name):
-        found: list[str] = list_repo_files(name, revision=cached.name)
-    return found
+        if not constants.is_offline_mode():
+            return list(list_repo_files(name, revision=cached.name))
+        if not any(cached.glob(WEIGHT_FILES)):
+            raise errors.OfflineModeIsEnabled(f"the weights of {name}")
+    return [path.name for path in cached.iterdir()]
 
 
 def _remote_header(name: str, file: str, commit: str) -> tuple[bytes, int]:

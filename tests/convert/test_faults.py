@@ -159,7 +159,6 @@ def test_a_configuration_that_cannot_be_converted(
         ("config.json", "{", ("config.json", "not JSON")),
         ("tokenizer.json", "{", ("tokenizer.json", "not JSON")),
         ("tokenizer.json", '{"model": {"type": "WordPiece"}}', ("tokenizer.json", "BPE")),
-        ("generation_config.json", '{"eos_token_id": [1, 99999]}', ("eos_token_id 99999",)),
     ],
 )
 def test_a_damaged_file(file: str, text: str, words: tuple[str, ...], pair: Folders, tmp_path: Path) -> None:

@@ -65,12 +65,13 @@ def _candidates(folder: Path, settings: Mapping[str, Any]) -> Iterator[tuple[Pat
 
 
 def _text(path: Path) -> str:
-    """The text of a file, "" if it is not there; one that cannot be read is said."""
+    """The text of a file, "" if it is not there or blank; one that cannot be read is said."""
     try:
-        return path.read_text(encoding="utf-8-sig") if path.is_file() else ""
+        text = path.read_text(encoding="utf-8-sig") if path.is_file() else ""
     except (OSError, UnicodeDecodeError) as problem:
         warn(f"{path} is left out: {getattr(problem, 'strerror', None) or 'it is not UTF-8'}.")
         return ""
+    return text if text.strip() else ""
 
 
 def _by_name(given: Any) -> dict[str, str]:

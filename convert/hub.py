@@ -19,10 +19,10 @@ from gemma_mtp.convert.sizes import SIZES
 # What a conversion reads of a repository.
 WEIGHT_FILES = "*.safetensors"
 FILES = (WEIGHT_FILES, "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json",
-         "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "*.jinja",
+         "tokenizer_config.json", "special_tokens_map.json", "*.jinja", "chat_template.json",
          "preprocessor_config.json", "processor_config.json", "README.md")  # fmt: skip
-# Copies of the same weights in other forms.
-NOT = ("original/*", "*/*", "consolidated*.safetensors")
+# Copies of the same weights in other forms. Of folders within it only chat templates are read.
+NOT = (*(f"*/{each}" for each in FILES if each != "*.jinja"), "consolidated*.safetensors")
 # Bytes of a safetensors file that are asked for first; few headers are longer.
 FIRST = 100_000
 NAME = re.compile(r"[\w.-]+/[\w.-]+")

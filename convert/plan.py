@@ -11,6 +11,7 @@ from gemma_mtp.convert import names, tensor_types
 from gemma_mtp.convert.checkpoint import Source
 from gemma_mtp.convert.config import DrafterConfig, TargetConfig
 from gemma_mtp.convert.errors import MtpError, PairError, listed
+from gemma_mtp.convert.gguf_io.check import check_parameters
 from gemma_mtp.convert.gguf_io.ordered import broken_sizes
 from gemma_mtp.convert.gguf_io.types import Type
 from gemma_mtp.convert.gguf_io.write import TensorInfo
@@ -77,12 +78,17 @@ def plan(
     if not options.imatrix:
         _check_imatrix(types, quant)
     return Plan(
-        arch=DRAFTER_ARCH if isinstance(config, DrafterConfig) else TARGET_ARCH,
+        arch=arch_of(config),
         quant=quant,
         parameters=parameters(config),
         tensors=tuple(Planned(row.name, row.shape, types[row.name], placed.get(row.name)) for row in rows),
         dropped=dropped,
     )
+
+
+def arch_of(config: Config) -> str:
+    """The architecture of a checkpoint's file."""
+    return DRAFTER_ARCH if isinstance(config, DrafterConfig) else TARGET_ARCH
 
 
 def _place(config: Config, index: Mapping[str, Source]) -> tuple[dict[str, str], dict[str, str]]:
@@ -261,6 +267,7 @@ def parameters(config: Config) -> dict[str, tuple[GGUFValueType, Any]]:
     for key, (kind, value) in found.items():
         if kind is u32 and not 0 <= value < 1 << 32:
             raise MtpError(f"config.json gives {value} for {key}, wanted 0 to {(1 << 32) - 1}; download it again.")
+    check_parameters(arch_of(config), {key: value for key, (_, value) in found.items()})
     return found
 
 

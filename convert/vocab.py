@@ -99,6 +99,8 @@ def read_tokenizer(path: Path, allowed: Collection[str] = ()) -> Tokenizer:
         tokens = sorted(ids, key=ids.__getitem__)
         if [ids[token] for token in tokens] != list(range(len(ids))):
             raise MtpError(f"{path}: token ids are not 0 to {len(ids) - 1} without gaps; download it again.")
+        if len({token.partition("\0")[0] for token in tokens}) < len(tokens):
+            raise MtpError(f"{path}: two tokens are the same up to a zero byte, where llama.cpp ends them; mend them.")
         merges = [_merge(each) for each in model.get("merges") or ()]
         if not merges:
             raise MtpError(f"{path} has no merges, without which no text becomes tokens; download it again.")

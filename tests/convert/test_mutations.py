@@ -94,6 +94,7 @@ def test_300_mutations(pair: Folders, tmp_path: Path) -> None:
         else:
             assert (done.exit_code, len(lines), lines[0][:7], out.exists()) == (1, 1, "error: ", False), said
             assert str(pair[0]) in lines[0] or name in lines[0] or "drafter" in lines[0], said
+            assert ".gemma-mtp-" not in lines[0], said
         ends["converted" if done.exit_code == 0 else "refused"] += 1
         (pair[0] / name).unlink() if was is None else (pair[0] / name).write_bytes(was)
     assert min(ends.values()) > 20, ends

@@ -63,11 +63,10 @@ def folders_around(path: Path) -> list[Path]:
     links = [path]
     while links[-1].is_symlink() and len(links) < 40:  # as many as Linux follows
         links.append(links[-1].parent / links[-1].readlink())
-    given = [each.parent for each in links]
     real = path.resolve().parent
     cached = [each for folder in (path.absolute().parent, real) for each in _snapshots(folder)]
     found: dict[Path, Path] = {}
-    for folder in (*given[:1], *cached, *given[1:], real):
+    for folder in (path.parent, *cached, *(each.parent.resolve() for each in links[1:]), real):
         found.setdefault(folder.resolve(), folder)
     return list(found.values())
 

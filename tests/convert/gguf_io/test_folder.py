@@ -66,7 +66,7 @@ def cached(pair: Pair, root: Path) -> tuple[Path, Path]:
 
 def blob_of_a_repository(pair: Pair, root: Path) -> tuple[Path, Path]:
     target, drafter = cached(pair, root)
-    return target.resolve(), drafter
+    return target.resolve(), drafter.resolve()
 
 
 def other_revision(pair: Pair, root: Path) -> tuple[Path, Path]:

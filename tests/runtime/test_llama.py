@@ -316,8 +316,8 @@ def test_whose_the_drafter_is_that_lies_there(
         (line,) = told(capfd, alone)
         assert line == (
             f"gemma-mtp: generating without MTP: no linked drafter beside {alone}: {other} lies there, but is of "
-            f"another target: {tiny_f32.target.name!r}, fingerprint {theirs}, here {ours}; put its own there, or name one with "
-            "drafter= (--drafter)."
+            f"another target: {tiny_f32.target.name!r}, fingerprint {theirs}, here {ours}; put its own there, or name "
+            "one with drafter= (--drafter)."
         )
         with pytest.raises(link.PairError, match="lies there, but is of another target"), open_pair(alone, **OPTIONS):
             pass

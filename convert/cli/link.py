@@ -51,4 +51,4 @@ def link_command(
         return
     click.echo(f"{path} drafts for {target.name}")
     if path.resolve().parent not in [folder.resolve() for folder in folders_around(target)]:
-        click.echo(f"move it into {target.parent}, where it is found by itself", err=True)
+        click.echo(f"move it into {target.absolute().parent}, where it is found by itself", err=True)

@@ -110,7 +110,8 @@ def _stem(path: Path, place: int, count: int) -> str:
             return found[1]
         raise MtpError(f"{path} leads to part {place + 1} of {count}, and parts are found by their names; name it "
                        f"itself: {path.resolve()}.")  # fmt: skip
-    stem = re.sub(r"-\d+-of-\d+.*", "", path.stem) or path.stem
+    # what parts of one name that were numbered otherwise have in common
+    stem = re.sub(rf"-\d+-of-\d+.*|[-_. ]*0*{place + 1}$", "", path.stem) or path.stem
     raise MtpError(
         f"{path} is part {place + 1} of {count} under another name, and parts are found by their names; rename it to "
         f"{_name(stem, place, count)}, and the others likewise."

@@ -140,10 +140,17 @@ def test_parts_whose_names_were_swapped(parts: list[Path]) -> None:
     refused(parts[0], f"{parts[1].name}, part 2 by its name, is part 3 of {len(parts)}")
 
 
-@pytest.mark.parametrize("name", ["model-{}.gguf", "x-Q8_0-{:05}-of-00009.gguf", "{}", "x.part{}.gguf"])
-def test_renamed_parts_are_refused(name: str, parts: list[Path]) -> None:
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [("model-{}.gguf", "model"), ("x-Q8_0-{:05}-of-00009.gguf", "x-Q8_0"), ("{}", "{}"), ("x.part{}.gguf", "x.part")],
+)
+def test_renamed_parts_are_refused(name: str, stem: str, parts: list[Path]) -> None:
+    """With a name that they can all have."""
+    count = len(parts)
     renamed = [part.rename(part.with_name(name.format(place))) for place, part in enumerate(parts, 1)]
-    refused(renamed[0], f"part 1 of {len(parts)} under another name", f"-00001-of-{len(parts):05}.gguf")
+    refused(renamed[0], f"part 1 of {count} under another name", f"rename it to {stem.format(1)}-00001-of-{count:05}.g")
+    with pytest.raises(link.MtpError, match=f"rename it to {stem.format(2)}-00002-of-{count:05}.gguf"):
+        drafter_of(renamed[1], "auto")
 
 
 def test_a_whole_file_under_the_name_of_a_part(parts: list[Path], tiny_f32: Pair) -> None:

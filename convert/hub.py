@@ -7,27 +7,29 @@ import re
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from gemma_mtp.convert.errors import MtpError
+from gemma_mtp.convert.errors import MtpError, warn
 from gemma_mtp.convert.safetensors_file import MAX_HEADER
 from gemma_mtp.convert.sizes import SIZES
 
 # What a conversion reads of a repository.
 WEIGHT_FILES = "*.safetensors"
+CARD = "README.md"
 FILES = (WEIGHT_FILES, "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json",
          "tokenizer_config.json", "special_tokens_map.json", "*.jinja", "chat_template.json",
-         "preprocessor_config.json", "processor_config.json", "README.md")  # fmt: skip
+         "preprocessor_config.json", "processor_config.json", CARD)  # fmt: skip
 # Copies of the same weights in other forms. Of folders within it only chat templates are read.
 NOT = (*(f"*/{each}" for each in FILES if each != "*.jinja"), "consolidated*.safetensors")
 # Bytes of a safetensors file that are asked for first; few headers are longer.
 FIRST = 100_000
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Every official target has a drafter of its name with "-assistant" at the end (Hugging Face, organisation google).
-OFFICIAL = re.compile(rf"gemma-4-({'|'.join(SIZES)})-it(-qat-q4_0-unquantized)?")
+OFFICIAL = re.compile(rf"gemma-4-({'|'.join(SIZES)})-it(-qat-q4_0-unquantized)?", re.IGNORECASE)
 AUTO_DRAFTER = "auto"
 
 
@@ -215,11 +217,16 @@ def _first_line(problem: Exception) -> str:
 def official_drafter(target: str) -> str:
     """The drafter that was published for a target, as a folder beside it or as org/name.
 
+    A name counts whoever uploads it and whatever its case. The drafter of a fine-tune is that of the official target
+    that its model card names as its base, which is said in a warning: it guesses less well there, and the tokens are
+    the fine-tune's own.
+
     Args:
         target: as for `fetch_checkpoint`.
 
     Raises:
-        MtpError: the target is not one of the official ones, and no folder beside it has its name with "-assistant".
+        MtpError: the target is neither an official one nor made of one, and no folder beside it has its name with
+            "-assistant"; or its model card cannot be fetched.
     """
     folder = Path(target).expanduser()
     beside = folder.resolve().with_name(f"{folder.resolve().name}-assistant")
@@ -227,12 +234,39 @@ def official_drafter(target: str) -> str:
         return str(beside)
     name = repository(folder) or (folder.resolve().name if folder.is_dir() else target.partition("@")[0])
     organisation, _, model = name.rpartition("/")
-    if organisation in ("", "google") and OFFICIAL.fullmatch(model):
-        return f"google/{model}-assistant"
+    official = official_name(model)
+    if official is None and organisation != "google":
+        official = _official_base(folder if folder.is_dir() else _download(*_parse(target), [CARD]))
+        if official is not None:
+            warn(f"{target} is made of google/{official}, whose drafter is taken, google/{official}-assistant; a "
+                 "drafter trained for it would guess better: pass that if there is one.")  # fmt: skip
+    if official is not None:
+        return f"google/{official}-assistant"
     raise MtpError(
-        f"no drafter is known for {target}: it is none of the official Gemma 4 targets (google/gemma-4-...-it), and no "
-        f"folder {model}-assistant lies beside it; pass the drafter."
+        f"no drafter is known for {target}: it is none of the official Gemma 4 targets (google/gemma-4-...-it), its "
+        f"{CARD} names none as its base_model, and no folder {model}-assistant lies beside it; pass the drafter."
     )
+
+
+def official_name(model: str) -> str | None:
+    """An official target's name as the hub spells it, whatever the case of its letters; None for any other name."""
+    found = OFFICIAL.fullmatch(model)
+    if found is None:
+        return None
+    size = next(size for size in SIZES if size.lower() == found[1].lower())
+    return f"gemma-4-{size}-it{(found[2] or '').lower()}"
+
+
+def _official_base(folder: Path) -> str | None:
+    """The official target that the model card of a folder names as what it was made of, if that is one and no other."""
+    from gemma_mtp.convert.model_card import read_card
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is left out of a card is said when it is converted
+        bases = read_card(folder / CARD).get("base_model")
+    named = [str(each) for each in (bases if isinstance(bases, list) else [bases])]
+    found = {official_name(each.rpartition("/")[2]) for each in named} - {None}
+    return found.pop() if len(found) == 1 else None
 
 
 def repository(folder: Path) -> str | None:

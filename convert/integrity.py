@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -68,24 +68,22 @@ def verify_files(out: Path, progress: Any = lambda done, total: None) -> dict[st
         "pairs": target to drafter.
 
     Raises:
-        MtpError: naming the first file that is damaged, unlinked or not its target's.
+        MtpError: naming the first file that is damaged, unlinked or not its target's, or that is missing of a split.
     """
-    paths = sorted(out.glob("*.gguf")) if out.is_dir() else [out]
+    paths = link.gguf_files(out) if out.is_dir() else [out]
     if not paths:
         raise MtpError(f"{out} holds no GGUF file; name the folder that gemma-mtp convert wrote.")
-    headers = {path: link.read_header(path) for path in paths}
+    headers = _with_parts({path: link.read_header(path) for path in paths})
     pairs = {}
     for path, header in list(headers.items()):
-        if header.arch == link.TARGET_ARCH and _first_of_split(header):
+        if header.arch == link.TARGET_ARCH:
             drafter = link.find_drafter(path, header)
             if drafter is None:
-                raise link.PairError(f"{path} has no linked drafter beside it; link one, or convert the pair again.")
-            headers.setdefault(drafter, link.read_header(drafter))
+                raise link.PairError(f"{link.why_no_drafter(path, header)}.")
+            if drafter not in headers:
+                headers |= _with_parts({drafter: link.read_header(drafter)})
             link.check(header, headers[drafter])
             pairs[str(path)] = str(drafter)
-    for header in [each for each in headers.values() if _first_of_split(each)]:
-        for part in link.read_parts(header):
-            headers.setdefault(part.path, part)
     done, total = 0, sum(t.size for header in headers.values() for t in header.tensors.values())
     files = []
     for path, header in headers.items():
@@ -99,8 +97,17 @@ def verify_files(out: Path, progress: Any = lambda done, total: None) -> dict[st
     return {"files": files, "pairs": pairs}
 
 
-def _first_of_split(header: Header) -> bool:
-    return int(header.metadata.get(KEY_PLACE, 0)) == 0
+def _with_parts(headers: Mapping[Path, Header]) -> dict[Path, Header]:
+    """These files, and all others of those that are split.
+
+    Raises:
+        MtpError: a part is missing, renamed, damaged, or of another conversion.
+    """
+    first = [header for header in headers.values() if header.metadata.get(KEY_PLACE, 0) == 0]
+    found = {part.path: part for header in first for part in link.read_parts(header)}
+    for path in sorted(headers.keys() - found.keys()):
+        link.read_parts(headers[path])  # tells which file must be there, or be named instead
+    return {**headers, **found}
 
 
 def check_tensors(header: Header) -> Iterator[tuple[int, bool]]:

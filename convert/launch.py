@@ -70,11 +70,11 @@ def checked(target: str, drafter: str) -> Checked:
 
 def _check_published(target: str, drafter: str) -> None:
     """Two official names must belong together: an ordinary drafter has the sizes of one trained for QAT weights."""
-    from gemma_mtp.convert.hub import OFFICIAL, name_of
+    from gemma_mtp.convert.hub import name_of, official_name
 
-    ours, theirs = name_of(target), name_of(drafter)
-    other = theirs.removesuffix("-assistant")
-    if other != theirs and OFFICIAL.fullmatch(ours) and OFFICIAL.fullmatch(other) and other != ours:
+    ours, theirs = official_name(name_of(target)), name_of(drafter)
+    other = official_name(theirs.removesuffix("-assistant")) if theirs.endswith("-assistant") else None
+    if ours is not None and other is not None and other != ours:
         raise PairError(f"{theirs} was published for {other}, not for {ours}; pass {ours}-assistant, or auto.")
 
 

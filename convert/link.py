@@ -7,6 +7,7 @@ the fingerprint of its target's weights, and the target stays as it is.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
@@ -15,17 +16,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from gemma_mtp.convert.errors import MtpError, PairError
+from gemma_mtp.convert.gguf_io import split
 from gemma_mtp.convert.gguf_io.check import DRAFTER_ARCH, TARGET_ARCH, check_model, ends_in_donors
+from gemma_mtp.convert.gguf_io.folder import beginning, folders_around, gguf_files, is_file, listed
 from gemma_mtp.convert.gguf_io.ordered import KEY_CENTROIDS, KEY_N_CENTROIDS, KEY_ORDERING, KEY_TOP_K
 from gemma_mtp.convert.gguf_io.read import Header, Strings, Tensor, read
-from gemma_mtp.convert.gguf_io.split import read_parts
+from gemma_mtp.convert.gguf_io.split import is_part
 from gemma_mtp.convert.gguf_io.types import Type
+from gemma_mtp.convert.gguf_io.write import entry
 
 __all__ = [
     "DRAFTER_ARCH", "KEY_CENTROIDS", "KEY_HASHES", "KEY_N_CENTROIDS", "KEY_ORDERING", "KEY_PEER", "KEY_ROLE",
-    "KEY_SEED", "KEY_SOURCE", "KEY_TARGET", "KEY_TOP_K", "KEY_VERSION", "TARGET_ARCH", "VERSION", "Header", "MtpError",
-    "PairError", "Strings", "Tensor", "check", "check_model", "find_drafter", "read_header", "read_parts",
-    "weights_identity",
+    "KEY_SEED", "KEY_SOURCE", "KEY_SPLIT", "KEY_TARGET", "KEY_TOP_K", "KEY_VERSION", "TARGET_ARCH", "VERSION",
+    "Header", "MtpError", "PairError", "Strings", "Tensor", "check", "check_model", "find_drafter", "gguf_files",
+    "is_part", "read_header", "read_parts", "weights_identity", "why_no_drafter",
 ]  # fmt: skip
 
 VERSION = 1
@@ -41,6 +45,13 @@ KEY_SEED = "mtp.random.seed"
 WEIGHTS = "weights:"
 # SHA-256 of every tensor's bytes, in the order of the tensors.
 KEY_HASHES = "mtp.tensor.sha256"
+# What all parts of a split model share: one for each conversion, by its checkpoint, tensors and types.
+KEY_SPLIT = "mtp.split.fingerprint"
+# What each part of a split model says of the pair.
+OF_EACH_PART = (KEY_VERSION, KEY_ROLE, KEY_SOURCE)
+NAME_ONE = "or name one with drafter= (--drafter)"
+# Bytes of a drafter in which its link is looked for; a header with the full vocabulary has 17 MB.
+GLANCE = 1 << 25
 
 
 def read_header(path: Path) -> Header:
@@ -93,42 +104,108 @@ def weights_identity(header: Header) -> str:
     return WEIGHTS + total.hexdigest()
 
 
-def _belongs(target: Header, drafter: Header) -> bool:
-    """Whether a drafter carries this target's fingerprint, of its checkpoint or of its weights."""
-    wanted = drafter.metadata.get(KEY_TARGET)
-    if drafter.arch != DRAFTER_ARCH or not isinstance(wanted, str):
-        return False
-    return wanted == (weights_identity(target) if wanted.startswith(WEIGHTS) else target.metadata.get(KEY_SOURCE))
+def read_parts(header: Header) -> list[Header]:
+    """The header itself, or those of all files of a split.
+
+    Raises:
+        MtpError: this is not the first part; a part is missing, renamed, damaged, or of another conversion.
+    """
+    return split.read_parts(header, (KEY_ROLE, KEY_SOURCE, KEY_SPLIT))
 
 
 def find_drafter(target: Path, header: Header | None = None) -> Path | None:
-    """The linked drafter in a target's folder, or None.
+    """The linked drafter beside a target, or None.
 
-    The file that the target names comes first, then every other GGUF file of the folder in the order of their names. A
-    drafter is recognised by architecture and fingerprint, never by its name.
+    Beside it is the folder of the path as given, that of the real file if the path is a link, and in the Hugging Face
+    cache every folder of the same repository. Of a folder, the file that the target names comes first, then all other
+    GGUF files in the order of their names. A drafter is recognised by architecture and fingerprint, never by its name.
 
     Raises:
         MtpError: the target, or the drafter that it names, cannot be read.
     """
     header = header or read_header(target)
-    named = target.parent / Path(str(header.metadata.get(KEY_PEER, ""))).name
-    if named.is_file() and _belongs(header, read_header(named)):
-        return named
-    for path in sorted(target.parent.glob("*.gguf")):
-        try:
-            if path != target and _says_drafter(path) and _belongs(header, read_header(path)):
-                return path
-        except (MtpError, OSError):
-            continue  # a broken file that nobody named is none of this pair's business
+    if header.arch != TARGET_ARCH:
+        return None
+    by_weights = functools.cache(lambda: weights_identity(header))
+
+    def belongs(wanted: Any) -> bool:
+        if not isinstance(wanted, str):
+            return False
+        return bool(wanted == (by_weights() if wanted.startswith(WEIGHTS) else header.metadata.get(KEY_SOURCE)))
+
+    for folder in folders_around(target):
+        named = _named(header, folder)
+        if named is not None and belongs(_target_of(read_header(named))):
+            return named
+        for path in _drafters(folder):
+            try:
+                if belongs(_glance(path)) and belongs(_target_of(read_header(path))):
+                    return path
+            except (MtpError, OSError):
+                continue  # a broken file that nobody named is none of this pair's business
     return None
 
 
-def _says_drafter(path: Path) -> bool:
-    """Whether the architecture, which every writer puts first, is a drafter's: a glance instead of a whole header."""
-    if not path.is_file():
-        return False
+def why_no_drafter(target: Path, header: Header) -> str:
+    """Why `find_drafter` found none, with the next step, as a sentence without its stop."""
+    if header.arch != TARGET_ARCH:
+        return (
+            f"{target} is a {header.arch!r} model, and drafters are for {TARGET_ARCH!r}; pass drafter=None (--no-mtp)"
+        )
+    start, ours = f"no linked drafter beside {target}", header.metadata.get(KEY_SOURCE)
+    drafter = next(_lying(target, header), None)
+    if drafter is None:
+        named = header.metadata.get(KEY_PEER)
+        return f"{start}; {f'put {named!r} there' if named else 'link one with gemma-mtp link'}, {NAME_ONE}"
+    wants, peer = drafter.metadata.get(KEY_TARGET), drafter.metadata.get(KEY_PEER)
+    if wants is None:
+        return f"{start}: {drafter.path} is linked to no target; run gemma-mtp link {target} {drafter.path}"
+    whose = f"{peer!r}, fingerprint {_short(wants)}" + (f", here {_short(ours)}" if ours else "")
+    return f"{start}: {drafter.path} lies there, but is of another target: {whose}; put its own there, {NAME_ONE}"
+
+
+def _lying(target: Path, header: Header) -> Iterator[Header]:
+    """The drafters beside a target, whose they may be; in each folder the one that it names first."""
+    for folder in folders_around(target):
+        named = _named(header, folder)
+        for path in chain([] if named is None else [named], _drafters(folder)):
+            try:
+                drafter = read_header(path)
+            except (MtpError, OSError):
+                continue
+            if drafter.arch == DRAFTER_ARCH:
+                yield drafter
+
+
+def _named(header: Header, folder: Path) -> Path | None:
+    """The file of a folder under the name that a target gives for its drafter."""
+    path = folder / Path(str(header.metadata.get(KEY_PEER, ""))).name
+    return path if is_file(path) else None
+
+
+def _drafters(folder: Path) -> Iterator[Path]:
+    """The GGUF files of a folder that say in their first bytes that they are drafters, by name."""
+    return (path for path in listed(folder) if DRAFTER_ARCH.encode() in beginning(path))
+
+
+def _target_of(drafter: Header) -> Any:
+    """The fingerprint of a drafter's target; None of what is no drafter."""
+    return drafter.metadata.get(KEY_TARGET) if drafter.arch == DRAFTER_ARCH else None
+
+
+def _glance(path: Path) -> str | None:
+    """The fingerprint of a drafter's target, picked out of its header: to read all of that takes half a second."""
     with path.open("rb") as file:
-        return DRAFTER_ARCH.encode() in file.read(4096)
+        data = file.read(GLANCE)
+    key, before_value = KEY_TARGET.encode(), entry(KEY_TARGET, "")[:-8]
+    at = data.find(key)  # `before_value` has zeros at its ends, and is searched for thirty times as long
+    while at >= 0 and not data.startswith(before_value, at - 8):
+        at = data.find(key, at + 1)
+    if at < 0:
+        return None
+    start = at + len(before_value)
+    length = int.from_bytes(data[start - 8 : start], "little")
+    return data[start : start + min(length, 128)].decode(errors="replace")
 
 
 class Interface(NamedTuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ from gemma_mtp.convert.errors import MtpError
 from gemma_mtp.convert.gguf_io import ordered, split, write
 from gemma_mtp.convert.gguf_io.write import Array, entry
 from gemma_mtp.convert.imatrix import Imatrix
-from gemma_mtp.convert.link import KEY_HASHES
+from gemma_mtp.convert.link import KEY_HASHES, KEY_SPLIT, OF_EACH_PART
 from gemma_mtp.convert.model_card import describe
 from gemma_mtp.convert.plan import Plan, Planned
 from gemma_mtp.convert.vocab import add_tokenizer
@@ -61,7 +63,8 @@ class Headers:
 
         Args:
             plan: of the whole model.
-            part: which of its tensors this file holds; only the first part carries the model's metadata.
+            part: which of its tensors this file holds; only the first part carries the model's metadata, every one
+                says whose it is.
             link: metadata of the pair, `mtp.*`: int or str values.
             imatrix: named in the metadata of a file that was quantized with it.
         """
@@ -71,7 +74,10 @@ class Headers:
             added = {**(imatrix.metadata() if imatrix else {}), **link}
             entries = self._model | {FILE_TYPE: file_type} | {key: entry(key, value) for key, value in added.items()}
             entries |= self.ordered
+        else:
+            entries = {key: entry(key, link[key]) for key in OF_EACH_PART if key in link}
         if part.count > 1:
+            entries[KEY_SPLIT] = entry(KEY_SPLIT, _conversion(plan, link, imatrix))
             entries |= packed(_split(plan, part))
         # Filled in when the weights are there. No hash is told before its tensor is whole.
         entries[KEY_HASHES] = entry(KEY_HASHES, ["0" * 64] * len(part.tensors))
@@ -122,6 +128,13 @@ def _split(plan: Plan, part: split.Part[Planned]) -> GGUFWriter:
     writer.add_uint16(split.KEY_COUNT, part.count)
     writer.add_int32(split.KEY_TENSORS, len(plan.tensors))
     return writer
+
+
+def _conversion(plan: Plan, link: Mapping[str, Any], imatrix: Imatrix | None) -> str:
+    """What tells a split model from others, of the same checkpoint in another format too: SHA-256 in hex digits."""
+    tensors = [(tensor.name, tensor.shape, tensor.type.name) for tensor in plan.tensors]
+    whose = [link.get(key) for key in OF_EACH_PART]
+    return hashlib.sha256(json.dumps([whose, tensors, imatrix.metadata() if imatrix else {}]).encode()).hexdigest()
 
 
 def ordered_head(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def link_files(
         MtpError: a file is damaged, there already, or cannot be replaced safely.
     """
     ours, theirs = link.read_header(target), link.read_header(drafter)
+    link.read_parts(ours)
     if theirs.metadata.get(KEY_COUNT, 0) > 1:
         raise MtpError(f"{drafter} is one of several files; join them with llama-gguf-split --merge first.")
     if force:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
+from gemma_mtp.convert import link
 from gemma_mtp.runtime.grammar import grammar_sampler
 from gemma_mtp.runtime.sampling import readable
 from jinja2 import TemplateSyntaxError
 from llama_cpp import llama_cpp as lib
 
+# In stock's words for a file that llama.cpp did not take.
+LOADING = "load model from file"
 CLOSED = "this Llama is closed; load the model again."
 # What llama_decode returns (include/llama.h), and what helps.
 DECODE = {
@@ -119,18 +124,25 @@ def explaining_decode() -> Iterator[None]:
 
 
 @contextmanager
-def explaining_load(options: Mapping[str, Any]) -> Iterator[None]:
+def explaining_load(path: str | PathLike[str], options: Mapping[str, Any]) -> Iterator[None]:
     """Give stock's errors at load, which name no cause, the next step; their types stay.
 
     Args:
+        path: the file that is loaded.
         options: the arguments of llama_cpp.Llama.
 
     Raises:
-        ValueError, RuntimeError: as llama_cpp.Llama raises them.
+        ValueError, RuntimeError: as llama_cpp.Llama raises them; what is wrong with the file, where that can be seen,
+            is a gemma_mtp.convert.link.MtpError, which is a ValueError.
     """
     try:
         yield
     except (ValueError, RuntimeError) as problem:
+        if LOADING in str(problem):
+            try:
+                link.read_parts(link.read_header(Path(path)))
+            except link.MtpError as seen:
+                raise seen from problem
         hint = _load_hint(str(problem), options)
         if hint is None:
             raise
@@ -151,7 +163,7 @@ def _load_hint(text: str, options: Mapping[str, Any]) -> str | None:
             if block > SMALL_BLOCK:
                 return f"{key} {name} has blocks of {block} values, of which the heads must be multiples"
         return "if memory is short, lower n_ctx or n_batch; verbose=True shows llama.cpp's reason"
-    if "load model from file" in text:
+    if LOADING in text:
         return "the file is damaged, or of an architecture this llama.cpp does not know; verbose=True shows which"
     if "LoRA adapter" in text:
         return "pass a GGUF adapter made for this model (llama.cpp's convert_lora_to_gguf.py); verbose=True shows more"

@@ -27,7 +27,7 @@ from gemma_mtp.runtime.draft.source import DraftSource
 from gemma_mtp.runtime.faults import Careful, Closed, check_options, explaining_decode, explaining_load
 from gemma_mtp.runtime.grammar import Mask, TokenIndex
 from gemma_mtp.runtime.guard import Guard, exclusive_stream
-from gemma_mtp.runtime.pair import Wanted, drafter_of, fetch_drafter
+from gemma_mtp.runtime.pair import Wanted, fetch_drafter, searched
 from gemma_mtp.runtime.request import MOST, WISHES, DraftLength, Request, checked_length, checked_mtp, chosen_seed
 from gemma_mtp.runtime.sampling import Sampler, reading
 from gemma_mtp.runtime.stats import Stats
@@ -39,7 +39,6 @@ WITHOUT_DRAFTER = {
     "embedding": "embedding=True keeps embeddings instead of hidden rows: the MTP drafter is not loaded",
     "vocab_only": "vocab_only=True: there are no weights, and the MTP drafter is not loaded",
 }
-NO_DRAFTER = "no linked drafter beside {}; name one with drafter=, or convert the pair again"
 # Arguments of `generate` that its sampler chain is made without: `Sampler` asks processors and grammar itself.
 NOT_OF_THE_CHAIN = ("tokens", "reset", "logits_processor", "stopping_criteria", "grammar")
 MIROSTAT = "mirostat draws its own random numbers"
@@ -54,8 +53,8 @@ class Llama(Api):
 
     Args:
         model_path: GGUF file of the target.
-        drafter: "auto" (the default) takes the linked drafter in the same folder, if there is one; a path names it;
-            None turns multi-token prediction off.
+        drafter: "auto" (the default) takes the linked drafter beside the target; if there is none, a line on stderr
+            says so, and what to do. A path names it; None turns multi-token prediction off.
         draft_length: tokens to draft in a round, 15 at most, or "auto" (the default) to go by what passes cost on this
             machine and by what is accepted: then drafts also come from the text itself, and there are none where they
             do not pay. It may be set later on.
@@ -92,10 +91,10 @@ class Llama(Api):
         wishes = Request(mtp, checked_length(draft_length))
         check_options(options)
         native.check_cpu()
-        path = drafter_of(model_path, drafter)
+        path, missing = searched(model_path, drafter)
         reason = next((WITHOUT_DRAFTER[name] for name in WITHOUT_DRAFTER if options.get(name)), None)
         self._wanted, self._told = drafter, set[str]()
-        self._undrafted = _undrafted(model_path, drafter, path, reason)
+        self._undrafted = _undrafted(drafter, missing, reason)
         self._defaults = self._possible(wishes)
         self.stats, self.total_stats = Stats(), Stats()
         self._request = self._logprobs = None
@@ -108,6 +107,8 @@ class Llama(Api):
             native.notice_unpatched()
             # Weakly, so that dropping the object frees it at once, as it does stock's.
             self.drafter = self._stack.enter_context(attached(weakref.proxy(self), path))
+        elif missing is not None and reason is None and mtp is not False:
+            self._tell(f"generating without MTP: {missing}")
         # What passes and draft steps take here; from the cache, if this model has run on this machine before.
         self._costs_path = self._costs_file()
         self._costs = Costs.load(self._costs_path, MOST + 1)
@@ -122,7 +123,7 @@ class Llama(Api):
             # On the CPU the series has attention of a few queries in this form only; stock's default is without.
             options.setdefault("flash_attn", True)
         # llama.cpp reports the sizes of its caches as warnings, which stock Llama shows even when told to be quiet.
-        with suppress_stdout_stderr(disable=options.get("verbose", True)), explaining_load(options):
+        with suppress_stdout_stderr(disable=options.get("verbose", True)), explaining_load(model_path, options):
             super().__init__(fspath(model_path), **options)
             if self.lora_path and not self._lora_adapter:  # stock lets llama.cpp's null pointer pass
                 raise RuntimeError(f"Failed to initialize LoRA adapter from lora path: {self.lora_path}")
@@ -288,15 +289,13 @@ class Llama(Api):
         return cls(path, **loading)
 
 
-def _undrafted(target: str | PathLike[str], wanted: Wanted, found: Path | None, reason: str | None) -> str | None:
+def _undrafted(wanted: Wanted, missing: str | None, reason: str | None) -> str | None:
     """Why a target has no drafter that could draft, with what to do about it; None if it has, or is not there."""
     if reason is not None:
         return f"{reason}; leave that argument out"
     if wanted is None:
         return "drafter=None was given when it was loaded; load it with its drafter"
-    if found is None and Path(target).exists():
-        return NO_DRAFTER.format(target)
-    return None
+    return missing
 
 
 @contextmanager
@@ -311,8 +310,8 @@ def open_pair(target: str | PathLike[str], drafter: Wanted = "auto", **options: 
     Raises:
         gemma_mtp.convert.link.MtpError: there is no drafter, or not of this target.
     """
-    path = drafter_of(target, drafter)
-    if path is None and drafter is not None and Path(target).exists():
-        raise link.PairError(f"{NO_DRAFTER.format(target)}.")
+    path, missing = searched(target, drafter)
+    if missing is not None:
+        raise link.PairError(f"{missing}.")
     with closing(Llama(target, drafter=path, **options)) as llm:
         yield llm

@@ -17,23 +17,42 @@ def drafter_of(target: str | PathLike[str], drafter: Wanted) -> Path | None:
 
     Args:
         target: GGUF file of the target.
-        drafter: "auto" for the linked drafter in the target's folder, if there is one; a path for that file; None for
-            none.
+        drafter: "auto" for the linked drafter beside the target, if there is one (`link.find_drafter` says where that
+            is); a path for that file; None for none.
 
     Raises:
         gemma_mtp.convert.link.MtpError: the file named does not exist, is not a GGUF file, or is not the target's.
     """
-    if drafter is None or not Path(target).exists():
-        return None  # a missing target is for llama_cpp.Llama to report, in its own words
-    header = link.read_header(Path(target))
+    return searched(target, drafter)[0]
+
+
+def searched(target: str | PathLike[str], drafter: Wanted) -> tuple[Path | None, str | None]:
+    """As `drafter_of`, and why there is none, if one was to be found: a sentence without its stop.
+
+    Raises:
+        gemma_mtp.convert.link.MtpError: also where the target is no first part of a split, or a part of it is missing
+            or of another conversion.
+    """
+    path = Path(target)
+    if not path.exists():
+        return None, None  # a missing target is for llama_cpp.Llama to report, in its own words
+    if drafter is None:
+        if link.is_part(path):
+            link.read_parts(link.read_header(path))
+        return None, None
+    header = link.read_header(path)
+    link.read_parts(header)
     if header.arch == link.DRAFTER_ARCH:
         raise link.PairError(
             f"{target} is a drafter; it cannot run alone. Pass its target's GGUF file: the drafter is found by itself."
         )
-    path = link.find_drafter(Path(target), header) if drafter == "auto" else Path(drafter)
-    if path is not None:
-        link.check(header, link.read_header(path))
-    return path
+    found = link.find_drafter(path, header) if drafter == "auto" else Path(drafter)
+    if found is None:
+        return None, link.why_no_drafter(path, header)
+    theirs = link.read_header(found)
+    link.check(header, theirs)
+    link.read_parts(theirs)
+    return found, None
 
 
 def fetch_drafter(target: Path, given: Mapping[str, Any]) -> None:

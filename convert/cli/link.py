@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 from gemma_mtp.convert.cli.show import progress_bar
+from gemma_mtp.convert.gguf_io.folder import folders_around
 
 
 @click.command("link")
@@ -49,5 +50,5 @@ def link_command(
         click.echo(json.dumps({"target": str(target), "drafter": str(path)}))
         return
     click.echo(f"{path} drafts for {target.name}")
-    if path.resolve().parent != target.resolve().parent:
-        click.echo(f"move it into {target.resolve().parent}, where it is found by itself", err=True)
+    if path.resolve().parent not in [folder.resolve() for folder in folders_around(target)]:
+        click.echo(f"move it into {target.absolute().parent}, where it is found by itself", err=True)

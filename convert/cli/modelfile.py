@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -24,7 +25,9 @@ def modelfile_command(out: Path) -> None:
     if out.is_dir():
         click.echo(written_modelfile(out).read_text(encoding="utf-8"), nl=False)
         return
-    drafter = link.find_drafter(out)
+    header = link.read_header(out)
+    link.read_parts(header)
+    drafter = link.find_drafter(out, header)
     if drafter is None:
-        raise link.PairError(f"{out} has no linked drafter beside it; run gemma-mtp link first.")
-    click.echo(modelfile(out.name, drafter.name, {}), nl=False)
+        raise link.PairError(f"{link.why_no_drafter(out, header)}.")
+    click.echo(modelfile(out.name, os.path.relpath(drafter, out.parent), {}), nl=False)

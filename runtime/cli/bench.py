@@ -13,7 +13,7 @@ import click
 from gemma_mtp.convert import link
 from gemma_mtp.convert.sizes import SIZES
 from gemma_mtp.runtime.bench.settings import PROMPTS, WARM_TOKENS, Chance, Settings
-from gemma_mtp.runtime.pair import drafter_of
+from gemma_mtp.runtime.pair import searched
 from gemma_mtp.runtime.request import checked_length
 
 DEFAULT_ACCEPTANCE = "0.35,0.6,0.8,0.95"
@@ -223,13 +223,13 @@ def _pair(pair: Path, drafter: Path | None) -> tuple[Path, Path]:
         link.MtpError: there is no target, or more than one, or no drafter of it.
     """
     if pair.is_dir():
-        headers = [link.read_header(path) for path in sorted(pair.glob("*.gguf"))]
+        headers = [link.read_header(path) for path in link.gguf_files(pair)]
         targets = [header.path for header in headers if header.arch == link.TARGET_ARCH]
         if len(targets) != 1:
             listed = ", ".join(path.name for path in targets) or "none"
             raise link.MtpError(f"{pair} must hold one target to measure, it holds: {listed}; name the file.")
         pair = targets[0]
-    found = drafter_of(pair, drafter or "auto")
+    found, missing = searched(pair, drafter or "auto")
     if found is None:
-        raise link.PairError(f"no linked drafter beside {pair}; name one with --drafter, or convert the pair again.")
+        raise link.PairError(f"{missing}." if missing else f"{pair} is not there; name a GGUF file.")
     return pair, found

@@ -83,10 +83,8 @@ def sampling_options(command: Any) -> Any:
 
 @contextmanager
 def opened(target: str, drafter: Wanted, **loading: Any) -> Iterator[Llama]:
-    """A target for the length of a block, with its drafter; where one is wanted and there is none, it is said."""
+    """A target for the length of a block, with its drafter; where one is wanted and there is none, `Llama` says so."""
     from gemma_mtp.runtime.llama import Llama
 
     with closing(Llama(target, drafter=drafter, **loading)) as llm:
-        if drafter is not None and llm.drafter is None:
-            click.echo(f"no linked drafter beside {target}: generating without MTP", err=True)
         yield llm

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from gemma_mtp.convert import link
-from gemma_mtp.convert.errors import MtpError
+from gemma_mtp.convert.errors import MtpError, MtpWarning
 from gemma_mtp.convert.hub import FIRST, fetch_checkpoint, name_of, official_drafter, repository
 from hub import Hub, run_against, serving
 from safetensors.torch import load_file, save_file
@@ -194,11 +194,63 @@ def test_drafters_of_official_targets(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "gemma-4-12B-it").mkdir()
     assert official_drafter("gemma-4-12B-it") == "google/gemma-4-12B-it-assistant"
     (tmp_path / "mine").mkdir()
-    for unknown in ("mine", "google/gemma-4-E2B", "someone/gemma-4-E2B-it", DRAFTER):
-        with pytest.raises(MtpError, match="no drafter is known"):
+    for unknown in ("mine", "google/gemma-4-E2B", DRAFTER):
+        with pytest.raises(MtpError, match=r"no drafter is known.* base_model.* pass the drafter\.$"):
             official_drafter(unknown)
     (tmp_path / "mine-assistant").mkdir()
     assert official_drafter("mine") == str(tmp_path / "mine-assistant")
+
+
+def test_an_official_name_in_any_case_and_of_any_uploader(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    for name in ("google/gemma-4-e2b-it", "unsloth/gemma-4-E2B-it", "someone/Gemma-4-E2B-IT@main"):
+        assert official_drafter(name) == DRAFTER
+    qat = "unsloth/gemma-4-26b-a4b-it-QAT-q4_0-unquantized"
+    assert official_drafter(qat) == "google/gemma-4-26B-A4B-it-qat-q4_0-unquantized-assistant"
+    (tmp_path / "gemma-4-e2b-it").mkdir()
+    assert official_drafter(str(tmp_path / "gemma-4-e2b-it")) == DRAFTER
+    assert not recwarn
+
+
+@pytest.mark.parametrize(
+    ("base", "found"),
+    [
+        ("google/gemma-4-E2B-it", DRAFTER), ("- google/gemma-4-E2B-it", DRAFTER), ("unsloth/gemma-4-e2b-it", DRAFTER),
+        ("https://huggingface.co/google/gemma-4-31B-it", "google/gemma-4-31B-it-assistant"),
+        ("[someone/else, google/gemma-4-E2B-it]", DRAFTER), ("google/gemma-4-E2B", None), ("[1, null]", None),
+        ("[google/gemma-4-E2B-it, google/gemma-4-E4B-it]", None), ("{a: b}", None), ("'': [", None),
+    ],
+)  # fmt: skip
+def test_the_drafter_of_what_a_fine_tune_is_made_of(base: str, found: str | None, tmp_path: Path) -> None:
+    folder = tmp_path / "my-tune"
+    folder.mkdir()
+    (folder / "README.md").write_text(f"---\ntags: [1, [2]]\nbase_model:\n  {base}\n---\nA model.\n")
+    if found is None:
+        with pytest.raises(MtpError, match="no drafter is known"):
+            official_drafter(str(folder))
+        return
+    with pytest.warns(MtpWarning) as told:
+        assert official_drafter(str(folder)) == found
+    (warning,) = (str(each.message) for each in told)
+    assert f"is made of {found.removesuffix('-assistant')}, whose drafter is taken" in warning
+    assert "\n" not in warning
+
+
+def test_a_fine_tune_brings_the_drafter_of_its_base(run: Run, hub: Hub, tmp_path: Path) -> None:
+    """As a folder and as a repository; it is said once, and its own card decides."""
+    tune = tmp_path / "tune"
+    shutil.copytree(hub.repositories[TARGET], tune)
+    (tune / "README.md").write_text(f"---\nbase_model: {TARGET}\n---\n")
+    hub.repositories["me/tune"] = tune
+    for source in (tune, "me/tune"):
+        done = run("convert", source, "-o", f"out-{Path(source).name}-{source == tune}", "-q", "Q8_0")
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == (
+            f"warning: {source} is made of {TARGET}, whose drafter is taken, {DRAFTER}; a drafter trained for it would "
+            "guess better: pass that if there is one.\n"
+        )
+    hub.repositories["me/other"] = hub.repositories[TARGET]
+    assert "no drafter is known for me/other" in said(run("convert", "me/other", "-o", "out", "-q", "Q8_0"))
+    assert "no repository 'me/none'" in said(run("convert", "me/none", "-o", "out", "-q", "Q8_0"))
 
 
 def test_chat_templates_come_with_it(run: Run, hub: Hub, tmp_path: Path) -> None:

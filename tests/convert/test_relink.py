@@ -147,6 +147,21 @@ def test_what_cannot_be_linked(files: tuple[Path, Path, Path], tiny: dict[str, P
     assert "token_embd.weight" in run("link", target, drafter).stderr
 
 
+def test_where_a_linked_drafter_is_not_found_it_is_said(files: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """Beside a link to the target, and beside the target itself, it is found."""
+    _, target, drafter = files
+    (tmp_path / "here").mkdir()
+    (tmp_path / "away").mkdir()
+    shown = tmp_path / "here" / "t.gguf"
+    shown.symlink_to(target)
+    for out, found in ((shown.with_name("d"), True), (target.with_name("d"), True), (tmp_path / "away" / "d", False)):
+        done = run("link", shown, drafter, "-o", out)
+        assert done.exit_code == 0, done.stderr
+        assert done.stderr == ("" if found else f"move it into {shown.parent}, where it is found by itself\n")
+        assert link.find_drafter(shown) == (out if found else None)
+        out.unlink()
+
+
 def test_killed_while_linking(files: tuple[Path, Path, Path]) -> None:
     _, target, drafter = files
     code = (

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from children import MAIN
 from click.testing import CliRunner
-from gemma_mtp.convert import Pair, link
+from gemma_mtp.convert import Pair, convert_pair, link
 from gemma_mtp.runtime import Llama, native, open_pair
 from gemma_mtp.runtime.cli.main import main
 from llama_cpp import llama_cpp as lib
@@ -276,6 +276,86 @@ def test_mtp_of_an_object(demo: Pair, tmp_path: Path) -> None:
             Llama(path, mtp=True, **OPTIONS, **options)
     with pytest.raises(ValueError, match="does not exist"):
         Llama(tmp_path / "none.gguf", mtp=True, **OPTIONS)
+
+
+def told(capfd: pytest.CaptureFixture[str], path: Path, **options: Any) -> list[str]:
+    """The lines on stderr from loading a target and two requests to it."""
+    capfd.readouterr()
+    with closing(Llama(path, **OPTIONS, **options)) as llm:
+        for _ in range(2):
+            llm(PROMPT, max_tokens=2, **GREEDY)
+        assert llm.drafter is None or options
+    return capfd.readouterr().err.splitlines()
+
+
+def test_a_missing_drafter_is_said_once(demo: Pair, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """To those who did not ask for none, with verbose=False too; not by every request, nor again by the command."""
+    alone = Path(shutil.copy(demo.target, tmp_path))
+    line = (
+        f"gemma-mtp: generating without MTP: no linked drafter beside {alone}; put {demo.drafter.name!r} there, or "
+        "name one with drafter= (--drafter)."
+    )
+    assert told(capfd, alone) == [line]
+    for options in ({"mtp": False}, {"drafter": None}, {"drafter": demo.drafter}):
+        assert told(capfd, alone, **options) == []
+    command = [sys.executable, "-c", MAIN, "run", str(alone), "-p", PROMPT, "-n", "2", "-t", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[:-1] == [line]
+    assert "without MTP, seed" in done.stderr.splitlines()[-1]
+    assert "MTP: no" not in subprocess.run([*command, "--no-mtp"], capture_output=True, text=True, check=True).stderr
+
+
+def test_whose_the_drafter_is_that_lies_there(
+    demo: Pair, tiny_f32: Pair, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Under the name of this target's own, or under any; and one that is linked to no target."""
+    alone = Path(shutil.copy(demo.target, tmp_path))
+    theirs, ours = (link.read_header(path).metadata[link.KEY_SOURCE][:12] for path in (tiny_f32.target, demo.target))
+    for name in (demo.drafter.name, "sha256-0"):
+        other = Path(shutil.copy(tiny_f32.drafter, tmp_path / name))
+        (line,) = told(capfd, alone)
+        assert line == (
+            f"gemma-mtp: generating without MTP: no linked drafter beside {alone}: {other} lies there, but is of "
+            f"another target: {tiny_f32.target.name!r}, fingerprint {theirs}, here {ours}; put its own there, or name "
+            "one with drafter= (--drafter)."
+        )
+        with pytest.raises(link.PairError, match="lies there, but is of another target"), open_pair(alone, **OPTIONS):
+            pass
+        assert "lies there, but is of another target" in CliRunner().invoke(main, ["verify", str(alone)]).stderr
+        other.unlink()
+    unlinked = tmp_path / "d.gguf"
+    unlinked.write_bytes(demo.drafter.read_bytes().replace(link.KEY_TARGET.encode(), b"mtp.target.fingerprinX"))
+    (line,) = told(capfd, alone)
+    assert line.endswith(f": {unlinked} is linked to no target; run gemma-mtp link {alone} {unlinked}.")
+
+
+def test_parts_of_a_split_target(tiny: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Whatever is asked for: the second part names the first, a missing or renamed one the name that it needs."""
+    made = convert_pair(tiny["target"], tiny["dense"], tmp_path, "Q8_0", name="x", split_max_size=2_000_000)
+    first, second, *_ = [path for path in made.files if "assistant" not in path.name]
+    count = len(made.files) - 1
+
+    def fails(path: Path, *words: str) -> None:
+        for options in ({}, {"drafter": None}, {"mtp": False}):
+            with pytest.raises(link.MtpError) as caught:
+                Llama(path, **OPTIONS, **options)
+            for word in words:
+                assert word in str(caught.value)
+        done = CliRunner().invoke(main, ["run", str(path), "-p", "x"])
+        assert done.exit_code == 1
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        assert words[0] in done.stderr
+
+    assert told(capfd, first, drafter=made.drafter) == []
+    fails(second, f"is part 2 of {count}; name the first part: {first}.")
+    (tmp_path / "t.gguf").symlink_to(first)
+    fails(tmp_path / "t.gguf", f"name it itself: {first}")
+    second.rename(tmp_path / "kept")
+    fails(first, f"{second}, part 2 of {count}, is missing")
+    fails(tmp_path / "kept", f"is part 2 of {count} under another name", f"-00002-of-{count:05}.gguf")
+    (tmp_path / "kept").rename(second)
+    first.rename(tmp_path / "one.gguf")
+    fails(tmp_path / "one.gguf", f"is part 1 of {count} under another name", f"one-00001-of-{count:05}.gguf")
 
 
 def test_stats_add_up(mtp: Llama) -> None:

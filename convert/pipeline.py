@@ -287,7 +287,7 @@ def _stems(target: Path, drafter: Path, name: str | None) -> tuple[str, str]:
 def _agree(target: Checkpoint, drafter: Checkpoint, vocab: str) -> None:
     """Check that two checkpoints are a pair, of one vocabulary; if wanted, the drafter takes its target's."""
     from gemma_mtp.convert.plan import check_pair, check_roles
-    from gemma_mtp.convert.vocabulary import agree
+    from gemma_mtp.convert.shared_vocab import agree
 
     if vocab not in (KEEP, EXTEND):
         raise MtpError(f"unknown drafter vocabulary {vocab!r}; choose {KEEP} or {EXTEND}.")

@@ -5,9 +5,11 @@ The same keys and values as upstream's converter (conversion/gemma.py, `Gemma4Mo
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ VISIBLE = {
 # Tokens that end a turn and that llama.cpp knows by their text (src/llama-vocab.cpp, special_eog_ids).
 KNOWN_ENDS = {"<eos>", "<turn|>", "<|tool_response>"}
 SCORE = -1000.0
+BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 INNER_SPACE = chr(ord(" ") + 256)
 ADVICE = "download the tokenizer's files."
 # How Gemma's tokenizer treats text before the BPE sees it, and other settings of the BPE that llama.cpp does not know.
@@ -49,13 +52,14 @@ logging.getLogger("gguf").setLevel(logging.ERROR)  # it tells of every key it ad
 class Tokenizer:
     """tokenizer.json.
 
-    `tokens` are in the order of their ids; those from `n_base` on were added to the vocabulary of the BPE, those from
+    `tokens` are in the order of their `ids`; those from `n_base` on were added to the vocabulary of the BPE, those from
     `n_used` on stand for rows of the embedding that no token has. `packed` are the same and `merges` the pairs that the
     BPE joins, as a GGUF file holds them. `added` are the tokens that a text is cut into before the BPE
     sees it, and whether they are special; `post_processor` says what is put around a text.
     """
 
     path: Path
+    ids: Mapping[str, int]
     tokens: Sequence[str]
     n_base: int
     n_used: int
@@ -83,7 +87,8 @@ def read_tokenizer(path: Path, allowed: Collection[str] = ()) -> Tokenizer:
         MtpError: it is missing or damaged, is no BPE with byte fallback, leaves ids unused, or cuts text otherwise than
             llama.cpp does.
     """
-    parsed = read_json(path, ADVICE)
+    with no_collection():  # it makes a million objects, and nothing that could be collected
+        parsed = read_json(path, ADVICE)
     model = parsed.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not model.get("byte_fallback"):
         raise MtpError(f"{path} is not Gemma's tokenizer, BPE with byte fallback; download it again.")
@@ -101,7 +106,7 @@ def read_tokenizer(path: Path, allowed: Collection[str] = ()) -> Tokenizer:
             raise MtpError(f"{path}: token ids are not 0 to {len(ids) - 1} without gaps; download it again.")
         if len({token.partition("\0")[0] for token in tokens}) < len(tokens):
             raise MtpError(f"{path}: two tokens are the same up to a zero byte, where llama.cpp ends them; mend them.")
-        merges = [_merge(each) for each in model.get("merges") or ()]
+        merges = _merges(model.get("merges"))
         if not merges:
             raise MtpError(f"{path} has no merges, without which no text becomes tokens; download it again.")
         strips = [each["content"] for each in added if any(map(each.get, ("lstrip", "rstrip", "single_word")))]
@@ -109,15 +114,31 @@ def read_tokenizer(path: Path, allowed: Collection[str] = ()) -> Tokenizer:
             warn(f"{path}: spaces beside {listed(strips)} are kept; llama.cpp knows no lstrip, rstrip and single_word.")
         special = {each["content"]: bool(each.get("special")) for each in added}
         packed, post = Array.of(tokens), parsed.get("post_processor")
-        return Tokenizer(path, tokens, len(model["vocab"]), len(tokens), packed, Array.of(merges), special, post)
+        return Tokenizer(path, ids, tokens, len(model["vocab"]), len(tokens), packed, Array.of(merges), special, post)
 
 
-def _merge(pair: str | Sequence[str]) -> str:
-    """Two tokens with a space between them; a space within one is written as U+0120, as upstream does."""
-    if isinstance(pair, str):
-        return pair
-    left, right = pair
-    return f"{left.replace(' ', INNER_SPACE)} {right.replace(' ', INNER_SPACE)}"
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Let the garbage collector rest."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _merges(pairs: Any) -> list[str]:
+    """Pairs of tokens with a space between them; a space within one is written as U+0120, as upstream does."""
+    if not pairs or isinstance(pairs[0], str):  # as versions of tokenizers before 0.20 write them
+        return list(pairs or ())
+    merges = list(map(" ".join, pairs))
+    for place, merge in enumerate(merges):
+        if merge.count(" ") != 1:
+            left, right = pairs[place]
+            merges[place] = f"{left.replace(' ', INNER_SPACE)} {right.replace(' ', INNER_SPACE)}"
+    return merges
 
 
 def token_types(tokenizer: Tokenizer, specials: Specials) -> npt.NDArray[np.int32]:
@@ -125,15 +146,15 @@ def token_types(tokenizer: Tokenizer, specials: Specials) -> npt.NDArray[np.int3
     kinds = np.full(len(tokenizer.tokens), TokenType.NORMAL, np.int32)
     kinds[tokenizer.n_base : tokenizer.n_used] = TokenType.USER_DEFINED
     kinds[tokenizer.n_used :] = TokenType.UNUSED
-    for place, token in enumerate(tokenizer.tokens[: tokenizer.n_used]):
-        if token in VISIBLE:
-            kinds[place] = TokenType.USER_DEFINED
-        elif token.startswith("<0x") and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
-            kinds[place] = TokenType.BYTE
-        elif token in specials.named or tokenizer.added.get(token):
-            kinds[place] = TokenType.CONTROL
-        elif token in tokenizer.added or token in specials.added:
-            kinds[place] = TokenType.USER_DEFINED
+    for some, kind in (
+        (specials.added, TokenType.USER_DEFINED),
+        ([token for token, special in tokenizer.added.items() if not special], TokenType.USER_DEFINED),
+        ([token for token, special in tokenizer.added.items() if special], TokenType.CONTROL),
+        (specials.named, TokenType.CONTROL),
+        ([token for token in tokenizer.ids if token.startswith("<0x") and BYTE.fullmatch(token)], TokenType.BYTE),
+        (VISIBLE, TokenType.USER_DEFINED),
+    ):
+        kinds[[tokenizer.ids[token] for token in some if token in tokenizer.ids]] = kind
     return kinds
 
 
@@ -182,8 +203,7 @@ def add_tokenizer(
     """
     keys, count = gguf.Keys.Tokenizer, len(tokenizer.tokens)
     settings = read_settings(folder)
-    ids = {token: place for place, token in enumerate(tokenizer.tokens)}
-    specials = read_specials(folder, settings, ids, tokenizer.post_processor, config)
+    specials = read_specials(folder, settings, tokenizer.ids, tokenizer.post_processor, config)
     writer.add_tokenizer_model("gemma4")
     arrays = {
         keys.LIST: tokenizer.packed,

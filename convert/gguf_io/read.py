@@ -106,8 +106,8 @@ class Strings(Sequence[str]):
 
     def distinct(self) -> int:
         """How many different strings there are to C, where a zero byte ends a string."""
-        starts = self._starts.tolist()
-        return len({self._raw[start : stop - 8].partition(b"\0")[0] for start, stop in pairwise(starts)})
+        whole = {self._raw[start : stop - 8] for start, stop in pairwise(self._starts.tolist())}
+        return len({each.partition(b"\0")[0] if b"\0" in each else each for each in whole})
 
     def digest(self) -> str:
         """SHA-256 over the strings as the file holds them."""
@@ -179,18 +179,16 @@ class _Reader:
         if 8 * count > self.size - self.at:
             self.need(8 * count, key)
         data, size, at = self.data, self.size, self.at
-        starts = np.empty(count + 1, np.int64)
+        starts = []
         for i in range(count):
             if at > size - 8:
                 raise self.fail(f"string {i} of {key} begins at byte {at}, the file has {size}")
-            at += 8
-            starts[i] = at
-            at += _u64(data, at - 8)[0]
+            starts.append(at + 8)
+            at += 8 + _u64(data, at)[0]
         if at > size:
             raise self.fail(f"the last string of {key} ends at byte {at}, the file has {size}")
         first, self.at = self.at, at
-        starts[count] = at + 8
-        return Strings(data[first:at], starts - first)
+        return Strings(data[first:at], np.array([*starts, at + 8], np.int64) - first)
 
     def tensor(self, number: int) -> tuple[str, Type, tuple[int, ...], int]:
         """Name, type, shape and offset of one tensor."""

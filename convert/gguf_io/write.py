@@ -52,7 +52,9 @@ class Array:
             return cls(kind, len(values), values.tobytes())
         if isinstance(values[0], (str, bytes)):
             encoded = [each if isinstance(each, bytes) else each.encode() for each in values]
-            parts = [part for each in encoded for part in (len(each).to_bytes(8, "little"), each)]
+            parts = [b""] * (2 * len(encoded))
+            parts[::2] = map(struct.Struct("<Q").pack, map(len, encoded))
+            parts[1::2] = encoded
             return cls(STRING, len(values), b"".join(parts))
         kind = BOOL if isinstance(values[0], bool) else FLOAT32 if isinstance(values[0], float) else INT32
         return cls(kind, len(values), np.asarray(values, NUMBERS[kind]).tobytes())

@@ -18,6 +18,7 @@ import numpy as np
 from gemma_mtp.convert import names
 from gemma_mtp.convert.config import DrafterConfig, TargetConfig, parse_config
 from gemma_mtp.convert.errors import MtpError, damaged, warn
+from gemma_mtp.convert.files import BINARY, read_into, reading
 from gemma_mtp.convert.generation import read_generation
 from gemma_mtp.convert.json_file import read_json
 from gemma_mtp.convert.quantize import Bytes, Floats, widen
@@ -81,7 +82,8 @@ class Weights:
                 if name in self.index:
                     raise MtpError(f"{path} holds {name!r}, and so does {self.index[name].file.name}; download again.")
                 self.index[name] = _source(path, entry)
-            self._files[path] = os.open(path, os.O_RDONLY)
+            with reading(path):
+                self._files[path] = os.open(path, os.O_RDONLY | BINARY)
             files.callback(os.close, self._files[path])
         self._stack_experts()
 
@@ -124,17 +126,10 @@ class Weights:
             stored = self._read(name, replace(source, wide=False), 2 * start, 2 * size)
             return stored.view("<f8").astype("<f4").view(np.uint8)
         raw = np.empty(size, np.uint8)
-        done = 0
-        while done < size:
-            try:
-                more = os.preadv(self._files[source.file], [raw[done:].data], source.offset + start + done)
-            except OSError as problem:
-                raise MtpError(
-                    f"{source.file} cannot be read: {problem.strerror}; copy or download it again."
-                ) from None
-            if not more:
-                raise MtpError(f"{source.file} ends within {name!r}; it was changed or cut off: download it again.")
-            done += more
+        with reading(source.file):
+            done = read_into(self._files[source.file], raw.data, source.offset + start)
+        if done < size:
+            raise MtpError(f"{source.file} ends within {name!r}; it was changed or cut off: download it again.")
         return raw
 
     def values(self, name: str) -> Floats:
@@ -267,7 +262,8 @@ def weight_names(folder: Path, present: Collection[str] | None = None) -> list[s
         MtpError: there are no weights, not all of them, or the index is damaged.
     """
     index = folder / INDEX
-    there = {path.name for path in folder.iterdir()} if present is None else set(present)
+    with reading(folder):
+        there = {path.name for path in folder.iterdir()} if present is None else set(present)
     shards = {name: found for name in there if (found := SHARD.fullmatch(name))}
     if SINGLE in there:
         aside = sorted([*shards, *([INDEX] if index.exists() else [])])

@@ -17,6 +17,7 @@ import numpy as np
 from gemma_mtp.convert import names, tensor_types
 from gemma_mtp.convert.checkpoint import Checkpoint
 from gemma_mtp.convert.errors import MtpError, damaged, listed
+from gemma_mtp.convert.files import writing
 from gemma_mtp.convert.gguf_io.types import Type, padded
 from gemma_mtp.convert.gguf_io.write import TensorInfo, header
 from gemma_mtp.convert.json_file import read_json
@@ -85,8 +86,9 @@ def write_mmproj(plan: ProjectorPlan, checkpoint: Checkpoint, path: Path, more: 
 
     Raises:
         MtpError: a tensor holds NaN or infinite values.
+        WriteError: the disk is full or cannot be written.
     """
-    with path.open("xb") as file:
+    with writing(path), path.open("xb") as file:
         file.write(header(list(packed(_entries(plan, checkpoint)).values()), plan.tensors))
         for tensor in plan.tensors:
             data = _blocks(checkpoint.folder, tensor, checkpoint.values(tensor.source))

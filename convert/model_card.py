@@ -15,6 +15,7 @@ from typing import Any
 import gguf
 import yaml
 from gemma_mtp.convert.errors import warn
+from gemma_mtp.convert.files import is_file
 
 # Bytes of a card that are looked at; its front matter stands at the start.
 MOST = 1 << 18
@@ -67,6 +68,8 @@ def read_card(path: Path) -> dict[str, Any]:
     What is left out is said in one warning.
     """
     try:
+        if not is_file(path):
+            return {}
         with path.open("rb") as file:
             raw = file.read(MOST)
     except OSError:

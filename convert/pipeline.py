@@ -120,6 +120,7 @@ def convert_pair(
         PairError: the two folders do not hold a target and its drafter.
         MtpError: an input is missing, damaged or not supported, an output is there already, or the disk is full.
     """
+    from gemma_mtp.convert.files import write_small
     from gemma_mtp.convert.mmproj import write_mmproj
     from gemma_mtp.convert.modelfile import modelfile
     from gemma_mtp.convert.staging import staging
@@ -139,7 +140,7 @@ def convert_pair(
             if plans.projector:
                 write_mmproj(plans.projector[1], target, hidden / plans.projector[0], more)
             text = modelfile(*plans.first, target.generation, plans.projector[0] if plans.projector else None)
-            (hidden / "Modelfile").write_text(text, encoding="utf-8")
+            write_small(hidden / "Modelfile", text)
     return _written_pair(folder, plans)
 
 

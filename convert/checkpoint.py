@@ -159,8 +159,9 @@ class Weights:
 
 class Checkpoint(Weights):
     """An open checkpoint: its weights, `settings` (config.json), the same as `config`, `tokenizer`, and `generation`
-    (of generation_config.json what can be used)."""
+    (of generation_config.json what can be used); `called` is the name that a user gives it."""
 
+    called: str | None = None
     _twin: Checkpoint | None = None
 
     def __init__(self, folder: Path, files: ExitStack, allowed: Collection[str] = ()) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 import tempfile
 import threading
@@ -13,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from gemma_mtp.convert.errors import MtpError
+from gemma_mtp.convert.naming import repository
 from gemma_mtp.convert.safetensors_file import MAX_HEADER
 from gemma_mtp.convert.sizes import SIZES
 
@@ -77,13 +79,21 @@ def fetch_headers(source: str, files: ExitStack) -> Path:
     folder = root.joinpath(*cached.parts[-3:])
     folder.mkdir(parents=True)
     for path in cached.iterdir():
-        (folder / path.name).symlink_to(path)
+        _place(path, folder / path.name)
     for each in missing:
         with _hub_errors(name, revision):
             header, size = _remote_header(name, each, cached.name)
         (folder / each).write_bytes(header)
         os.truncate(folder / each, size)
     return folder
+
+
+def _place(path: Path, wanted: Path) -> None:
+    """Have a file in a second place too; Windows grants links only to some."""
+    try:
+        wanted.symlink_to(path)
+    except OSError:
+        shutil.copyfile(path, wanted)
 
 
 def _present(name: str, cached: Path) -> list[str]:
@@ -232,17 +242,3 @@ def official_drafter(target: str) -> str:
         f"no drafter is known for {target}: it is none of the official Gemma 4 targets (google/gemma-4-...-it), and no "
         f"folder {model}-assistant lies beside it; pass the drafter."
     )
-
-
-def repository(folder: Path) -> str | None:
-    """org/name of a snapshot in the Hugging Face cache, or None for any other folder."""
-    cached = re.search(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/[^/]+$", folder.absolute().as_posix())
-    return f"{cached[1]}/{cached[2]}" if cached else None
-
-
-def name_of(source: str | os.PathLike[str]) -> str:
-    """What output files are named after: the repository, that of a snapshot in the cache, or the folder."""
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        return os.fspath(source).partition("@")[0].rpartition("/")[2]
-    return (repository(folder) or folder.resolve().name).rpartition("/")[2]

@@ -70,7 +70,8 @@ def checked(target: str, drafter: str) -> Checked:
 
 def _check_published(target: str, drafter: str) -> None:
     """Two official names must belong together: an ordinary drafter has the sizes of one trained for QAT weights."""
-    from gemma_mtp.convert.hub import OFFICIAL, name_of
+    from gemma_mtp.convert.hub import OFFICIAL
+    from gemma_mtp.convert.naming import name_of
 
     ours, theirs = name_of(target), name_of(drafter)
     other = theirs.removesuffix("-assistant")

@@ -53,7 +53,7 @@ def describe(
         n_parameters: how many the model has.
     """
     origin = _text(config.get("_name_or_path"))
-    named = {"_name_or_path": origin} if origin else {}
+    named = {"_name_or_path": origin} if origin and _public(origin) else {}
     card = read_card(folder / "README.md")
     found = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), card, named, Path(name), n_parameters)
     found.name = found.name or name

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gemma_mtp.convert import link
-from gemma_mtp.convert.link import MtpError
 from gemma_mtp.convert.progress import Progress, counting
 
 if TYPE_CHECKING:
@@ -107,7 +106,7 @@ def convert_pair(
         out: folder to write into; made if it is not there.
         quant: format of the target, a key of `tensor_types.QUANTS`, or several; the source is read once for all.
         drafter_quant: format of the drafter, or several. The Modelfile names the first of each.
-        name: start of the file names; the names of the two folders unless given.
+        name: start of the file names, and general.name; the names of the two folders unless given.
         force: replace files of the same names.
         progress: called with bytes written and bytes in all.
         options: types of the target's tensors, otherwise than the format has them; whether the pair is one of QAT.
@@ -224,7 +223,7 @@ def _plan(
     target: Checkpoint, drafter: Checkpoint, quant: str | Sequence[str], drafter_quant: str | Sequence[str],
     name: str | None, options: Options | None, imatrix: bool, split_max_size: int | None, mmproj: str | None,
 ) -> PairPlan:  # fmt: skip
-    from gemma_mtp.convert import tensor_types
+    from gemma_mtp.convert import naming, tensor_types
     from gemma_mtp.convert.gguf_io.split import cut
     from gemma_mtp.convert.plan import check_pair, plan
 
@@ -232,7 +231,8 @@ def _plan(
     _same_tokens(target, drafter)
     chosen = replace(options or tensor_types.DEFAULT, imatrix=imatrix)
     found: list[dict[str, Plan]] = []
-    stems = _stems(target.folder, drafter.folder, name)
+    stems = naming.stems(target.folder, drafter.folder, name)
+    target.called, drafter.called = (None, None) if name is None else stems
     for checkpoint, stem, quants, wanted in (
         (target, stems[0], quant, chosen),
         (drafter, stems[1], drafter_quant, tensor_types.DEFAULT),
@@ -249,7 +249,9 @@ def _plan(
         from gemma_mtp.convert.mmproj import plan_mmproj
 
         projector = f"mmproj-{stems[0]}-{mmproj}.gguf", plan_mmproj(target, mmproj)
-    return PairPlan(found[0], found[1], parts, projector)
+    planned = PairPlan(found[0], found[1], parts, projector)
+    naming.check_files(planned.files)
+    return planned
 
 
 def _outputs(
@@ -258,17 +260,6 @@ def _outputs(
     from gemma_mtp.convert.write import Output
 
     return [Output(each, folder, plans.parts[file], tied, imatrix, qat) for file, each in role.items()]
-
-
-def _stems(target: Path, drafter: Path, name: str | None) -> tuple[str, str]:
-    from gemma_mtp.convert.hub import name_of
-
-    if name is not None:
-        if Path(name).name != name:
-            raise MtpError(f"the name {name!r} is not a plain file name.")
-        return name, f"{name}-assistant"
-    first, second = name_of(target), name_of(drafter)
-    return first, f"{second}-assistant" if second == first else second
 
 
 def _same_tokens(target: Checkpoint, drafter: Checkpoint) -> None:

@@ -58,7 +58,6 @@ def staging(folder: Path, names: Sequence[str], n_bytes: int, force: bool) -> It
             except WriteError as problem:  # any other fault is not the folder's
                 raise _cannot_write(folder, problem, n_bytes) from None
             with _telling(folder, n_bytes):
-                _refuse_existing(folder, names, force)
                 _move(hidden, folder)
         made = []
     finally:
@@ -71,9 +70,13 @@ def _refuse_existing(folder: Path, names: Sequence[str], force: bool) -> None:
     there = [name for name in names if os.path.lexists(folder / name)]
     if there and not force:
         raise MtpError(f"{folder} already holds {', '.join(there)}; choose another folder, or pass --force to replace.")
-    folders = [name for name in there if (folder / name).is_dir() and not (folder / name).is_symlink()]
-    if folders:
+    if folders := [name for name in there if not _is_file(folder / name)]:
         raise MtpError(f"{folder / folders[0]} is a folder, where a file is to be written; choose another folder.")
+
+
+def _is_file(path: Path) -> bool:
+    """Whether something of that name can be replaced: it is there, and no folder, but maybe a link to one."""
+    return os.path.lexists(path) and (path.is_symlink() or not path.is_dir())
 
 
 @contextmanager
@@ -150,7 +153,7 @@ def _move_in(complete: Path, folder: Path, moved: list[str]) -> None:
     aside.mkdir(exist_ok=True)
     for path in sorted(each for each in complete.iterdir() if each != aside):
         place, old = folder / path.name, aside / path.name
-        if os.path.lexists(place) and not os.path.lexists(old):
+        if _is_file(place) and not os.path.lexists(old):
             try:
                 os.link(place, old, follow_symlinks=False)
             except (OSError, NotImplementedError):

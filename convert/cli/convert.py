@@ -13,7 +13,8 @@ import click
 from gemma_mtp.convert import Pair, convert_pair, plan_pair
 from gemma_mtp.convert.cli.show import counts_line, describe_plan, progress_bar, show_plan
 from gemma_mtp.convert.errors import MtpError
-from gemma_mtp.convert.hub import AUTO_DRAFTER, name_of
+from gemma_mtp.convert.hub import AUTO_DRAFTER
+from gemma_mtp.convert.naming import name_of
 from gemma_mtp.convert.tensor_types import (
     ALIASES,
     PROJECTOR_QUANTS,

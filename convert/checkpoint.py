@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from gemma_mtp.convert import names
 from gemma_mtp.convert.config import DrafterConfig, TargetConfig, parse_config
-from gemma_mtp.convert.errors import MtpError, damaged, warn
+from gemma_mtp.convert.errors import MtpError, damaged, listed, warn
 from gemma_mtp.convert.files import BINARY, read_into, reading
 from gemma_mtp.convert.generation import read_generation
 from gemma_mtp.convert.json_file import read_json
@@ -34,6 +34,18 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"(?P<stem>model)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 # What somebody may take for the weights of a folder.
 LIKELY = re.compile(r"(?i)\.(safetensors|bin|pt|pth|gguf|part|incomplete|crdownload)$")
+# What is to be done with it, by its end.
+DOWNLOAD = "download the weights"
+RESAVE = "load the folder with transformers and save_pretrained it, which writes safetensors"
+INSTEAD = {
+    "training_args.bin": DOWNLOAD,
+    ".safetensors": f"if all weights are in one file, rename it to {SINGLE}",
+    ".gguf": "a GGUF file is converted already, pass the checkpoint that it was made from",
+    ".part": "the download is not complete, go on with it",
+    ".incomplete": "the download is not complete, go on with it",
+    ".crdownload": "the download is not complete, go on with it",
+    ".bin": RESAVE, ".pt": RESAVE, ".pth": RESAVE,
+}  # fmt: skip
 # Keys of config.json that change without the model changing.
 INCIDENTAL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
@@ -168,6 +180,7 @@ class Checkpoint(Weights):
         if not folder.is_dir():
             raise MtpError(f"{folder} is not a folder; pass the folder of a Hugging Face checkpoint.")
         file = folder / "config.json"
+        _check_folder(folder)
         with damaged(file):
             self.settings = read_json(file)
             self.config = parse_config(self.settings, file, allowed)
@@ -250,6 +263,28 @@ def open_checkpoint(folder: Path, allowed: Collection[str] = ()) -> Iterator[Che
         yield Checkpoint(folder, files, allowed)
 
 
+def _check_folder(folder: Path) -> None:
+    """Where a folder has no config.json, and folders within it have: the root of a cache entry, or of a training."""
+    if os.path.lexists(folder / "config.json"):
+        return
+    with reading(folder):
+        inside = [path.parent for pattern in ("*", "snapshots/*") for path in folder.glob(f"{pattern}/config.json")]
+    if not inside:
+        return
+    current = folder / "refs" / "main"
+    newest = folder / "snapshots" / current.read_text().strip() if current.is_file() else max(inside, key=_by_numbers)
+    others = f" (or another of the {len(inside)} such folders there)" if len(inside) > 1 else ""
+    raise MtpError(
+        f"{folder} has no config.json, but folders within it have: pass {newest if newest in inside else inside[0]}"
+        f"{others}."
+    )
+
+
+def _by_numbers(path: Path) -> list[int]:
+    """checkpoint-1000 comes after checkpoint-200."""
+    return [int(digits) for digits in re.findall(r"\d+", path.name)]
+
+
 def weight_names(folder: Path, present: Collection[str] | None = None) -> list[str]:
     """Names of the safetensors files that a folder's weights are in, chosen as transformers does.
 
@@ -285,8 +320,9 @@ def weight_names(folder: Path, present: Collection[str] | None = None) -> list[s
         said = ", ".join(sorted(shards)[:4])
         raise MtpError(f"{folder} holds shards of several sets ({said}) and no {INDEX}; keep those of one.")
     likely = sorted(name for name in there if LIKELY.search(name))
-    lies = f"; there lies {', '.join(likely[:3])}, which is none of them" if likely else ""
-    raise MtpError(f"{folder} has neither {SINGLE} nor {INDEX}{lies}; download the weights.")
+    advice = next((advice for end, advice in INSTEAD.items() if likely and likely[0].lower().endswith(end)), DOWNLOAD)
+    lies = f"; there lies {listed(likely)}" if likely else ""
+    raise MtpError(f"{folder} has neither {SINGLE} nor {INDEX}{lies}: {advice}.")
 
 
 def _existing(folder: Path, names: list[str], there: Collection[str], index: Path) -> list[str]:

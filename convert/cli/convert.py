@@ -90,7 +90,7 @@ def read_size(text: str | None) -> int | None:
               show_default=True, help="Format of the projector.")  # fmt: skip
 @click.option("--allow-unknown", metavar="KEY", multiple=True,
               help="Convert although config.json has this key, which may change the model; repeatable.")  # fmt: skip
-@click.option("--name", help="Start of the file names. [default: the names of the two folders]")
+@click.option("--name", help="Start of the file names, and general.name. [default: the names of the two folders]")
 @click.option("--force", is_flag=True, help="Replace files of the same names.")
 @click.option("--dry-run", is_flag=True, help="Print the plan with sizes and what is left out; write nothing, "
               "and download no more of weights than their headers.")  # fmt: skip

@@ -33,12 +33,11 @@ PIECE = 1 << 22
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"(?P<stem>model)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 # What somebody may take for the weights of a folder.
-LIKELY = re.compile(r"(?i)\.(safetensors|bin|pt|pth|gguf|part|incomplete|crdownload)$")
+LIKELY = re.compile(r"(?i)(?<!training_args)\.(safetensors|bin|pt|pth|gguf|part|incomplete|crdownload)$")
 # What is to be done with it, by its end.
 DOWNLOAD = "download the weights"
 RESAVE = "load the folder with transformers and save_pretrained it, which writes safetensors"
 INSTEAD = {
-    "training_args.bin": DOWNLOAD,
     ".safetensors": f"if all weights are in one file, rename it to {SINGLE}",
     ".gguf": "a GGUF file is converted already, pass the checkpoint that it was made from",
     ".part": "the download is not complete, go on with it",
@@ -269,15 +268,13 @@ def _check_folder(folder: Path) -> None:
         return
     with reading(folder):
         inside = [path.parent for pattern in ("*", "snapshots/*") for path in folder.glob(f"{pattern}/config.json")]
+        current = folder / "refs" / "main"
+        wanted = folder / "snapshots" / current.read_text().strip() if current.is_file() else None
     if not inside:
         return
-    current = folder / "refs" / "main"
-    newest = folder / "snapshots" / current.read_text().strip() if current.is_file() else max(inside, key=_by_numbers)
+    newest = wanted if wanted in inside else max(inside, key=_by_numbers)
     others = f" (or another of the {len(inside)} such folders there)" if len(inside) > 1 else ""
-    raise MtpError(
-        f"{folder} has no config.json, but folders within it have: pass {newest if newest in inside else inside[0]}"
-        f"{others}."
-    )
+    raise MtpError(f"{folder} has no config.json, but folders within it have: pass {newest}{others}.")
 
 
 def _by_numbers(path: Path) -> list[int]:
@@ -320,7 +317,8 @@ def weight_names(folder: Path, present: Collection[str] | None = None) -> list[s
         said = ", ".join(sorted(shards)[:4])
         raise MtpError(f"{folder} holds shards of several sets ({said}) and no {INDEX}; keep those of one.")
     likely = sorted(name for name in there if LIKELY.search(name))
-    advice = next((advice for end, advice in INSTEAD.items() if likely and likely[0].lower().endswith(end)), DOWNLOAD)
+    ends = {Path(name).suffix.lower() for name in likely}
+    advice = next((INSTEAD[end] for end in INSTEAD if end in ends), DOWNLOAD)
     lies = f"; there lies {listed(likely)}" if likely else ""
     raise MtpError(f"{folder} has neither {SINGLE} nor {INDEX}{lies}: {advice}.")
 

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -54,7 +54,7 @@ class Source:
     """One tensor of the checkpoint: file, shape as torch has it, safetensors' name of its type, bytes in the file.
 
     `parts`: what it is put together from, one after the other, where an export has it in pieces. `wide`: the file has
-    it as F64, of twice the bytes, and it is read as F32.
+    it as F64, of twice the bytes, and it is read as F32. `made`: makes its bytes, which are in no file.
     """
 
     file: Path
@@ -64,6 +64,7 @@ class Source:
     size: int = 0
     parts: tuple[Source, ...] = ()
     wide: bool = False
+    made: Callable[[], Bytes] | None = None
 
     @property
     def row_size(self) -> int:
@@ -133,6 +134,8 @@ class Weights:
         return found[0] if len(found) == 1 else np.concatenate(found)
 
     def _read(self, name: str, source: Source, start: int, size: int) -> Bytes:
+        if source.made:
+            return source.made()[start : start + size]
         if source.wide:
             stored = self._read(name, replace(source, wide=False), 2 * start, 2 * size)
             return stored.view("<f8").astype("<f4").view(np.uint8)
@@ -173,7 +176,6 @@ class Checkpoint(Weights):
     (of generation_config.json what can be used); `called` is the name that a user gives it."""
 
     called: str | None = None
-    _twin: Checkpoint | None = None
 
     def __init__(self, folder: Path, files: ExitStack, allowed: Collection[str] = ()) -> None:
         if not folder.is_dir():
@@ -183,6 +185,7 @@ class Checkpoint(Weights):
         with damaged(file):
             self.settings = read_json(file)
             self.config = parse_config(self.settings, file, allowed)
+        self._allowed = allowed
         self.generation = read_generation(folder)
         super().__init__(folder, files)
         self._check_quantized()
@@ -218,13 +221,31 @@ class Checkpoint(Weights):
         return replace(self.config, tied=False)
 
     @cached_property
+    def own_tokenizer(self) -> Tokenizer:
+        """Its tokenizer.json, read when it is asked for; raises what `read_tokenizer` raises."""
+        return read_tokenizer(self.folder / "tokenizer.json", self._allowed)
+
+    @cached_property
     def tokenizer(self) -> Tokenizer:
-        """tokenizer.json, read when it is asked for; raises what `read_tokenizer` raises."""
-        return self._twin.tokenizer if self._twin else read_tokenizer(self.folder / "tokenizer.json")
+        """The tokenizer with a token for each row of the embedding.
+
+        Raises:
+            MtpError: what `read_tokenizer` raises; or there are more tokens than rows.
+        """
+        found, rows = self.own_tokenizer, self.config.vocab_size
+        if rows < len(found.tokens):
+            raise MtpError(
+                f"{found.path} has {len(found.tokens)} tokens, but config.json and the embedding have {rows} rows, "
+                f"none for {listed([repr(token) for token in found.tokens[rows:]])}; take the tokenizer.json that the "
+                "model was trained with, or resize its embedding (resize_token_embeddings)."
+            )
+        if rows > len(found.tokens):
+            warn(f"{self.folder}: {rows - len(found.tokens)} rows of the embedding have no token; they are unused.")
+        return found.padded(rows)
 
     def share_tokenizer(self, other: Checkpoint) -> None:
-        """Take the tokenizer of a checkpoint that has the same tokenizer.json."""
-        self._twin = other
+        """Take the tokenizer of a checkpoint that has the same tokens."""
+        self.tokenizer = other.tokenizer
 
     def fingerprint(self) -> str:
         """SHA-256 over configuration, tensor names, types and shapes, and a sample of every tensor's values.

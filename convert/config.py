@@ -117,10 +117,12 @@ class TargetConfig(TextConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DrafterConfig(TextConfig):
-    """A drafter. `ordered`: it has the clustered head, with `n_centroids` clusters of which `top_k` are read."""
+    """A drafter. `ordered`: it has the clustered head, with `n_centroids` clusters of which `top_k` are read, and in
+    them the first `n_ordered` tokens."""
 
     backbone: int
     ordered: bool
+    n_ordered: int
     n_centroids: int
     top_k: int
 
@@ -351,6 +353,7 @@ def _drafter(root: _Keys, text: dict[str, Any]) -> dict[str, Any]:
         "n_kv_shared": text["n_layer"],
         "backbone": backbone,
         "ordered": bool(root.get("use_ordered_embeddings", False)),
+        "n_ordered": text["vocab_size"],
         "n_centroids": root.some_size("num_centroids") or 0,
         "top_k": root.some_size("centroid_intermediate_top_k") or 0,
     }

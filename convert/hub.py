@@ -21,10 +21,10 @@ from gemma_mtp.convert.sizes import SIZES
 # What a conversion reads of a repository.
 WEIGHT_FILES = "*.safetensors"
 FILES = (WEIGHT_FILES, "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json",
-         "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "*.jinja",
+         "tokenizer_config.json", "special_tokens_map.json", "*.jinja", "chat_template.json",
          "preprocessor_config.json", "processor_config.json", "README.md")  # fmt: skip
-# Copies of the same weights in other forms.
-NOT = ("original/*", "*/*", "consolidated*.safetensors")
+# Copies of the same weights in other forms. Of folders within it only chat templates are read.
+NOT = (*(f"*/{each}" for each in FILES if each != "*.jinja"), "consolidated*.safetensors")
 # Bytes of a safetensors file that are asked for first; few headers are longer.
 FIRST = 100_000
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -98,13 +98,14 @@ def _place(path: Path, wanted: Path) -> None:
 
 def _present(name: str, cached: Path) -> list[str]:
     """Names of the files in a repository, at the commit of a snapshot; offline those of the snapshot."""
-    from huggingface_hub import constants, list_repo_files
+    from huggingface_hub import constants, errors, list_repo_files
 
-    if constants.is_offline_mode():
-        return [path.name for path in cached.iterdir()]
     with _hub_errors(name, cached.name):
-        found: list[str] = list_repo_files(name, revision=cached.name)
-    return found
+        if not constants.is_offline_mode():
+            return list(list_repo_files(name, revision=cached.name))
+        if not any(cached.glob(WEIGHT_FILES)):
+            raise errors.OfflineModeIsEnabled(f"the weights of {name}")
+    return [path.name for path in cached.iterdir()]
 
 
 def _remote_header(name: str, file: str, commit: str) -> tuple[bytes, int]:

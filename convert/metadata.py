@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import gguf
@@ -39,14 +40,20 @@ class Headers:
         plan: of one of the files; the others differ in format alone.
 
     Raises:
-        MtpError: the vocabulary does not fit the model, or the ordered head is damaged.
+        MtpError: the vocabulary does not fit the model, or a small file is damaged.
     """
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan) -> None:
+        self._checkpoint = checkpoint
         self._model = packed(_model_entries(checkpoint, plan))
-        self._ordered: dict[str, bytes] = {}
-        if isinstance(checkpoint.config, DrafterConfig) and checkpoint.config.ordered:
-            self._ordered = {key: entry(key, value) for key, value in ordered_head(checkpoint).items()}
+
+    @cached_property
+    def ordered(self) -> Mapping[str, bytes]:
+        """The entries of an ordered head, which come from the weights; raises what `ordered_head` raises."""
+        config = self._checkpoint.config
+        if not (isinstance(config, DrafterConfig) and config.ordered):
+            return {}
+        return {key: entry(key, value) for key, value in ordered_head(self._checkpoint).items()}
 
     def head(
         self, plan: Plan, part: split.Part[Planned], link: Mapping[str, Any], imatrix: Imatrix | None = None
@@ -64,7 +71,7 @@ class Headers:
             file_type = entry(FILE_TYPE, tensor_types.QUANTS[plan.quant].file_type)
             added = {**(imatrix.metadata() if imatrix else {}), **link}
             entries = self._model | {FILE_TYPE: file_type} | {key: entry(key, value) for key, value in added.items()}
-            entries |= self._ordered
+            entries |= self.ordered
         if part.count > 1:
             entries |= packed(_split(plan, part))
         # Filled in when the weights are there. No hash is told before its tensor is whole.
@@ -104,14 +111,8 @@ def _model_entries(checkpoint: Checkpoint, plan: Plan) -> GGUFWriter:
         writer.add_key_value(f"{plan.arch}.{key}", value, kind)
     writer.add_file_type(tensor_types.QUANTS[plan.quant].file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    count, wanted = len(checkpoint.tokenizer.tokens), checkpoint.config.vocab_size
-    if count != wanted:
-        raise MtpError(
-            f"{checkpoint.folder}: tokenizer.json has {count} tokens, config.json says {wanted}; the two are of "
-            "different models."
-        )
     target = isinstance(checkpoint.config, TargetConfig)
-    add_tokenizer(writer, checkpoint.folder, checkpoint.tokenizer, checkpoint.generation, target)
+    add_tokenizer(writer, checkpoint.folder, checkpoint.tokenizer, checkpoint.generation, checkpoint.settings, target)
     return writer
 
 
@@ -135,7 +136,7 @@ def ordered_head(checkpoint: Checkpoint) -> dict[str, Any]:
     assert isinstance(config, DrafterConfig)
     centroids, order = checkpoint.values(names.CENTROIDS).reshape(-1), checkpoint.index[names.ORDERING]
     ordering = checkpoint.read(names.ORDERING, 0, order.size).view("<i8" if order.dtype == "I64" else "<i4")
-    sizes = config.vocab_size, config.n_centroids, config.n_embd
+    sizes = config.n_ordered, config.n_centroids, config.n_embd
     for key, _, _ in ordered.broken_tables(centroids, ordering, *sizes, wide=True):
         what = {
             ordered.KEY_CENTROIDS: f"{names.CENTROIDS!r} holds NaN or infinite values",

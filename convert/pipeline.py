@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -12,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gemma_mtp.convert import link
+from gemma_mtp.convert.link import MtpError
 from gemma_mtp.convert.progress import Progress, counting
 
 if TYPE_CHECKING:
     from gemma_mtp.convert.checkpoint import Checkpoint
     from gemma_mtp.convert.gguf_io.split import Part
     from gemma_mtp.convert.imatrix import Imatrix
+    from gemma_mtp.convert.metadata import Headers
     from gemma_mtp.convert.mmproj import ProjectorPlan
     from gemma_mtp.convert.plan import Plan, Planned
     from gemma_mtp.convert.tensor_types import Options
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 
 Folder = str | os.PathLike[str]
+# What a drafter does with tokens that its target has and it has not.
+KEEP, EXTEND = "keep", "extend"
 
 
 class Content(NamedTuple):
@@ -53,13 +56,16 @@ class Pair:
 class PairPlan:
     """What `convert_pair` would write: file name to plan, for each role, and the file name and plan of the projector.
 
-    `parts` has for each of these names the files that it becomes, several if it is split.
+    `parts` has for each of these names the files that it becomes, several if it is split; `headers` are what the files
+    of the target and of the drafter begin with, `modelfile` is the text of the Modelfile.
     """
 
     targets: Mapping[str, Plan]
     drafters: Mapping[str, Plan]
     parts: Mapping[str, Sequence[Part[Planned]]]
+    headers: tuple[Headers, Headers] = field(repr=False, compare=False)
     projector: tuple[str, ProjectorPlan] | None = None
+    modelfile: str = ""
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -95,6 +101,7 @@ def convert_pair(
     split_max_size: int | None = None,
     mmproj: str | None = None,
     allow_unknown: Collection[str] = (),
+    drafter_vocab: str = KEEP,
 ) -> Pair:
     """Write OUT/<name>-<quant>.gguf, its drafter beside it, and a Modelfile for both.
 
@@ -113,7 +120,8 @@ def convert_pair(
         imatrix: file with the importance matrix of the target.
         split_max_size: bytes of tensors that a file holds at most; larger models are split as llama.cpp splits them.
         mmproj: format of the projector, F16, BF16, F32 or Q8_0, if it is to be converted too.
-        allow_unknown: keys of config.json that are let pass although they may change the model.
+        allow_unknown: keys of config.json that are let pass although they may change the model, and of tokenizer.json.
+        drafter_vocab: "extend" gives a drafter the tokens that were added to its target; "keep" refuses such a pair.
 
     Raises:
         PairError: the two folders do not hold a target and its drafter.
@@ -121,25 +129,26 @@ def convert_pair(
     """
     from gemma_mtp.convert.files import write_small
     from gemma_mtp.convert.mmproj import write_mmproj
-    from gemma_mtp.convert.modelfile import modelfile
     from gemma_mtp.convert.staging import staging
     from gemma_mtp.convert.write import write
 
     folder = Path(out)
     with _open_pair(target_dir, drafter_dir, allowed=allow_unknown) as (target, drafter):
         weights = _imatrix(imatrix)
+        _agree(target, drafter, drafter_vocab)
         plans = _plan(target, drafter, quant, drafter_quant, name, options, weights is not None, split_max_size, mmproj)
+        for headers in plans.headers:
+            _ = headers.ordered  # of the weights, and checked with the rest
         links = link.entries(plans.first, target.fingerprint(), drafter.fingerprint())
         qat = options is not None and options.qat
         more = counting(progress, plans.n_bytes)
         with staging(folder, [*plans.files, "Modelfile"], plans.n_bytes, force) as hidden:
-            write(_outputs(plans, plans.targets, hidden, links[0], weights, qat), target, more)
-            write(_outputs(plans, plans.drafters, hidden, links[1], None, qat), drafter, more)
+            write(_outputs(plans, plans.targets, hidden, links[0], weights, qat), target, plans.headers[0], more)
+            write(_outputs(plans, plans.drafters, hidden, links[1], None, qat), drafter, plans.headers[1], more)
             link.check(*(link.read_header(hidden / file) for file in plans.first))
             if plans.projector:
                 write_mmproj(plans.projector[1], target, hidden / plans.projector[0], more)
-            text = modelfile(*plans.first, target.generation, plans.projector[0] if plans.projector else None)
-            write_small(hidden / "Modelfile", text)
+            write_small(hidden / "Modelfile", plans.modelfile)
     return _written_pair(folder, plans)
 
 
@@ -155,6 +164,7 @@ def plan_pair(
     split_max_size: int | None = None,
     mmproj: str | None = None,
     allow_unknown: Collection[str] = (),
+    drafter_vocab: str = KEEP,
 ) -> PairPlan:
     """What `convert_pair` with the same arguments would write; raises what it raises.
 
@@ -162,6 +172,7 @@ def plan_pair(
     """
     with _open_pair(target_dir, drafter_dir, True, allow_unknown) as (target, drafter):
         weights = _imatrix(imatrix)
+        _agree(target, drafter, drafter_vocab)
         return _plan(target, drafter, quant, drafter_quant, name, options, weights is not None, split_max_size, mmproj)
 
 
@@ -172,6 +183,7 @@ def checked_pair(target_dir: Folder, drafter_dir: Folder) -> Iterator[tuple[Chec
     Raises what `plan_pair` raises.
     """
     with _open_pair(target_dir, drafter_dir, headers=True) as (target, drafter):
+        _agree(target, drafter, KEEP)
         _plan(target, drafter, "BF16", "BF16", None, None, False, None, None)
         yield target, drafter
 
@@ -225,10 +237,10 @@ def _plan(
 ) -> PairPlan:  # fmt: skip
     from gemma_mtp.convert import naming, tensor_types
     from gemma_mtp.convert.gguf_io.split import cut
-    from gemma_mtp.convert.plan import check_pair, plan
+    from gemma_mtp.convert.metadata import Headers
+    from gemma_mtp.convert.modelfile import modelfile
+    from gemma_mtp.convert.plan import plan
 
-    check_pair(target.config, drafter.config)
-    _same_tokens(target, drafter)
     chosen = replace(options or tensor_types.DEFAULT, imatrix=imatrix)
     found: list[dict[str, Plan]] = []
     stems = naming.stems(target.folder, drafter.folder, name)
@@ -249,9 +261,11 @@ def _plan(
         from gemma_mtp.convert.mmproj import plan_mmproj
 
         projector = f"mmproj-{stems[0]}-{mmproj}.gguf", plan_mmproj(target, mmproj)
-    planned = PairPlan(found[0], found[1], parts, projector)
+    headers = [Headers(each, next(iter(plans.values()))) for each, plans in zip((target, drafter), found, strict=True)]
+    planned = PairPlan(found[0], found[1], parts, (headers[0], headers[1]), projector)
     naming.check_files(planned.files)
-    return planned
+    text = modelfile(*planned.first, target.generation, projector[0] if projector else None)
+    return replace(planned, modelfile=text)
 
 
 def _outputs(
@@ -262,14 +276,13 @@ def _outputs(
     return [Output(each, folder, plans.parts[file], tied, imatrix, qat) for file, each in role.items()]
 
 
-def _same_tokens(target: Checkpoint, drafter: Checkpoint) -> None:
-    """Check that both have the same tokens; where they have the same file, it is read once."""
-    from gemma_mtp.convert.plan import other_target
+def _agree(target: Checkpoint, drafter: Checkpoint, vocab: str) -> None:
+    """Check that two checkpoints are a pair, of one vocabulary; if wanted, the drafter takes its target's."""
+    from gemma_mtp.convert.plan import check_pair, check_roles
+    from gemma_mtp.convert.vocabulary import agree
 
-    one, other = (checkpoint.folder / "tokenizer.json" for checkpoint in (target, drafter))
-    if one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False):
-        drafter.share_tokenizer(target)
-        return
-    for place, (left, right) in enumerate(zip(target.tokenizer.tokens, drafter.tokenizer.tokens, strict=False)):
-        if left != right:
-            raise other_target(f"token {place} is {left!r} in {target.folder}, {right!r} in {drafter.folder}")
+    if vocab not in (KEEP, EXTEND):
+        raise MtpError(f"unknown drafter vocabulary {vocab!r}; choose {KEEP} or {EXTEND}.")
+    check_roles(target.config, drafter.config)
+    agree(target, drafter, vocab == EXTEND)
+    check_pair(target.config, drafter.config)

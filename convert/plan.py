@@ -202,7 +202,7 @@ def _optional(config: Config) -> set[str]:
 
 def _check_ordered_tensors(config: DrafterConfig, index: Mapping[str, Source]) -> None:
     """The tables of an ordered head: there, of the right shape, and cutting the vocabulary into equal clusters."""
-    wanted = {names.CENTROIDS: (config.n_centroids, config.n_embd), names.ORDERING: (config.vocab_size,)}
+    wanted = {names.CENTROIDS: (config.n_centroids, config.n_embd), names.ORDERING: (config.n_ordered,)}
     for name, shape in wanted.items():
         if name not in index:
             raise MtpError(
@@ -213,9 +213,9 @@ def _check_ordered_tensors(config: DrafterConfig, index: Mapping[str, Source]) -
         kinds = ("I64", "I32") if name == names.ORDERING else tuple(SOURCE_TYPES)
         if index[name].dtype not in kinds:
             raise MtpError(f"{index[name].file}: {name!r} is {index[name].dtype}, wanted {' or '.join(kinds)}.")
-    if any(broken_sizes(config.vocab_size, config.n_centroids, config.top_k)):
+    if any(broken_sizes(config.n_ordered, config.n_centroids, config.top_k)):
         raise MtpError(
-            f"config.json: {config.vocab_size} tokens in {config.n_centroids} clusters, {config.top_k} of them read, "
+            f"config.json: {config.n_ordered} tokens in {config.n_centroids} clusters, {config.top_k} of them read, "
             "do not make an ordered head."
         )
 
@@ -273,16 +273,26 @@ def rope_freqs(config: Config) -> list[float]:
     return [1.0] * rotated + [1e30] * (config.head_dim_full // 2 - rotated)
 
 
+def check_roles(target: Config, drafter: Config) -> None:
+    """Check that the first checkpoint is a target and the second a drafter.
+
+    Raises:
+        PairError: they are not.
+    """
+    if not isinstance(target, TargetConfig):
+        raise PairError("the first folder holds a drafter; pass the target first, then its drafter.")
+    if not isinstance(drafter, DrafterConfig):
+        raise PairError("the second folder holds a target, not a drafter; pass the target first, then its drafter.")
+
+
 def check_pair(target: Config, drafter: Config) -> None:
     """Check that two checkpoints are a target and a drafter made for its shapes.
 
     Raises:
         PairError: naming the first property that differs, with both values.
     """
-    if not isinstance(target, TargetConfig):
-        raise PairError("the first folder holds a drafter; pass the target first, then its drafter.")
-    if not isinstance(drafter, DrafterConfig):
-        raise PairError("the second folder holds a target, not a drafter; pass the target first, then its drafter.")
+    check_roles(target, drafter)
+    assert isinstance(drafter, DrafterConfig)
     for name, ours, theirs in differences(
         _config_interface(target, target.n_embd), _config_interface(drafter, drafter.backbone)
     ):

@@ -5,21 +5,21 @@ The same keys and values as upstream's converter (conversion/gemma.py, `Gemma4Mo
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-import tempfile
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import numpy.typing as npt
-from gemma_mtp.convert.errors import MtpError, damaged
+from gemma_mtp.convert.chat_template import chat_template
+from gemma_mtp.convert.errors import MtpError, damaged, listed, warn
 from gemma_mtp.convert.gguf_io.write import Array
 from gemma_mtp.convert.json_file import read_json
+from gemma_mtp.convert.special_tokens import Specials, read_settings, read_specials
 from gguf import GGUFValueType, GGUFWriter, TokenType
 
 # Special tokens that llama.cpp must print, so that its chat parser sees them.
@@ -31,12 +31,16 @@ KNOWN_ENDS = {"<eos>", "<turn|>", "<|tool_response>"}
 SCORE = -1000.0
 INNER_SPACE = chr(ord(" ") + 256)
 ADVICE = "download the tokenizer's files."
-# What tells of special tokens beside tokenizer.json.
-READ_BY_GGUF = (
-    "tokenizer_config.json", "config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates",
-)  # fmt: skip
-# What transformers' GemmaTokenizer assumes where tokenizer_config.json is silent.
-GEMMA_TOKENS = {f"{part}_token": f"<{part}>" for part in ("pad", "eos", "bos", "unk", "mask")}
+# How Gemma's tokenizer treats text before the BPE sees it, and other settings of the BPE that llama.cpp does not know.
+NORMALIZER = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+USUAL: Mapping[str, Sequence[Any]] = {
+    "normalizer": (NORMALIZER, {"type": "Sequence", "normalizers": [NORMALIZER]}),
+    "pre_tokenizer": (None, SPLIT, {"type": "Sequence", "pretokenizers": [SPLIT]}),
+    "continuing_subword_prefix": (None, ""),
+    "end_of_word_suffix": (None, ""),
+    "ignore_merges": (None, False),
+}
 
 logging.getLogger("gguf").setLevel(logging.ERROR)  # it tells of every key it adds
 
@@ -45,37 +49,65 @@ logging.getLogger("gguf").setLevel(logging.ERROR)  # it tells of every key it ad
 class Tokenizer:
     """tokenizer.json.
 
-    `tokens` are in the order of their ids, those from `n_base` on were added to the vocabulary of the BPE; `packed` are
-    the same and `merges` the pairs that it joins, as a GGUF file holds them. `rest` is what is said of special tokens.
+    `tokens` are in the order of their ids; those from `n_base` on were added to the vocabulary of the BPE, those from
+    `n_used` on stand for rows of the embedding that no token has. `packed` are the same and `merges` the pairs that the
+    BPE joins, as a GGUF file holds them. `added` are the tokens that a text is cut into before the BPE
+    sees it, and whether they are special; `post_processor` says what is put around a text.
     """
 
     path: Path
     tokens: Sequence[str]
     n_base: int
+    n_used: int
     packed: Array
-    merges: Array | None
-    rest: Mapping[str, Any]
+    merges: Array
+    added: Mapping[str, bool]
+    post_processor: Any
+
+    def padded(self, n_rows: int) -> Tokenizer:
+        """The same with unused tokens up to a number of rows."""
+        if n_rows == len(self.tokens):
+            return self
+        tokens = [*self.tokens, *(f"[PAD{place}]" for place in range(len(self.tokens), n_rows))]
+        return replace(self, tokens=tokens, packed=Array.of(tokens))
 
 
-def read_tokenizer(path: Path) -> Tokenizer:
+def read_tokenizer(path: Path, allowed: Collection[str] = ()) -> Tokenizer:
     """Read tokenizer.json.
 
+    Args:
+        path: of the file.
+        allowed: keys that may be otherwise than in Gemma's tokenizer.
+
     Raises:
-        MtpError: it is missing or damaged, is no BPE with byte fallback, or leaves ids unused.
+        MtpError: it is missing or damaged, is no BPE with byte fallback, leaves ids unused, or cuts text otherwise than
+            llama.cpp does.
     """
     parsed = read_json(path, ADVICE)
     model = parsed.get("model")
-    if not isinstance(model, dict) or model.get("type") != "BPE" or not model.get("byte_fallback"):
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not model.get("byte_fallback"):
         raise MtpError(f"{path} is not Gemma's tokenizer, BPE with byte fallback; download it again.")
+    for key, usual in USUAL.items():
+        if parsed.get(key, model.get(key)) not in usual and key not in allowed:
+            raise MtpError(
+                f"{path}: its {key} is not Gemma's, and llama.cpp would cut text into other tokens; take the "
+                f"tokenizer.json of the model that this one was made of, or pass --allow-unknown {key}."
+            )
     with damaged(path):
-        base: dict[str, int] = dict(model["vocab"])
-        ids = {**base, **{added["content"]: int(added["id"]) for added in parsed.get("added_tokens", [])}}
+        added = parsed.get("added_tokens") or []
+        ids = {**model["vocab"], **{each["content"]: int(each["id"]) for each in added}}
         tokens = sorted(ids, key=ids.__getitem__)
         if [ids[token] for token in tokens] != list(range(len(ids))):
             raise MtpError(f"{path}: token ids are not 0 to {len(ids) - 1} without gaps; download it again.")
         merges = [_merge(each) for each in model.get("merges") or ()]
-        rest: dict[str, Any] = {key: parsed[key] for key in ("added_tokens", "post_processor") if key in parsed}
-        return Tokenizer(path, tokens, len(base), Array.of(tokens), Array.of(merges) if merges else None, rest)
+        if not merges:
+            raise MtpError(f"{path} has no merges, without which no text becomes tokens; download it again.")
+        strips = [each["content"] for each in added if any(map(each.get, ("lstrip", "rstrip", "single_word")))]
+        if strips:
+            warn(f"{path}: spaces beside {listed(strips)} are kept; llama.cpp knows no lstrip, rstrip and single_word.")
+        special = {each["content"]: bool(each.get("special")) for each in added}
+        packed, post = Array.of(tokens), parsed.get("post_processor")
+        return Tokenizer(path, tokens, len(model["vocab"]), len(tokens), packed, Array.of(merges), special, post)
 
 
 def _merge(pair: str | Sequence[str]) -> str:
@@ -86,53 +118,51 @@ def _merge(pair: str | Sequence[str]) -> str:
     return f"{left.replace(' ', INNER_SPACE)} {right.replace(' ', INNER_SPACE)}"
 
 
-def _named_specials(folder: Path) -> set[str]:
-    """What transformers calls special tokens: those that tokenizer_config.json or its class gives a part to play."""
-    path = folder / "tokenizer_config.json"
-    settings = read_json(path, ADVICE) if path.exists() else {}
-    if str(settings.get("tokenizer_class", "")).startswith("Gemma"):
-        settings = GEMMA_TOKENS | settings
-    named = [value for key, value in settings.items() if key.endswith("_token")]
-    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    named += list(extra.values()) if isinstance(extra, Mapping) else list(extra)
-    return {value["content"] if isinstance(value, Mapping) else value for value in named if value}
-
-
-def token_types(tokenizer: Tokenizer, specials: Container[str]) -> npt.NDArray[np.int32]:
-    """The type of every token, [tokens]; `specials` are those with a part to play."""
+def token_types(tokenizer: Tokenizer, specials: Specials) -> npt.NDArray[np.int32]:
+    """The type of every token, [tokens]: what transformers takes for one token is one token in llama.cpp too."""
     kinds = np.full(len(tokenizer.tokens), TokenType.NORMAL, np.int32)
-    kinds[tokenizer.n_base :] = TokenType.USER_DEFINED
-    for place, token in enumerate(tokenizer.tokens):
+    kinds[tokenizer.n_base : tokenizer.n_used] = TokenType.USER_DEFINED
+    kinds[tokenizer.n_used :] = TokenType.UNUSED
+    for place, token in enumerate(tokenizer.tokens[: tokenizer.n_used]):
         if token in VISIBLE:
             kinds[place] = TokenType.USER_DEFINED
         elif token.startswith("<0x") and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
             kinds[place] = TokenType.BYTE
-        elif token in specials:
+        elif token in specials.named or tokenizer.added.get(token):
             kinds[place] = TokenType.CONTROL
+        elif token in tokenizer.added or token in specials.added:
+            kinds[place] = TokenType.USER_DEFINED
     return kinds
 
 
-def other_ends(folder: Path, tokens: Sequence[str], generation: Mapping[str, Any]) -> list[int]:
-    """EOS ids of generation_config.json that llama.cpp would not find by itself."""
-    named = generation.get("eos_token_id", [])
-    ends = [named] if isinstance(named, int) else list(named)
-    for end in ends:
-        if not isinstance(end, int) or not 0 <= end < len(tokens):
-            raise MtpError(f"{folder / 'generation_config.json'}: eos_token_id {end!r} is not in the vocabulary.")
-    return [end for end in ends if tokens[end] not in KNOWN_ENDS]
+def other_ends(folder: Path, tokenizer: Tokenizer, generation: Mapping[str, Any]) -> list[int]:
+    """EOS ids of generation_config.json that llama.cpp would not find by itself; it has room for two."""
+    ends = _within(folder, "eos_token_id", tokenizer, generation)
+    others = [end for end in ends if tokenizer.tokens[end] not in KNOWN_ENDS]
+    if len(others) > 2:
+        lost = [f"{end} ({tokenizer.tokens[end]!r})" for end in others[2:]]
+        warn(f"{folder / 'generation_config.json'}: a GGUF file has no place for more ends; left out: {listed(lost)}.")
+    return others[:2]
 
 
-def suppressed(folder: Path, generation: Mapping[str, Any]) -> list[int]:
+def suppressed(folder: Path, tokenizer: Tokenizer, generation: Mapping[str, Any]) -> list[int]:
     """Tokens that generation_config.json forbids (the 12B's: placeholders of images and audio)."""
-    tokens = generation.get("suppress_tokens") or []
-    if not isinstance(tokens, list) or not all(isinstance(token, int) for token in tokens):
-        raise MtpError(f"{folder / 'generation_config.json'}: suppress_tokens is no list of token ids.")
-    return tokens
+    return _within(folder, "suppress_tokens", tokenizer, generation)
+
+
+def _within(folder: Path, key: str, tokenizer: Tokenizer, generation: Mapping[str, Any]) -> list[int]:
+    """The ids of a list that are in the vocabulary; others are left out, and said."""
+    given = generation.get(key) or []
+    lost = [str(token) for token in given if token >= tokenizer.n_used]
+    if lost:
+        warn(f"{folder / 'generation_config.json'}: {key}: not in the vocabulary, and left out: {listed(lost)}.")
+    return [token for token in given if token < tokenizer.n_used]
 
 
 def add_tokenizer(
-    writer: GGUFWriter, folder: Path, tokenizer: Tokenizer, generation: Mapping[str, Any], target: bool
-) -> None:
+    writer: GGUFWriter, folder: Path, tokenizer: Tokenizer, generation: Mapping[str, Any], config: Mapping[str, Any],
+    target: bool,
+) -> None:  # fmt: skip
     """Add all metadata of the tokenizer to what is to be written.
 
     Suppressed tokens go into a target's file only: its sampler forbids them, whatever a drafter proposes.
@@ -141,42 +171,41 @@ def add_tokenizer(
         writer: collects the metadata.
         folder: with tokenizer_config.json and the chat template.
         tokenizer: its tokenizer.json.
-        generation: its generation_config.json, or {}.
+        generation: what is used of its generation_config.json, or {}.
+        config: its config.json.
         target: whether the file is a target's.
 
     Raises:
-        MtpError: a file is damaged, or names a token that is not there.
+        MtpError: a file is damaged.
     """
     keys, count = gguf.Keys.Tokenizer, len(tokenizer.tokens)
+    settings = read_settings(folder)
+    ids = {token: place for place, token in enumerate(tokenizer.tokens)}
+    specials = read_specials(folder, settings, ids, tokenizer.post_processor, config)
     writer.add_tokenizer_model("gemma4")
     arrays = {
         keys.LIST: tokenizer.packed,
         keys.SCORES: Array.of(np.full(count, SCORE, np.float32)),
-        keys.TOKEN_TYPE: Array.of(token_types(tokenizer, _named_specials(folder))),
+        keys.TOKEN_TYPE: Array.of(token_types(tokenizer, specials)),
         keys.MERGES: tokenizer.merges,
     }
     for key, array in arrays.items():
-        if array is not None:
-            writer.add_key_value(key, array, GGUFValueType.ARRAY)
-    _special_tokens(folder, tokenizer.rest).add_to_gguf(writer, quiet=True)
+        writer.add_key_value(key, array, GGUFValueType.ARRAY)
+    for part, token in specials.ids.items():
+        getattr(writer, f"add_{part}_token_id")(token)
+    for part, whether in specials.adds.items():
+        if (add := getattr(writer, f"add_add_{part}_token", None)) is not None:  # a GGUF file has keys for three parts
+            add(whether)
+    template = chat_template(folder, settings)
+    if template is not None:
+        writer.add_chat_template(template)
+    elif target:
+        warn(f"{folder} has no chat template, as a base model has none; chats will be in Gemma 4's own format.")
     # llama.cpp reads two more ids that end a generation; upstream's converter does not look at this file.
     adders = (writer.add_eot_token_id, writer.add_eom_token_id)
-    for end, add in zip(other_ends(folder, tokenizer.tokens, generation), adders, strict=False):
+    for end, add in zip(other_ends(folder, tokenizer, generation), adders, strict=False):
         add(end)
     if target:
-        writer.add_array("tokenizer.ggml.suppress_tokens", suppressed(folder, generation))
+        writer.add_array("tokenizer.ggml.suppress_tokens", suppressed(folder, tokenizer, generation))
     writer.add_add_space_prefix(False)
     writer.add_add_bos_token(True)
-
-
-def _special_tokens(folder: Path, rest: Mapping[str, Any]) -> gguf.SpecialVocab:
-    """The gguf package's reading of special tokens and chat template.
-
-    It reads a folder, and would parse the whole tokenizer.json again: here it gets one without the vocabulary.
-    """
-    with tempfile.TemporaryDirectory(prefix="gemma-mtp-") as work:
-        for name in READ_BY_GGUF:
-            if (folder / name).exists():
-                Path(work, name).symlink_to((folder / name).absolute())
-        Path(work, "tokenizer.json").write_text(json.dumps({"added_tokens": [], **rest}), encoding="utf-8")
-        return gguf.SpecialVocab(work)

@@ -82,21 +82,21 @@ class _Rows(NamedTuple):
     stop: int
 
 
-def write(outputs: Sequence[Output], checkpoint: Checkpoint, more: More) -> None:
+def write(outputs: Sequence[Output], checkpoint: Checkpoint, headers: Headers, more: More) -> None:
     """Write GGUF files; the same input gives the same bytes.
 
     Args:
         outputs: with plans of this checkpoint; the caller keeps the files out of sight until all are whole.
         checkpoint: where the rows come from; each is read once.
+        headers: of its files.
         more: called with the number of bytes after each piece.
 
     Raises:
-        MtpError: the vocabulary does not fit the model, or a tensor holds NaN or infinite values.
+        MtpError: a tensor holds NaN or infinite values.
         WriteError: the disk is full or cannot be written.
     """
     with ExitStack() as files:
         places: dict[str, list[_Place]] = defaultdict(list)
-        headers = Headers(checkpoint, outputs[0].plan)
         created = [_create(output, part, headers, files, places) for output in outputs for part in output.parts]
         pool = ThreadPoolExecutor(os.cpu_count() or 1)
         files.callback(pool.shutdown, cancel_futures=True)  # before the files are closed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from gemma_mtp.convert import link
 from gemma_mtp.runtime.borrowed import bind, like
+from gemma_mtp.runtime.chat_format import UNSAID
 from gemma_mtp.runtime.context import Context, Stock
 from gemma_mtp.runtime.faults import Careful, check_grammar
 from gemma_mtp.runtime.guard import CALL, STREAM, exclusive
@@ -43,6 +45,7 @@ class Api(Context):
 
     stats: Stats
     total_stats: Stats
+    chat_format: str
     _seed: Any
     # Of the request that runs, for stock's code stands between a call and what generates its tokens:
     _request: Request | None  # what it asks for, if it is a completion
@@ -51,7 +54,14 @@ class Api(Context):
     _counting: bool  # whether `stats` are its own
 
     _defaults: Request  # what a request asks for that says nothing itself
+    _told: set[str]  # what was said
     _undrafted: str | None  # why nothing can be drafted, and what to do about it
+
+    def _tell(self, reason: str) -> None:
+        """Say once per object why a request runs otherwise than one may think."""
+        if reason not in self._told:
+            self._told.add(reason)
+            print(f"gemma-mtp: {reason}.", file=sys.stderr)
 
     @property
     def mtp(self) -> bool | None:
@@ -157,6 +167,8 @@ class Api(Context):
             kwargs: as there.
         """
         self.check_open()
+        if self.chat_format == UNSAID:
+            self._tell(f"{self.model_path} has no chat template; the chat is in Gemma 4's own format")
         given = bind(Stock.create_chat_completion, *args, **kwargs) | (chat_template_kwargs or {})
         handler = (
             self.chat_handler

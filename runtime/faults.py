@@ -9,6 +9,7 @@ from typing import Any
 
 from gemma_mtp.runtime.grammar import grammar_sampler
 from gemma_mtp.runtime.sampling import readable
+from jinja2 import TemplateSyntaxError
 from llama_cpp import llama_cpp as lib
 
 CLOSED = "this Llama is closed; load the model again."
@@ -134,6 +135,11 @@ def explaining_load(options: Mapping[str, Any]) -> Iterator[None]:
         if hint is None:
             raise
         raise type(problem)(f"{problem}; {hint}.") from problem
+    except TemplateSyntaxError as problem:
+        raise ValueError(
+            f"the chat template of the file is no Jinja (line {problem.lineno}: {problem.message}); mend it in the "
+            "checkpoint, and convert that again."
+        ) from problem
 
 
 def _load_hint(text: str, options: Mapping[str, Any]) -> str | None:

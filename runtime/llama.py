@@ -5,7 +5,6 @@ A `Llama` is an `Api` (stock's calls with our keywords), which is a `Context` (t
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -16,7 +15,7 @@ from typing import Any, Self
 
 import llama_cpp
 from gemma_mtp.convert import link
-from gemma_mtp.runtime import loop, native, sampling
+from gemma_mtp.runtime import chat_format, loop, native, sampling
 from gemma_mtp.runtime.api import Api
 from gemma_mtp.runtime.borrowed import bind, like
 from gemma_mtp.runtime.context import Stock
@@ -129,12 +128,9 @@ class Llama(Api):
                 raise RuntimeError(f"Failed to initialize LoRA adapter from lora path: {self.lora_path}")
         if options.get("seed") == 0:  # stock takes it for none
             self._seed = 0
-
-    def _tell(self, reason: str) -> None:
-        """Say once per object why a request runs without MTP."""
-        if reason not in self._told:
-            self._told.add(reason)
-            print(f"gemma-mtp: {reason}.", file=sys.stderr)
+        self._chat_handlers |= dict.fromkeys(chat_format.NAMES, chat_format.gemma_handler(self))
+        if self.chat_format == chat_format.FALLBACK and not options.get("chat_format"):
+            self.chat_format = chat_format.UNSAID
 
     @like(Stock.generate, **WISHES)
     @exclusive_stream

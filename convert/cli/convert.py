@@ -15,6 +15,7 @@ from gemma_mtp.convert.cli.show import counts_line, describe_plan, progress_bar,
 from gemma_mtp.convert.errors import MtpError
 from gemma_mtp.convert.hub import AUTO_DRAFTER
 from gemma_mtp.convert.naming import name_of
+from gemma_mtp.convert.pipeline import EXTEND, KEEP
 from gemma_mtp.convert.tensor_types import (
     ALIASES,
     PROJECTOR_QUANTS,
@@ -88,8 +89,11 @@ def read_size(text: str | None) -> int | None:
 @click.option("--mmproj", is_flag=True, help="Convert the projector too: vision, and audio where there is one.")
 @click.option("--mmproj-quant", type=click.Choice(PROJECTOR_QUANTS, case_sensitive=False), default="F16",
               show_default=True, help="Format of the projector.")  # fmt: skip
-@click.option("--allow-unknown", metavar="KEY", multiple=True,
-              help="Convert although config.json has this key, which may change the model; repeatable.")  # fmt: skip
+@click.option("--drafter-vocab", type=click.Choice([KEEP, EXTEND]), default=KEEP, show_default=True,
+              help="What the drafter does with tokens that were added to the target: it takes them (extend), or is "
+              "refused.")  # fmt: skip
+@click.option("--allow-unknown", metavar="KEY", multiple=True, help="Convert although config.json or tokenizer.json "
+              "has this key, which may change the model; repeatable.")  # fmt: skip
 @click.option("--name", help="Start of the file names, and general.name. [default: the names of the two folders]")
 @click.option("--force", is_flag=True, help="Replace files of the same names.")
 @click.option("--dry-run", is_flag=True, help="Print the plan with sizes and what is left out; write nothing, "
@@ -99,8 +103,8 @@ def convert(
     target: str, drafter: str | None, named: str | None, out: Path, quant: tuple[str, ...],
     drafter_quant: tuple[str, ...], recipe: str | None, imatrix: Path | None, tensor_type: tuple[str, ...],
     token_embedding_type: str | None, output_tensor_type: str | None, pure: bool, split_max_size: str | None,
-    mmproj: bool, mmproj_quant: str, allow_unknown: tuple[str, ...], name: str | None, force: bool, dry_run: bool,
-    as_json: bool,
+    mmproj: bool, mmproj_quant: str, drafter_vocab: str, allow_unknown: tuple[str, ...], name: str | None, force: bool,
+    dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Convert a target and its drafter to two linked GGUF files and a Modelfile.
 
@@ -115,6 +119,7 @@ def convert(
       gemma-mtp convert gemma-4-E2B-it gemma-4-E2B-it-assistant -o out -q Q4_K_M -q Q8_0 --dry-run
       gemma-mtp convert gemma-4-E2B-it gemma-4-E2B-it-assistant -o out -q IQ3_M --imatrix imatrix.gguf
       gemma-mtp convert gemma-4-E4B-it gemma-4-E4B-it-assistant -o out --mmproj
+      gemma-mtp convert my-fine-tune gemma-4-E4B-it-assistant -o out --drafter-vocab extend
       gemma-mtp convert snapshots/8f3a snapshots/77c0 -o out --name gemma-4-E4B-it --split-max-size 4G
     """
     if drafter and named:
@@ -131,6 +136,7 @@ def convert(
         "split_max_size": read_size(split_max_size),
         "mmproj": mmproj_quant if mmproj else None,
         "allow_unknown": allow_unknown,
+        "drafter_vocab": drafter_vocab,
     }
     if dry_run:
         plans = plan_pair(*sources, *chosen, name, **options)

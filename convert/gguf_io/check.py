@@ -170,12 +170,16 @@ def _check_vocabulary(header: Header) -> None:
 
 
 def _check_ordered(header: Header) -> None:
-    """The tables of an ordered head: equal clusters, finite centroids, an ordering that names every token once."""
-    count, width = len(header.vocabulary), header.of_arch("embedding_length")
+    """The tables of an ordered head: equal clusters, finite centroids, an ordering that names every token once.
+
+    Tokens at the end of the vocabulary may be in none of the clusters; they are never drafted.
+    """
+    width, ordering = header.of_arch("embedding_length"), header.metadata.get(KEY_ORDERING)
+    count = min(len(header.vocabulary), len(ordering) if isinstance(ordering, np.ndarray) else len(header.vocabulary))
     n_centroids, top_k = header.metadata.get(KEY_N_CENTROIDS), header.metadata.get(KEY_TOP_K)
     for broken in broken_sizes(count, n_centroids, top_k):
         raise _refuse(header, *broken)
     assert isinstance(n_centroids, int)
-    centroids, ordering = header.metadata[KEY_CENTROIDS], header.metadata.get(KEY_ORDERING)
+    centroids = header.metadata[KEY_CENTROIDS]
     for broken in broken_tables(centroids, ordering, count, n_centroids, width):
         raise _refuse(header, *broken)

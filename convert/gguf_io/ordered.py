@@ -40,7 +40,7 @@ def broken_tables(
     Args:
         centroids: should be float32, [n_centroids * width].
         ordering: should be token ids, [n_tokens], as int32.
-        n_tokens: size of the vocabulary.
+        n_tokens: how many tokens lie in clusters: all, or those before the ones that were added after the training.
         n_centroids: number of clusters.
         width: hidden size of the drafter.
         wide: whether token ids may be int64, as checkpoints have them.

@@ -90,7 +90,7 @@ def test_every_good_file_passes(tiny: dict[str, Path], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "sub/model.safetensors", "..", 7])
 def test_an_index_that_points_outside(name: object, pair: Folders, tmp_path: Path) -> None:
-    shutil.copy(pair[0] / "model.safetensors", tmp_path / "secret.safetensors")
+    (pair[0] / "model.safetensors").rename(tmp_path / "secret.safetensors")
     (pair[0] / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     refused(*pair, tmp_path / "out", "model.safetensors.index.json")
 
@@ -153,7 +153,6 @@ def test_a_token_ordering_of_another_kind(
         ("tokenizer.json", BPE % "[1, 2]"),
         ("tokenizer.json", BPE % '{"a": 0}}, "added_tokens": [{}], "x": {'),
         ("tokenizer.json", '{"model": 3}'),
-        ("generation_config.json", '{"eos_token_id": "x"}'),
     ],
 )
 def test_json_of_another_kind(file: str, text: str, pair: Folders, tmp_path: Path) -> None:

@@ -200,3 +200,29 @@ def test_drafters_of_official_targets(tmp_path: Path, monkeypatch: pytest.Monkey
             official_drafter(unknown)
     (tmp_path / "mine-assistant").mkdir()
     assert official_drafter("mine") == str(tmp_path / "mine-assistant")
+
+
+def test_chat_templates_come_with_it(run: Run, hub: Hub, tmp_path: Path) -> None:
+    """In every form that transformers knows."""
+    folder = hub.repositories[TARGET]
+    text = (folder / "chat_template.jinja").read_text()
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    assert run("convert", TARGET, "-o", "out", "-q", "Q8_0").returncode == 0
+    found = link.read_header(tmp_path / "out" / "gemma-4-E2B-it-Q8_0.gguf").metadata
+    assert (found["tokenizer.chat_template"], found["tokenizer.chat_template.tool_use"]) == (text, "tools")
+    name = "someone/else"
+    shutil.copytree(folder, tmp_path / "served" / "else", ignore=shutil.ignore_patterns("*.jinja"))
+    (tmp_path / "served" / "else" / "chat_template.json").write_text(json.dumps({"chat_template": "old"}))
+    hub.repositories[name] = tmp_path / "served" / "else"
+    assert run("convert", name, DRAFTER, "-o", "old", "-q", "Q8_0").returncode == 0
+    assert link.read_header(tmp_path / "old" / "else-Q8_0.gguf").metadata["tokenizer.chat_template"] == "old"
+
+
+def test_a_repository_of_one_file_beside_a_stale_index(run: Run, hub: Hub) -> None:
+    """--dry-run sees what transformers would load."""
+    folder = hub.repositories[TARGET]
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.x"}}))
+    done = run("convert", TARGET, "-o", "out", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "left aside: model.safetensors.index.json" in done.stderr

@@ -78,7 +78,8 @@ def test_what_the_model_does_not_read_is_left_out_with_its_reason(sizes: Sizes, 
     folder = re_export(sizes["31B"][0], tmp_path / "more", START)
     weights = load_file(folder / "model.safetensors")
     value = f"{START}layers.2.self_attn.v_proj.weight"
-    weights |= {value: torch.zeros(4, 4), "lm_head.weight": torch.zeros(2, 2), "model.vision_tower.a": torch.zeros(1)}
+    weights |= {"lm_head.weight": weights[f"{START}embed_tokens.weight"].clone()}
+    weights |= {value: torch.zeros(4, 4), "model.vision_tower.a": torch.zeros(1)}
     save_file(weights, folder / "model.safetensors")
     (planned,) = plan_pair(folder, sizes["31B"][1]).targets.values()
     assert planned.dropped == {value: names.V_IS_K, "lm_head.weight": names.TIED, "model.vision_tower.a": names.IMAGE}

@@ -1,0 +1,24 @@
+"""Gemma 4's own format of a chat, for files without a template; stock would write a prompt of Llama 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llama_cpp import Llama, llama_chat_format
+
+# Asked for, and taken because neither the file nor the caller says anything.
+NAMES = NAME, UNSAID = "gemma-4", "gemma-4, for want of a template"
+# What stock falls back on where a file has no template.
+FALLBACK = "llama-2"
+TEMPLATE = Path(__file__).with_name("gemma4.jinja")
+
+
+def gemma_handler(llm: Llama) -> Any:
+    """A chat handler in Gemma 4's format (tests/runtime/test_chat_format.py sets it beside Google's template)."""
+    bos, eos = (
+        (llm._model.token_get_text(token) if token >= 0 else "") for token in (llm.token_bos(), llm.token_eos())
+    )
+    return llama_chat_format.Jinja2ChatFormatter(
+        template=TEMPLATE.read_text(encoding="utf-8"), eos_token=eos, bos_token=bos, stop_token_ids=[llm.token_eos()]
+    ).to_chat_handler()

@@ -64,7 +64,7 @@ def fetch_headers(source: str, files: ExitStack) -> Path:
     Raises:
         MtpError: as `fetch_checkpoint`; or the server sends whole files only.
     """
-    from gemma_mtp.convert.checkpoint import weight_names
+    from gemma_mtp.convert.weight_files import weight_names
 
     folder = Path(source).expanduser()
     if folder.is_dir():

@@ -133,8 +133,8 @@ def _move(hidden: Path, folder: Path) -> None:
             complete.replace(hidden)  # which its owner removes
         except OSError:
             raise MtpError(
-                f"cannot write into {folder}: {problem.strerror}, and not all old files could be put back; mend that, "
-                f"then convert again: it begins with what {complete} holds."
+                f"cannot write into {folder}: {problem.strerror}, and not all old files could be put back; {complete} "
+                f"holds the new ones, {ASIDE} in it the old."
             ) from None
         raise
     except BaseException:  # an interrupt: some of the files are worse than all or none

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,21 +17,19 @@ import numpy as np
 from gemma_mtp.convert import names
 from gemma_mtp.convert.config import DrafterConfig, TargetConfig, parse_config
 from gemma_mtp.convert.errors import MtpError, damaged, listed, warn
+from gemma_mtp.convert.files import BINARY, read_into, reading
 from gemma_mtp.convert.generation import read_generation
 from gemma_mtp.convert.json_file import read_json
 from gemma_mtp.convert.quantize import Bytes, Floats, widen
 from gemma_mtp.convert.safetensors_file import Entry, read_entries
 from gemma_mtp.convert.vocab import Tokenizer, read_tokenizer
+from gemma_mtp.convert.weight_files import check_folder, weight_names
 
 # The number of values taken from each of three places of every tensor for the fingerprint.
 SAMPLE = 4096
 FLOATS = ("F64", "F32", "F16", "BF16")
 # Values compared at a time.
 PIECE = 1 << 22
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD = re.compile(r"(?P<stem>model)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
-# What somebody may take for the weights of a folder.
-LIKELY = re.compile(r"(?i)\.(safetensors|bin|pt|pth|gguf|part|incomplete|crdownload)$")
 # Keys of config.json that change without the model changing.
 INCIDENTAL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
@@ -82,7 +79,8 @@ class Weights:
                 if name in self.index:
                     raise MtpError(f"{path} holds {name!r}, and so does {self.index[name].file.name}; download again.")
                 self.index[name] = _source(path, entry)
-            self._files[path] = os.open(path, os.O_RDONLY)
+            with reading(path):
+                self._files[path] = os.open(path, os.O_RDONLY | BINARY)
             files.callback(os.close, self._files[path])
         self._stack_experts()
 
@@ -127,17 +125,10 @@ class Weights:
             stored = self._read(name, replace(source, wide=False), 2 * start, 2 * size)
             return stored.view("<f8").astype("<f4").view(np.uint8)
         raw = np.empty(size, np.uint8)
-        done = 0
-        while done < size:
-            try:
-                more = os.preadv(self._files[source.file], [raw[done:].data], source.offset + start + done)
-            except OSError as problem:
-                raise MtpError(
-                    f"{source.file} cannot be read: {problem.strerror}; copy or download it again."
-                ) from None
-            if not more:
-                raise MtpError(f"{source.file} ends within {name!r}; it was changed or cut off: download it again.")
-            done += more
+        with reading(source.file):
+            done = read_into(self._files[source.file], raw.data, source.offset + start)
+        if done < size:
+            raise MtpError(f"{source.file} ends within {name!r}; it was changed or cut off: download it again.")
         return raw
 
     def values(self, name: str) -> Floats:
@@ -167,12 +158,15 @@ class Weights:
 
 class Checkpoint(Weights):
     """An open checkpoint: its weights, `settings` (config.json), the same as `config`, `tokenizer`, and `generation`
-    (of generation_config.json what can be used)."""
+    (of generation_config.json what can be used); `called` is the name that a user gives it."""
+
+    called: str | None = None
 
     def __init__(self, folder: Path, files: ExitStack, allowed: Collection[str] = ()) -> None:
         if not folder.is_dir():
             raise MtpError(f"{folder} is not a folder; pass the folder of a Hugging Face checkpoint.")
         file = folder / "config.json"
+        check_folder(folder)
         with damaged(file):
             self.settings = read_json(file)
             self.config = parse_config(self.settings, file, allowed)
@@ -272,62 +266,6 @@ def open_checkpoint(folder: Path, allowed: Collection[str] = ()) -> Iterator[Che
     """
     with ExitStack() as files:
         yield Checkpoint(folder, files, allowed)
-
-
-def weight_names(folder: Path, present: Collection[str] | None = None) -> list[str]:
-    """Names of the safetensors files that a folder's weights are in, chosen as transformers does.
-
-    A model.safetensors comes before an index, whatever that says, and an index before shards that go by their names.
-
-    Args:
-        folder: a Hugging Face folder.
-        present: names of the files there are, where the folder does not hold the weights themselves.
-
-    Raises:
-        MtpError: there are no weights, not all of them, or the index is damaged.
-    """
-    index = folder / INDEX
-    there = {path.name for path in folder.iterdir()} if present is None else set(present)
-    shards = {name: found for name in there if (found := SHARD.fullmatch(name))}
-    if SINGLE in there:
-        aside = sorted([*shards, *([INDEX] if index.exists() else [])])
-        if aside:
-            more = f" and {len(aside) - 3} more" if len(aside) > 3 else ""
-            warn(
-                f"{folder}: {SINGLE} is converted, as transformers loads it; left aside: {', '.join(aside[:3])}{more}."
-            )
-        return [SINGLE]
-    if index.exists():
-        return _existing(folder, sorted({os.path.normpath(name) for name in _weight_map(index).values()}), there, index)
-    counts = {found["count"] for found in shards.values()}
-    if len(counts) == 1:
-        stem, count = next(iter(shards.values()))["stem"], next(iter(counts))
-        wanted = [f"{stem}-{number:05}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
-        return _existing(folder, wanted, there, index)
-    if len(counts) > 1:
-        said = ", ".join(sorted(shards)[:4])
-        raise MtpError(f"{folder} holds shards of several sets ({said}) and no {INDEX}; keep those of one.")
-    likely = sorted(name for name in there if LIKELY.search(name))
-    lies = f"; there lies {', '.join(likely[:3])}, which is none of them" if likely else ""
-    raise MtpError(f"{folder} has neither {SINGLE} nor {INDEX}{lies}; download the weights.")
-
-
-def _existing(folder: Path, names: list[str], there: Collection[str], index: Path) -> list[str]:
-    """The same names, if all are files of the folder."""
-    outside = [name for name in names if Path(name).name != name or name in ("..", ".")]
-    if outside:
-        raise MtpError(f"{index} names {outside[0]!r}, which is not a file of its folder; download it again.")
-    missing = [name for name in names if name not in there]
-    if missing:
-        raise MtpError(f"{folder}: {len(missing)} of {len(names)} shards missing: {', '.join(missing)}; download them.")
-    return names
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    mapped = read_json(index).get("weight_map")
-    if not isinstance(mapped, dict) or not mapped or not all(isinstance(name, str) for name in mapped.values()):
-        raise MtpError(f"{index} has no weight_map; download it again.")
-    return mapped
 
 
 def _source(path: Path, entry: Entry) -> Source:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_mtp.convert.errors import warn
+from gemma_mtp.convert.errors import MtpError, warn
+from gemma_mtp.convert.json_file import read_json
 
 # Keys of numbers, with the smallest and the largest value that makes sense.
 INTEGERS = {"top_k": (0, 2**31 - 1), "penalty_last_n": (-1, 2**31 - 1), "mirostat": (0, 2)}
@@ -26,15 +28,12 @@ def read_generation(folder: Path) -> dict[str, Any]:
     A file that is missing or damaged, and a value of another kind, mean the default; what is left out is said.
     """
     path = folder / "generation_config.json"
+    if not os.path.lexists(path):
+        return {}
     try:
-        parsed = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError):
-        warn(f"{path} is not JSON; the defaults of Gemma 4 are taken instead.")
-        return {}
-    if not isinstance(parsed, dict):
-        warn(f"{path} does not hold a JSON object; the defaults of Gemma 4 are taken instead.")
+        parsed = read_json(path)
+    except MtpError as problem:
+        warn(f"{str(problem).rstrip('.')}; the defaults of Gemma 4 are taken instead.")
         return {}
     kept = {key: value for key in (*INTEGERS, *FLOATS, "sequence") if (value := _usable(key, parsed)) is not None}
     lost = [key for key in (*INTEGERS, *FLOATS, "sequence") if key in parsed and key not in kept]

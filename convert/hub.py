@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 import tempfile
 import threading
@@ -14,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from gemma_mtp.convert.errors import MtpError, warn
+from gemma_mtp.convert.naming import repository
 from gemma_mtp.convert.safetensors_file import MAX_HEADER
 from gemma_mtp.convert.sizes import SIZES
 
@@ -64,7 +66,7 @@ def fetch_headers(source: str, files: ExitStack) -> Path:
     Raises:
         MtpError: as `fetch_checkpoint`; or the server sends whole files only.
     """
-    from gemma_mtp.convert.checkpoint import weight_names
+    from gemma_mtp.convert.weight_files import weight_names
 
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -79,13 +81,21 @@ def fetch_headers(source: str, files: ExitStack) -> Path:
     folder = root.joinpath(*cached.parts[-3:])
     folder.mkdir(parents=True)
     for path in cached.iterdir():
-        (folder / path.name).symlink_to(path)
+        _place(path, folder / path.name)
     for each in missing:
         with _hub_errors(name, revision):
             header, size = _remote_header(name, each, cached.name)
         (folder / each).write_bytes(header)
         os.truncate(folder / each, size)
     return folder
+
+
+def _place(path: Path, wanted: Path) -> None:
+    """Have a file in a second place too; Windows grants links only to some."""
+    try:
+        wanted.symlink_to(path)
+    except OSError:
+        shutil.copyfile(path, wanted)
 
 
 def _present(name: str, cached: Path) -> list[str]:
@@ -267,17 +277,3 @@ def _official_base(folder: Path) -> str | None:
     named = [str(each) for each in (bases if isinstance(bases, list) else [bases])]
     found = {official_name(each.rpartition("/")[2]) for each in named} - {None}
     return found.pop() if len(found) == 1 else None
-
-
-def repository(folder: Path) -> str | None:
-    """org/name of a snapshot in the Hugging Face cache, or None for any other folder."""
-    cached = re.search(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/[^/]+$", folder.absolute().as_posix())
-    return f"{cached[1]}/{cached[2]}" if cached else None
-
-
-def name_of(source: str | os.PathLike[str]) -> str:
-    """What output files are named after: the repository, that of a snapshot in the cache, or the folder."""
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        return os.fspath(source).partition("@")[0].rpartition("/")[2]
-    return (repository(folder) or folder.resolve().name).rpartition("/")[2]

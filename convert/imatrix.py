@@ -6,16 +6,19 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 from gemma_mtp.convert import link
+from gemma_mtp.convert.files import is_file, reading
 from gemma_mtp.convert.gguf_io.types import Type
 from gemma_mtp.convert.link import MtpError
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 # llama-quantize keeps names of files and data sets to 127 bytes.
 NAME_BYTES = 127
+ADVICE = "name the file that llama-imatrix wrote"
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Imatrix:
 
 
 def _cut_name(text: str) -> str:
-    return text.encode()[:NAME_BYTES].decode(errors="ignore")
+    return text.encode(errors="backslashreplace")[:NAME_BYTES].decode(errors="ignore")
 
 
 def read_imatrix(path: Path) -> Imatrix:
@@ -66,32 +69,32 @@ def read_imatrix(path: Path) -> Imatrix:
     Raises:
         MtpError: the file is missing, damaged, empty, or holds values that are no numbers.
     """
-    try:
+    with reading(path, ADVICE):
+        if not is_file(path):
+            raise MtpError(f"{path} is not a file; {ADVICE}.")
         with path.open("rb") as file:
             magic = file.read(4)
-        found = _gguf(path) if magic == b"GGUF" else _legacy(path)
-    except OSError as problem:
-        raise MtpError(f"{path}: {problem.strerror}; name the file that llama-imatrix wrote.") from None
+            found = _gguf(path, file) if magic == b"GGUF" else _legacy(path)
     for name, values in found.weights.items():
         if not bool(np.isfinite(values).all()):
             raise MtpError(f"{path}: the weights of {name} hold NaN or infinite values; compute the matrix again.")
     return found
 
 
-def _gguf(path: Path) -> Imatrix:
+def _gguf(path: Path, file: BinaryIO) -> Imatrix:
     header = link.read_header(path)
-    data = np.memmap(path, np.uint8, "r")
 
     def values(name: str) -> npt.NDArray[np.float32]:
         tensor = header.tensors.get(name)
         if tensor is None or tensor.type is not Type.F32:
             raise MtpError(f"{path}: {name} is missing or not F32; compute the matrix again.")
-        return data[tensor.offset : tensor.offset + tensor.size].view(np.float32)
+        file.seek(tensor.offset)
+        return np.frombuffer(file.read(tensor.size), np.float32)
 
     keys = [f"imatrix.{key}" for key in ("datasets", "chunk_count", "chunk_size")]
     names = [name.removesuffix(SUMS) for name in header.tensors if name.endswith(SUMS)]
     if not names or any(key not in header.metadata for key in keys):
-        raise MtpError(f"{path} is a GGUF file, but no importance matrix; name the file that llama-imatrix wrote.")
+        raise MtpError(f"{path} is a GGUF file, but no importance matrix; {ADVICE}.")
     weights = {}
     for name in names:
         counts = np.rint(values(name + COUNTS))
@@ -111,7 +114,7 @@ def _legacy(path: Path) -> Imatrix:
     def take(size: int) -> bytes:
         nonlocal at
         if size < 0 or at + size > len(raw):
-            raise MtpError(f"{path} is no importance matrix, or is cut off; name the file that llama-imatrix wrote.")
+            raise MtpError(f"{path} is no importance matrix, or is cut off; {ADVICE}.")
         at += size
         return raw[at - size : at]
 
@@ -127,7 +130,7 @@ def _legacy(path: Path) -> Imatrix:
         values = np.frombuffer(take(4 * n_values), np.float32)
         weights[name] = values / np.float32(n_calls) if n_calls > 0 else values.copy()
     if not weights:
-        raise MtpError(f"{path} holds no importance matrix; name the file that llama-imatrix wrote.")
+        raise MtpError(f"{path} holds no importance matrix; {ADVICE}.")
     n_chunks = number() if at < len(raw) else 0
     dataset = take(number()).decode(errors="replace") if at < len(raw) else None
     return Imatrix(path, weights, dataset or None, n_chunks)

@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from gemma_mtp.convert import link
 from gemma_mtp.convert.errors import MtpError
+from gemma_mtp.convert.files import write_all
 from gemma_mtp.convert.gguf_io.read import Header, Strings, Tensor
 from gemma_mtp.convert.gguf_io.split import KEY_PLACE
 from gemma_mtp.convert.gguf_io.types import BLOCKS, Type
-from gemma_mtp.convert.gguf_io.write import HASH, Array, write_all
+from gemma_mtp.convert.gguf_io.write import HASH, Array
 
 # Bytes looked at in one go, a little less so that whole blocks fit.
 READ_AT_ONCE = 1 << 24

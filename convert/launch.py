@@ -70,7 +70,8 @@ def checked(target: str, drafter: str) -> Checked:
 
 def _check_published(target: str, drafter: str) -> None:
     """Two official names must belong together: an ordinary drafter has the sizes of one trained for QAT weights."""
-    from gemma_mtp.convert.hub import name_of, official_name
+    from gemma_mtp.convert.hub import official_name
+    from gemma_mtp.convert.naming import name_of
 
     ours, theirs = official_name(name_of(target)), name_of(drafter)
     other = official_name(theirs.removesuffix("-assistant")) if theirs.endswith("-assistant") else None

@@ -19,6 +19,7 @@ from gemma_mtp.convert.gguf_io.write import Array, entry
 from gemma_mtp.convert.imatrix import Imatrix
 from gemma_mtp.convert.link import KEY_HASHES, KEY_SPLIT, OF_EACH_PART
 from gemma_mtp.convert.model_card import describe
+from gemma_mtp.convert.naming import name_of
 from gemma_mtp.convert.plan import Plan, Planned
 from gemma_mtp.convert.vocab import add_tokenizer
 from gguf import GGUFWriter
@@ -99,9 +100,10 @@ def collector(arch: str, plan: Any) -> GGUFWriter:
 
 
 def add_card(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
-    """Name, licence, base models and the like, from the model card and the name of the folder."""
+    """Name, licence, base models and the like, from the model card and the name of the repository or folder."""
     total, *counts = writer.get_total_parameter_count()
-    card = describe(checkpoint.folder, checkpoint.folder.name, checkpoint.settings, checkpoint.generation, total)
+    card = describe(checkpoint.folder, name_of(checkpoint.folder), checkpoint.settings, checkpoint.generation, total)
+    card.name = checkpoint.called or card.name
     card.size_label = card.size_label or gguf.size_label(total, *counts)
     card.set_gguf_meta_model(writer)
 

@@ -17,19 +17,25 @@ import numpy as np
 from gemma_mtp.convert import names, tensor_types
 from gemma_mtp.convert.checkpoint import Checkpoint
 from gemma_mtp.convert.errors import MtpError, damaged, listed
+from gemma_mtp.convert.files import writing
 from gemma_mtp.convert.gguf_io.types import Type, padded
 from gemma_mtp.convert.gguf_io.write import TensorInfo, header
-from gemma_mtp.convert.json_file import read_json
 from gemma_mtp.convert.metadata import add_card, collector, packed
+from gemma_mtp.convert.mmproj_keys import Settings, has_audio, is_unified, parameters
 from gemma_mtp.convert.progress import More
 from gemma_mtp.convert.quantize import STORED_AS, Bytes, Floats, quantize
-from gguf import GGUFWriter
+from gguf import GGUFValueType, GGUFWriter
 
 # SLEEF's polynomials of e^x and log(1 + x), and log 2 as the sum of two float32 (sleefsimdsp.c, `xexpf`, `xlog1pf`).
 EXP = (0.000198527617612853646278381, 0.00139304355252534151077271, 0.00833336077630519866943359,
        0.0416664853692054748535156, 0.166666671633720397949219, 0.5)  # fmt: skip
 LOG1P = (0.3027294874, 0.3996108174, 0.6666694880)
 LN2 = 0.69314718246459960938 - 1.904654323148236017e-09
+# The GGUF type of a value.
+KINDS = {
+    bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING,
+    list: GGUFValueType.ARRAY,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,11 +48,10 @@ class Placed(TensorInfo):
 
 @dataclass(frozen=True)
 class ProjectorPlan:
-    """A projector's file: its format, config.json, the image processor's settings, its tensors."""
+    """A projector's file: its format, what `clip.*` says of the encoders, its tensors."""
 
     quant: str
-    settings: Mapping[str, Any]
-    images: Mapping[str, Any]
+    parameters: Mapping[str, Any]
     tensors: tuple[Placed, ...]
 
     @property
@@ -70,8 +75,7 @@ def plan_mmproj(checkpoint: Checkpoint, quant: str = "F16") -> ProjectorPlan:
         settings = checkpoint.settings
         if not isinstance(settings.get("vision_config"), dict):
             raise MtpError(f"{file} has no vision_config: this checkpoint has no projector to convert.")
-        images = _image_settings(checkpoint.folder)
-        return ProjectorPlan(quant, settings, images, _place_all(checkpoint, quant))
+        return ProjectorPlan(quant, parameters(checkpoint), _place_all(checkpoint, quant))
 
 
 def write_mmproj(plan: ProjectorPlan, checkpoint: Checkpoint, path: Path, more: More = lambda n_bytes: None) -> None:
@@ -85,8 +89,9 @@ def write_mmproj(plan: ProjectorPlan, checkpoint: Checkpoint, path: Path, more: 
 
     Raises:
         MtpError: a tensor holds NaN or infinite values.
+        WriteError: the disk is full or cannot be written.
     """
-    with path.open("xb") as file:
+    with writing(path), path.open("xb") as file:
         file.write(header(list(packed(_entries(plan, checkpoint)).values()), plan.tensors))
         for tensor in plan.tensors:
             data = _blocks(checkpoint.folder, tensor, checkpoint.values(tensor.source))
@@ -97,25 +102,6 @@ def write_mmproj(plan: ProjectorPlan, checkpoint: Checkpoint, path: Path, more: 
         os.fsync(file.fileno())
 
 
-def _image_settings(folder: Path) -> dict[str, Any]:
-    """What the image processor is told, of whichever file has it."""
-    merged: dict[str, Any] = {}
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).exists():
-            settings = read_json(folder / name)
-            merged |= settings | settings.get("image_processor", {})
-    for key in ("image_mean", "image_std"):
-        if len(merged.get(key) or ()) != 3:
-            raise MtpError(
-                f"{folder}: neither preprocessor_config.json nor processor_config.json has {key}; download them."
-            )
-    return merged
-
-
-def _unified(config: Mapping[str, Any]) -> bool:
-    return "mm_embed_dim" in config["vision_config"]
-
-
 def _place_all(checkpoint: Checkpoint, quant: str) -> tuple[Placed, ...]:
     """Place every tensor of the encoders, in the order of the checkpoint."""
     if quant not in tensor_types.PROJECTOR_QUANTS:
@@ -123,22 +109,29 @@ def _place_all(checkpoint: Checkpoint, quant: str) -> tuple[Placed, ...]:
             f"unknown format {quant!r} of a projector; choose one of {', '.join(tensor_types.PROJECTOR_QUANTS)}."
         )
     config, placed = checkpoint.settings, []
+    vision = Settings(checkpoint.folder / "config.json", "vision_config", config["vision_config"])
     for source, piece in checkpoint.index.items():
         if not names.ENCODER_NAME.match(bare := names.bare(source)):
             continue
-        name = names.place_encoder(bare, unified=_unified(config))
+        name = names.place_encoder(bare, unified=is_unified(config))
         if name is None:
             raise MtpError(f"{checkpoint.folder}: unknown tensor {source!r}; its projector is not of a known kind.")
         if piece.dtype not in STORED_AS:
             raise MtpError(f"{piece.file}: {source!r} is {piece.dtype}; pass an unquantized one.")
-        change = _change(source, config["vision_config"])
-        shape = change(np.broadcast_to(np.float32(0), piece.shape)).shape  # of an array that takes no memory
+        change = _change(source, vision)
+        try:
+            shape = change(np.broadcast_to(np.float32(0), piece.shape)).shape  # of an array that takes no memory
+        except ValueError:
+            raise MtpError(
+                f"{piece.file}: {source!r} has the shape {list(piece.shape)}, which does not fit the patch sizes that "
+                f"vision_config has in {checkpoint.folder / 'config.json'}."
+            ) from None
         placed.append(Placed(name, shape, _type_of(source, name, shape, Type[quant]), source, change))
     _complete(checkpoint.folder, {tensor.name for tensor in placed}, config)
     return tuple(placed)
 
 
-def _change(source: str, vision: Mapping[str, Any]) -> Callable[[Floats], Floats]:
+def _change(source: str, vision: Settings) -> Callable[[Floats], Floats]:
     """What mtmd wants other than transformers has it."""
     if source.endswith("per_dim_scale"):
         return softplus
@@ -147,10 +140,13 @@ def _change(source: str, vision: Mapping[str, Any]) -> Callable[[Floats], Floats
     if source.endswith("pos_embedding"):
         return lambda values: values.transpose(1, 0, 2)
     if source.endswith("patch_embedder.input_proj.weight"):  # pixels row by row, RGB each, to one plane for each colour
-        side = int(vision["patch_size"])
+        side = vision.size("patch_size")
         return lambda values: values.reshape(values.shape[0], side, side, 3).transpose(0, 3, 1, 2)
     if ".patch_dense.weight" in source or ".patch_ln1." in source:  # the same, flat
-        side = int(vision.get("model_patch_size") or vision["patch_size"] * vision["pooling_kernel_size"])
+        if vision.values.get("model_patch_size"):
+            side = vision.size("model_patch_size")
+        else:
+            side = vision.size("patch_size") * vision.size("pooling_kernel_size")
         return lambda values: values.reshape(-1, side * side, 3).transpose(0, 2, 1).reshape(values.shape)
     return lambda values: values.reshape(values.shape or (1,))
 
@@ -205,14 +201,13 @@ def _type_of(source: str, name: str, shape: tuple[int, ...], wanted: Type) -> Ty
 
 def _complete(folder: Path, placed: set[str], config: Mapping[str, Any]) -> None:
     """Every part of the tables that the configuration calls for is there; scales and clipping bounds are optional."""
-    audio = isinstance(config.get("audio_config"), dict)
-    wanted = set((names.UNIFIED if _unified(config) else names.ENCODERS).values()) - {"v.std_bias", "v.std_scale"}
-    if not _unified(config):
-        towers = [("v", config["vision_config"], names.VISION_LAYER)]
-        towers += [("a", config["audio_config"], names.AUDIO_LAYER)] if audio else []
-        for start, tower, table in towers:
-            parts = set(table.values()) - {"out_scale"}
-            wanted |= {f"{start}.blk.{n}.{part}.weight" for n in range(tower["num_hidden_layers"]) for part in parts}
+    audio = has_audio(config)
+    wanted = set((names.UNIFIED if is_unified(config) else names.ENCODERS).values()) - {"v.std_bias", "v.std_scale"}
+    if not is_unified(config):
+        towers = [("vision", names.VISION_LAYER), *([("audio", names.AUDIO_LAYER)] if audio else [])]
+        for tower, table in towers:
+            parts, count = set(table.values()) - {"out_scale"}, int(config[f"{tower}_config"]["num_hidden_layers"])
+            wanted |= {f"{tower[0]}.blk.{n}.{part}.weight" for n in range(count) for part in parts}
     if not audio:
         wanted = {name for name in wanted if not name.startswith(("a.", "mm.a."))}
     missing = sorted(wanted - placed)
@@ -232,46 +227,11 @@ def _blocks(folder: Path, tensor: Placed, values: Floats) -> Bytes:
 
 def _entries(plan: ProjectorPlan, checkpoint: Checkpoint) -> GGUFWriter:
     """All keys in the order of upstream's converter (conversion/base.py, `MmprojModel`)."""
-    config = plan.settings
-    vision, audio, unified = config["vision_config"], config.get("audio_config"), _unified(config)
     writer = collector("clip", plan.tensors)
     writer.add_type("mmproj")
     add_card(writer, checkpoint)
     writer.add_file_type(tensor_types.QUANTS[plan.quant].file_type)
-    width = int((config.get("text_config") or config)["hidden_size"])
-
-    def add(modality: str, settings: Mapping[str, Any], embedding: str, feed_forward: int) -> None:
-        sizes = {
-            "embedding_length": settings[embedding],
-            "feed_forward_length": feed_forward,
-            "block_count": 0 if unified else settings["num_hidden_layers"],
-            "attention.head_count": 0 if unified else settings["num_attention_heads"],
-        }
-        for key, value in sizes.items():
-            writer.add_uint32(f"clip.{modality}.{key}", int(value))
-
-    writer.add_bool("clip.has_vision_encoder", True)
-    writer.add_uint32("clip.vision.projection_dim", width)
-    writer.add_uint32("clip.vision.image_size", 224)  # mtmd wants the key and takes the size from the image
-    writer.add_uint32("clip.vision.patch_size", int(vision["patch_size"]))
-    if unified:
-        add("vision", vision, "mm_embed_dim", 0)
-    else:
-        add("vision", vision, "hidden_size", vision["intermediate_size"])
-    for key in ("image_mean", "image_std"):
-        writer.add_array(f"clip.vision.{key}", [float(value) for value in plan.images[key]])
-    if isinstance(audio, dict):
-        writer.add_bool("clip.has_audio_encoder", True)
-        writer.add_uint32("clip.audio.projection_dim", width)
-        if unified:
-            add("audio", audio, "audio_embed_dim", 0)
-        else:
-            add("audio", audio, "hidden_size", 4 * audio["hidden_size"])
-    writer.add_string("clip.vision.projector_type", "gemma4uv" if unified else "gemma4v")
-    writer.add_float32("clip.vision.attention.layer_norm_epsilon", float(vision.get("rms_norm_eps", 1e-6)))
-    if isinstance(audio, dict):
-        writer.add_string("clip.audio.projector_type", "gemma4ua" if unified else "gemma4a")
-        writer.add_uint32("clip.audio.num_mel_bins", int(audio.get("input_feat_size", 128)))
-        writer.add_float32("clip.audio.attention.layer_norm_epsilon", float(audio.get("rms_norm_eps", 1e-6)))
+    for key, value in plan.parameters.items():
+        writer.add_key_value(f"clip.{key}", value, KINDS[type(value)])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     return writer

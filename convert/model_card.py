@@ -15,6 +15,7 @@ from typing import Any
 import gguf
 import yaml
 from gemma_mtp.convert.errors import warn
+from gemma_mtp.convert.files import is_file
 
 # Bytes of a card that are looked at; its front matter stands at the start.
 MOST = 1 << 18
@@ -52,7 +53,7 @@ def describe(
         n_parameters: how many the model has.
     """
     origin = _text(config.get("_name_or_path"))
-    named = {"_name_or_path": origin} if origin else {}
+    named = {"_name_or_path": origin} if origin and _public(origin) else {}
     card = read_card(folder / "README.md")
     found = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), card, named, Path(name), n_parameters)
     found.name = found.name or name
@@ -67,6 +68,8 @@ def read_card(path: Path) -> dict[str, Any]:
     What is left out is said in one warning.
     """
     try:
+        if not is_file(path):
+            return {}
         with path.open("rb") as file:
             raw = file.read(MOST)
     except OSError:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_mtp.convert.errors import MtpError
+from gemma_mtp.convert.naming import one_line
 
 # What Gemma 4's generation_config.json says, for checkpoints that come without one.
 SAMPLING = {"temperature": 1.0, "top_k": 64, "top_p": 0.95}
@@ -25,7 +26,13 @@ def modelfile(target: str, drafter: str, generation: Mapping[str, Any], projecto
         drafter: file name of its drafter.
         generation: the target's generation_config.json, or {}.
         projector: file name of its mmproj file, if there is one; Ollama takes that by a second FROM.
+
+    Raises:
+        MtpError: a name cannot stand in a line of text.
     """
+    for name in (target, drafter, projector or ""):
+        if not one_line(name):
+            raise MtpError(f"a Modelfile cannot name the file {name!r}; rename it.")
     lines = [f"FROM ./{target}", *([f"FROM ./{projector}"] if projector else []), f"DRAFT ./{drafter}"]
     lines += [f"PARAMETER {key} {generation.get(key, value):g}" for key, value in SAMPLING.items()]
     lines.append(f"PARAMETER draft_num_predict {DRAFT_NUM_PREDICT}")

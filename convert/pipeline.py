@@ -113,7 +113,7 @@ def convert_pair(
         out: folder to write into; made if it is not there.
         quant: format of the target, a key of `tensor_types.QUANTS`, or several; the source is read once for all.
         drafter_quant: format of the drafter, or several. The Modelfile names the first of each.
-        name: start of the file names; the names of the two folders unless given.
+        name: start of the file names, and general.name; the names of the two folders unless given.
         force: replace files of the same names.
         progress: called with bytes written and bytes in all.
         options: types of the target's tensors, otherwise than the format has them; whether the pair is one of QAT.
@@ -127,6 +127,7 @@ def convert_pair(
         PairError: the two folders do not hold a target and its drafter.
         MtpError: an input is missing, damaged or not supported, an output is there already, or the disk is full.
     """
+    from gemma_mtp.convert.files import write_small
     from gemma_mtp.convert.mmproj import write_mmproj
     from gemma_mtp.convert.staging import staging
     from gemma_mtp.convert.write import write
@@ -147,7 +148,7 @@ def convert_pair(
             link.check(*(link.read_header(hidden / file) for file in plans.first))
             if plans.projector:
                 write_mmproj(plans.projector[1], target, hidden / plans.projector[0], more)
-            (hidden / "Modelfile").write_text(plans.modelfile, encoding="utf-8")
+            write_small(hidden / "Modelfile", plans.modelfile)
     return _written_pair(folder, plans)
 
 
@@ -234,7 +235,7 @@ def _plan(
     target: Checkpoint, drafter: Checkpoint, quant: str | Sequence[str], drafter_quant: str | Sequence[str],
     name: str | None, options: Options | None, imatrix: bool, split_max_size: int | None, mmproj: str | None,
 ) -> PairPlan:  # fmt: skip
-    from gemma_mtp.convert import tensor_types
+    from gemma_mtp.convert import naming, tensor_types
     from gemma_mtp.convert.gguf_io.split import cut
     from gemma_mtp.convert.metadata import Headers
     from gemma_mtp.convert.modelfile import modelfile
@@ -242,7 +243,8 @@ def _plan(
 
     chosen = replace(options or tensor_types.DEFAULT, imatrix=imatrix)
     found: list[dict[str, Plan]] = []
-    stems = _stems(target.folder, drafter.folder, name)
+    stems = naming.stems(target.folder, drafter.folder, name)
+    target.called, drafter.called = (None, None) if name is None else stems
     for checkpoint, stem, quants, wanted in (
         (target, stems[0], quant, chosen),
         (drafter, stems[1], drafter_quant, tensor_types.DEFAULT),
@@ -261,6 +263,7 @@ def _plan(
         projector = f"mmproj-{stems[0]}-{mmproj}.gguf", plan_mmproj(target, mmproj)
     headers = [Headers(each, next(iter(plans.values()))) for each, plans in zip((target, drafter), found, strict=True)]
     planned = PairPlan(found[0], found[1], parts, (headers[0], headers[1]), projector)
+    naming.check_files(planned.files)
     text = modelfile(*planned.first, target.generation, projector[0] if projector else None)
     return replace(planned, modelfile=text)
 
@@ -271,17 +274,6 @@ def _outputs(
     from gemma_mtp.convert.write import Output
 
     return [Output(each, folder, plans.parts[file], tied, imatrix, qat) for file, each in role.items()]
-
-
-def _stems(target: Path, drafter: Path, name: str | None) -> tuple[str, str]:
-    from gemma_mtp.convert.hub import name_of
-
-    if name is not None:
-        if Path(name).name != name:
-            raise MtpError(f"the name {name!r} is not a plain file name.")
-        return name, f"{name}-assistant"
-    first, second = name_of(target), name_of(drafter)
-    return first, f"{second}-assistant" if second == first else second
 
 
 def _agree(target: Checkpoint, drafter: Checkpoint, vocab: str) -> None:

@@ -23,6 +23,7 @@ from gemma_mtp.convert import link, names
 from gemma_mtp.convert.checkpoint import Checkpoint, Source
 from gemma_mtp.convert.config import DrafterConfig, TargetConfig, parse_config
 from gemma_mtp.convert.errors import MtpError
+from gemma_mtp.convert.files import writing
 from gemma_mtp.convert.gguf_io.split import cut
 from gemma_mtp.convert.gguf_io.types import BLOCKS, Type, padded
 from gemma_mtp.convert.integrity import put_hashes
@@ -193,7 +194,7 @@ def write_random(planned: Plan, checkpoint: Synthetic, path: Path, tied: Mapping
     """Write one GGUF file with the metadata that convert would write and random blocks, on all cores."""
     head = Headers(checkpoint, planned).head(planned, cut(path.stem, planned.tensors)[0], tied)
     begins = list(accumulate((padded(tensor.n_bytes) for tensor in planned.tensors), initial=len(head.raw)))
-    with path.open("xb") as file:
+    with writing(path), path.open("xb") as file:
         file.write(head.raw)
         file.truncate(begins[-1])
     kinds = dict.fromkeys(tensor.type for tensor in planned.tensors if len(tensor.shape) > 1)
@@ -204,7 +205,7 @@ def write_random(planned: Plan, checkpoint: Synthetic, path: Path, tied: Mapping
         """Write one tensor; returns its hash."""
         digest = hashlib.sha256()
         own = np.random.default_rng([checkpoint.seed, place])  # so that no tensor waits for another
-        with path.open("r+b") as file:
+        with writing(path), path.open("r+b") as file:
             file.seek(begins[place])
             for piece in _random_pieces(planned.tensors[place], checkpoint.config, pools, own):
                 file.write(piece.data)
@@ -216,7 +217,7 @@ def write_random(planned: Plan, checkpoint: Synthetic, path: Path, tied: Mapping
         for tensor, made in zip(planned.tensors, executor.map(fill, range(len(planned.tensors))), strict=True):
             hashes.append(made)
             more(tensor.n_bytes)
-    with path.open("r+b") as whole:
+    with writing(path), path.open("r+b") as whole:
         put_hashes(whole.fileno(), head.hashes, hashes)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from gemma_mtp.convert import link
 from gemma_mtp.convert.errors import MtpError, PairError
+from gemma_mtp.convert.files import reading, writing
 from gemma_mtp.convert.gguf_io.read import Header
 from gemma_mtp.convert.gguf_io.split import KEY_COUNT
 from gemma_mtp.convert.gguf_io.write import entry
@@ -78,8 +79,9 @@ def link_files(
     size = drafter.stat().st_size + sum(len(entry(key, value)) for key, value in values.items())
     with staging(wanted.parent, [wanted.name], size, force or in_place) as hidden:
         rewrite(theirs, values, hidden / wanted.name, progress)
-        link.check(ours, seal(hidden / wanted.name))
-        shutil.copymode(drafter, hidden / wanted.name)
+        with writing(hidden / wanted.name):  # nothing else is read
+            link.check(ours, seal(hidden / wanted.name))
+            shutil.copymode(drafter, hidden / wanted.name)
     return wanted
 
 
@@ -94,11 +96,15 @@ def rewrite(header: Header, values: Mapping[str, Any], path: Path, progress: Pro
     """
     kept = [span for key, span in header.spans.items() if key not in values]
     more = counting(progress, header.path.stat().st_size - header.data_start)
-    with header.path.open("rb") as source, path.open("xb") as file:
+    with reading(header.path), header.path.open("rb") as source, writing(path), path.open("xb") as file:
+
+        def read(start: int, size: int) -> bytes:
+            with reading(header.path):
+                source.seek(start)
+                return source.read(size)
 
         def copy(start: int, stop: int) -> None:
-            source.seek(start)
-            file.write(source.read(stop - start))
+            file.write(read(start, stop - start))
 
         copy(0, 8)  # magic and version
         file.write(struct.pack("<QQ", len(header.tensors), len(kept) + len(values)))
@@ -108,9 +114,10 @@ def rewrite(header: Header, values: Mapping[str, Any], path: Path, progress: Pro
             file.write(entry(key, value))
         copy(*header.tensor_table)
         file.write(b"\0" * (-file.tell() % header.alignment))
-        source.seek(header.data_start)
-        while piece := source.read(COPIED_AT_ONCE):
+        done = header.data_start
+        while piece := read(done, COPIED_AT_ONCE):
             file.write(piece)
+            done += len(piece)
             more(len(piece))
 
 

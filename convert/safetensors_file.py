@@ -8,13 +8,13 @@ what it refuses; here every entry is looked at, and file, tensor, wanted and got
 from __future__ import annotations
 
 import json
-import stat
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemma_mtp.convert.errors import MtpError
+from gemma_mtp.convert.files import check_download, is_file, reading
 
 # Bits of one element.
 BITS = {
@@ -53,21 +53,18 @@ def read_entries(path: Path) -> dict[str, Entry]:
         MtpError: naming the file, and the tensor whose entry is damaged, out of bounds, overlapping or there twice.
     """
     again = "download it again."
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
+    with reading(path):
+        if not is_file(path):
             raise MtpError(f"{path} is not a file; pass the folder of a Hugging Face checkpoint.")
         size = path.stat().st_size
         with path.open("rb") as file:
-            start = file.read(24)
+            start = file.read(64)
+            check_download(path, start)
             length = int.from_bytes(start[:8], "little")
-            if start.startswith(b"version https://git-lfs"):
-                raise MtpError(f"{path} is a Git LFS pointer, not weights; run git lfs pull in {path.parent}.")
             if len(start) < 8 or length > min(size - 8, MAX_HEADER):
                 raise _cut_off(path, f"header wants {length}", f"{max(size - 8, 0)} after its first 8")
             file.seek(8)
             text = file.read(length)
-    except OSError as problem:
-        raise MtpError(f"{path}: {problem.strerror}; {again}") from None
     try:
         header = json.loads(text, object_pairs_hook=_no_twins)
     except _Twice as problem:

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from gemma_mtp.convert.checkpoint import Checkpoint
 from gemma_mtp.convert.errors import MtpError
+from gemma_mtp.convert.files import BINARY, write_all, writing
 from gemma_mtp.convert.gguf_io import types
 from gemma_mtp.convert.gguf_io.split import Part
-from gemma_mtp.convert.gguf_io.write import write_all
 from gemma_mtp.convert.imatrix import Imatrix
 from gemma_mtp.convert.integrity import put_hashes
 from gemma_mtp.convert.metadata import Headers
@@ -56,6 +56,7 @@ class Output:
 class _Place(NamedTuple):
     """Where a tensor goes: an open file, the offset of its first block, what it becomes there, and the hash of that."""
 
+    path: Path
     file: int
     offset: int
     tensor: Planned
@@ -67,6 +68,7 @@ class _Place(NamedTuple):
 class _File(NamedTuple):
     """An open file, where in its header the hashes belong, and those of its tensors in their order."""
 
+    path: Path
     file: int
     place: int
     hashes: Sequence[hashlib._Hash]
@@ -91,7 +93,7 @@ def write(outputs: Sequence[Output], checkpoint: Checkpoint, headers: Headers, m
 
     Raises:
         MtpError: a tensor holds NaN or infinite values.
-        OSError: the disk is full or cannot be written.
+        WriteError: the disk is full or cannot be written.
     """
     with ExitStack() as files:
         places: dict[str, list[_Place]] = defaultdict(list)
@@ -103,7 +105,8 @@ def write(outputs: Sequence[Output], checkpoint: Checkpoint, headers: Headers, m
                 place.hash.update(data.data)
             more(sum(data.nbytes for data in made))
         for file in created:
-            put_hashes(file.file, file.place, [each.hexdigest() for each in file.hashes])
+            with writing(file.path):
+                put_hashes(file.file, file.place, [each.hexdigest() for each in file.hashes])
 
 
 def _in_order(
@@ -130,16 +133,19 @@ def _create(
 ) -> _File:
     """Create one file of an output, its header first and of its final size; adds the places of its tensors."""
     head = headers.head(output.plan, part, output.link, output.imatrix)
-    file = os.open(output.folder / part.file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-    files.callback(os.close, file)
-    write_all(file, memoryview(head.raw), 0)
+    path = output.folder / part.file
+    with writing(path):
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
+        files.callback(os.close, file)
+        write_all(file, head.raw, 0)
     offset, hashes = len(head.raw), []
     for tensor in part.tensors:
         hashes.append(hashlib.sha256())
-        places[tensor.name].append(_Place(file, offset, tensor, output.imatrix, output.qat, hashes[-1]))
+        places[tensor.name].append(_Place(path, file, offset, tensor, output.imatrix, output.qat, hashes[-1]))
         offset += types.padded(tensor.n_bytes)
-    os.ftruncate(file, offset)
-    return _File(file, head.hashes, hashes)
+    with writing(path):
+        os.ftruncate(file, offset)
+    return _File(path, file, head.hashes, hashes)
 
 
 def _pieces(plan: Plan) -> Iterator[_Rows]:
@@ -168,7 +174,7 @@ def _piece(piece: _Rows, places: Sequence[_Place], checkpoint: Checkpoint) -> li
         values = None
         made: dict[Any, Bytes] = {(source, None, qat): raw for qat in (False, True)}
         written = []
-        for file, offset, each, imatrix, qat, _ in places:
+        for path, file, offset, each, imatrix, qat, _ in places:
             weights = _weights(imatrix, each, piece)
             key = (each.type, None if weights is None else id(imatrix), qat)
             if key not in made:
@@ -178,7 +184,8 @@ def _piece(piece: _Rows, places: Sequence[_Place], checkpoint: Checkpoint) -> li
                     regrid(values, made[key])
                 if weights is not None and not valid(made[key], each.type):
                     raise MtpError(f"its importances are too large for {each.type.name}; compute the matrix again")
-            write_all(file, made[key].data, offset + piece.start * types.n_bytes(each.type, (length,)))
+            with writing(path):
+                write_all(file, made[key].data, offset + piece.start * types.n_bytes(each.type, (length,)))
             written.append(made[key])
     except MtpError as problem:
         raise MtpError(f"{checkpoint.folder}: tensor {tensor.source!r}: {problem}.") from None

@@ -13,7 +13,8 @@ import click
 from gemma_mtp.convert import Pair, convert_pair, plan_pair
 from gemma_mtp.convert.cli.show import counts_line, describe_plan, progress_bar, show_plan
 from gemma_mtp.convert.errors import MtpError
-from gemma_mtp.convert.hub import AUTO_DRAFTER, name_of
+from gemma_mtp.convert.hub import AUTO_DRAFTER
+from gemma_mtp.convert.naming import name_of
 from gemma_mtp.convert.pipeline import EXTEND, KEEP
 from gemma_mtp.convert.tensor_types import (
     ALIASES,
@@ -93,7 +94,7 @@ def read_size(text: str | None) -> int | None:
               "refused.")  # fmt: skip
 @click.option("--allow-unknown", metavar="KEY", multiple=True, help="Convert although config.json or tokenizer.json "
               "has this key, which may change the model; repeatable.")  # fmt: skip
-@click.option("--name", help="Start of the file names. [default: the names of the two folders]")
+@click.option("--name", help="Start of the file names, and general.name. [default: the names of the two folders]")
 @click.option("--force", is_flag=True, help="Replace files of the same names.")
 @click.option("--dry-run", is_flag=True, help="Print the plan with sizes and what is left out; write nothing, "
               "and download no more of weights than their headers.")  # fmt: skip

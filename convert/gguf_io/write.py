@@ -6,7 +6,6 @@ each file.
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,14 +88,6 @@ def header(entries: Sequence[bytes], tensors: Sequence[TensorInfo]) -> bytes:
     start = MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(entries))
     raw = b"".join([start, *entries, *infos])
     return raw.ljust(types.padded(len(raw)), b"\0")
-
-
-def write_all(file: int, data: bytes | memoryview, offset: int) -> None:
-    """Write to a place of an open file, however little of it the system takes at a time."""
-    view = memoryview(data).cast("B")
-    while view:
-        done = os.pwrite(file, view, offset)
-        view, offset = view[done:], offset + done
 
 
 def _string(value: str | bytes) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import signal
 import sys
@@ -141,6 +142,8 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; an error that a user can cause becomes one line on stderr and an exit status."""
+        if isinstance(sys.stdout, io.TextIOWrapper):  # names of files that its encoding does not have are escaped
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             with ending(), telling():
                 return super().invoke(ctx)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from gemma_mtp.convert import link
 from gemma_mtp.convert.errors import MtpError, MtpWarning
-from gemma_mtp.convert.hub import FIRST, fetch_checkpoint, name_of, official_drafter, repository
+from gemma_mtp.convert.hub import FIRST, fetch_checkpoint, official_drafter
+from gemma_mtp.convert.naming import name_of, repository
 from hub import Hub, run_against, serving
 from safetensors.torch import load_file, save_file
 

@@ -19,11 +19,13 @@ from click.testing import CliRunner
 from faulty import edit_weights
 from gemma_mtp.convert import MtpError, convert_pair
 from gemma_mtp.convert.checkpoint import open_checkpoint
+from gemma_mtp.convert.gguf_io.read import read
 from gemma_mtp.convert.mmproj import plan_mmproj, write_mmproj
 from gemma_mtp.convert.tensor_types import PROJECTOR_QUANTS
 from gemma_mtp.runtime.cli.main import main
 from hub import run_against, serving
 from tiny import PAIR, TEXT
+from upstream import data
 
 VISION = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
           "num_key_value_heads": 4, "head_dim": 16, "patch_size": 4, "position_embedding_size": 64,
@@ -258,3 +260,71 @@ def test_without_the_image_processors_settings(made: Callable[[str], Path], tmp_
     (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
     with pytest.raises(MtpError, match="image_std"):
         project(folder, tmp_path / "x.gguf")
+
+
+def test_encoders_without_the_prefix(made: Callable[[str], Path], tmp_path: Path) -> None:
+    """As some exports have them: the projector is the same, and so it is with "model." before some names alone."""
+    project(made("E2B"), tmp_path / "wanted.gguf")
+    folder = tmp_path / "E2B"
+    shutil.copytree(made("E2B"), folder)
+    for start in ("model.vision_tower.", "model.audio_tower.", "model.embed_vision.", "model.embed_audio."):
+
+        def rename(weights: dict[str, torch.Tensor], start: str = start) -> None:
+            for name in [name for name in weights if name.startswith(start)]:
+                weights[name.removeprefix("model.")] = weights.pop(name)
+
+        edit_weights(folder, rename)
+        project(folder, tmp_path / f"{start}gguf")
+        wanted, found = read(tmp_path / "wanted.gguf"), read(tmp_path / f"{start}gguf")
+        assert {name: data(found, name) for name in found.tensors} == {
+            name: data(wanted, name) for name in wanted.tensors
+        }
+
+
+PROCESSOR = "processor_config.json"
+MEANS = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "words"),
+    [
+        (PROCESSOR, {"image_processor": MEANS | {"image_mean": "a"}}, r"processor_config.json: image_mean is 'a', wa"),
+        (PROCESSOR, {"image_processor": MEANS | {"image_mean": "abc"}}, "image_mean is 'abc', wanted 3 numbers"),
+        (PROCESSOR, {"image_processor": MEANS | {"image_std": [1, 2]}}, r"image_std is \[1, 2\], wanted 3 numbers"),
+        (PROCESSOR, {"image_processor": MEANS | {"image_std": [1, 2, "3"]}}, "image_std is .*, wanted 3 numbers"),
+        (PROCESSOR, {"image_processor": MEANS | {"image_std": [1, 2, 10**400]}}, "image_std is .*, wanted 3 numbers"),
+        (PROCESSOR, {"image_processor": None}, "image_processor of processor_config.json has image_mean"),
+        (PROCESSOR, {"image_processor": "x"}, "processor_config.json: image_processor is 'x', wanted an object"),
+        ("config.json", {"intermediate_size": None}, "vision_config has no intermediate_size"),
+        ("config.json", {"intermediate_size": "64"}, "vision_config.intermediate_size is '64', wanted a whole number"),
+        ("config.json", {"num_hidden_layers": 1e9}, "vision_config.num_hidden_layers is 1000000000.0, wanted"),
+        ("config.json", {"patch_size": True}, "vision_config.patch_size is True, wanted a whole number"),
+        ("config.json", {"patch_size": 5}, "patch_embedder.input_proj.weight' has the shape"),
+        ("config.json", {"rms_norm_eps": "x"}, "vision_config.rms_norm_eps is 'x', wanted a number"),
+    ],
+)
+def test_settings_of_another_kind(
+    file: str, values: dict[str, Any], words: str, made: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Refused at planning, by file and key; None stands for a key that is not there."""
+    folder = tmp_path / "spoilt"
+    shutil.copytree(made("31B"), folder)
+    (folder / "preprocessor_config.json").unlink()
+    if file == "config.json":
+        config = json.loads((folder / file).read_text())
+        changed = config["vision_config"] | values
+        config["vision_config"] = {key: value for key, value in changed.items() if value is not None}
+        values = config
+    (folder / file).write_text(json.dumps(values))
+    with open_checkpoint(folder) as checkpoint, pytest.raises(MtpError, match=words) as caught:
+        plan_mmproj(checkpoint)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_null_that_another_file_makes_up_for(made: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "31B"
+    shutil.copytree(made("31B"), folder)
+    (folder / PROCESSOR).write_text('{"image_processor": null, "image_mean": null}')
+    project(folder, tmp_path / "x.gguf")
+    assert read(tmp_path / "x.gguf").metadata["clip.vision.image_std"].tolist() == [1, 1, 1]

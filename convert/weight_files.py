@@ -1,0 +1,107 @@
+"""Which files of a Hugging Face folder hold its weights, and what a folder holds that has none."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from gemma_mtp.convert.errors import MtpError, listed, warn
+from gemma_mtp.convert.files import reading
+from gemma_mtp.convert.json_file import read_json
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = re.compile(r"(?P<stem>model)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+# What somebody may take for the weights of a folder.
+LIKELY = re.compile(r"(?i)(?<!training_args)\.(safetensors|bin|pt|pth|gguf|part|incomplete|crdownload)$")
+# What is to be done with it, by its end.
+DOWNLOAD = "download the weights"
+RESAVE = "load the folder with transformers and save_pretrained it, which writes safetensors"
+INSTEAD = {
+    ".safetensors": f"if all weights are in one file, rename it to {SINGLE}",
+    ".gguf": "a GGUF file is converted already, pass the checkpoint that it was made from",
+    ".part": "the download is not complete, go on with it",
+    ".incomplete": "the download is not complete, go on with it",
+    ".crdownload": "the download is not complete, go on with it",
+    ".bin": RESAVE, ".pt": RESAVE, ".pth": RESAVE,
+}  # fmt: skip
+
+
+def check_folder(folder: Path) -> None:
+    """Where a folder has no config.json, and folders within it have: the root of a cache entry, or of a training."""
+    if os.path.lexists(folder / "config.json"):
+        return
+    with reading(folder):
+        inside = [path.parent for pattern in ("*", "snapshots/*") for path in folder.glob(f"{pattern}/config.json")]
+        current = folder / "refs" / "main"
+        wanted = folder / "snapshots" / current.read_text().strip() if current.is_file() else None
+    if not inside:
+        return
+    newest = wanted if wanted in inside else max(inside, key=_by_numbers)
+    others = f" (or another of the {len(inside)} such folders there)" if len(inside) > 1 else ""
+    raise MtpError(f"{folder} has no config.json, but folders within it have: pass {newest}{others}.")
+
+
+def _by_numbers(path: Path) -> list[int]:
+    """checkpoint-1000 comes after checkpoint-200."""
+    return [int(digits) for digits in re.findall(r"\d+", path.name)]
+
+
+def weight_names(folder: Path, present: Collection[str] | None = None) -> list[str]:
+    """Names of the safetensors files that a folder's weights are in, chosen as transformers does.
+
+    A model.safetensors comes before an index, whatever that says, and an index before shards that go by their names.
+
+    Args:
+        folder: a Hugging Face folder.
+        present: names of the files there are, where the folder does not hold the weights themselves.
+
+    Raises:
+        MtpError: there are no weights, not all of them, or the index is damaged.
+    """
+    index = folder / INDEX
+    with reading(folder):
+        there = {path.name for path in folder.iterdir()} if present is None else set(present)
+    shards = {name: found for name in there if (found := SHARD.fullmatch(name))}
+    if SINGLE in there:
+        aside = sorted([*shards, *([INDEX] if index.exists() else [])])
+        if aside:
+            more = f" and {len(aside) - 3} more" if len(aside) > 3 else ""
+            warn(
+                f"{folder}: {SINGLE} is converted, as transformers loads it; left aside: {', '.join(aside[:3])}{more}."
+            )
+        return [SINGLE]
+    if index.exists():
+        return _existing(folder, sorted({os.path.normpath(name) for name in _weight_map(index).values()}), there, index)
+    counts = {found["count"] for found in shards.values()}
+    if len(counts) == 1:
+        stem, count = next(iter(shards.values()))["stem"], next(iter(counts))
+        wanted = [f"{stem}-{number:05}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
+        return _existing(folder, wanted, there, index)
+    if len(counts) > 1:
+        said = ", ".join(sorted(shards)[:4])
+        raise MtpError(f"{folder} holds shards of several sets ({said}) and no {INDEX}; keep those of one.")
+    likely = sorted(name for name in there if LIKELY.search(name))
+    ends = {Path(name).suffix.lower() for name in likely}
+    advice = next((INSTEAD[end] for end in INSTEAD if end in ends), DOWNLOAD)
+    lies = f"; there lies {listed(likely)}" if likely else ""
+    raise MtpError(f"{folder} has neither {SINGLE} nor {INDEX}{lies}: {advice}.")
+
+
+def _existing(folder: Path, names: list[str], there: Collection[str], index: Path) -> list[str]:
+    """The same names, if all are files of the folder."""
+    outside = [name for name in names if Path(name).name != name or name in ("..", ".")]
+    if outside:
+        raise MtpError(f"{index} names {outside[0]!r}, which is not a file of its folder; download it again.")
+    missing = [name for name in names if name not in there]
+    if missing:
+        raise MtpError(f"{folder}: {len(missing)} of {len(names)} shards missing: {', '.join(missing)}; download them.")
+    return names
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    mapped = read_json(index).get("weight_map")
+    if not isinstance(mapped, dict) or not mapped or not all(isinstance(name, str) for name in mapped.values()):
+        raise MtpError(f"{index} has no weight_map; download it again.")
+    return mapped

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma_mtp.convert.config_keys import (
+    CHANGES,
+    DEFAULTS,
+    GLOBAL_HEAD_DIM,
+    IGNORED,
+    IGNORED_ENDS,
+    IGNORED_STARTS,
+    LAYER_PERIOD,
+)
 from gemma_mtp.convert.errors import MtpError, warn
 
 TARGET_CLASSES = (
@@ -21,42 +29,6 @@ DRAFTER_CLASSES = ("Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausa
 # model_type, for configurations whose architectures say nothing.
 TARGET_TYPES = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
 DRAFTER_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
-# Keys of a text configuration that say nothing about its tensors or about how they are used: of transformers itself, of
-# its older versions, of generation settings that were kept there once, of trainers and of tools that merge.
-IGNORED = {
-    "architectures", "attention_dropout", "attn_implementation", "auto_map", "bad_words_ids", "begin_suppress_tokens",
-    "cache_implementation", "chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id",
-    "diversity_penalty", "do_sample", "dtype", "early_stopping", "encoder_no_repeat_ngram_size",
-    "exponential_decay_length_penalty",
-    "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing", "hidden_act", "id2label",
-    "initializer_range", "is_assistant", "is_decoder", "is_encoder_decoder", "label2id", "length_penalty", "max_length",
-    "max_new_tokens", "min_length", "model_name", "model_type", "name_or_path", "no_repeat_ngram_size",
-    "num_beam_groups",
-    "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores", "prefix",
-    "pretraining_tp", "problem_type", "pruned_heads", "query_pre_attn_scalar", "remove_invalid_values",
-    "repetition_penalty", "return_dict", "return_dict_in_generate", "rope_local_base_freq", "rope_theta",
-    "sep_token_id", "sliding_window_pattern", "suppress_tokens", "task_specific_params", "temperature",
-    "tf_legacy_loss",
-    "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p",
-    "use_bfloat16", "use_cache", "vocab_size_per_layer_input",
-}  # fmt: skip
-IGNORED_ENDS = ("_token_id", "_token_index", "_version", "_config", "_implementation")
-IGNORED_STARTS = ("_", "unsloth", "mergekit", "axolotl", "trl_", "wandb")
-# What a key speaks of that would change tensors or their use; such a key refuses, any other unknown one warns.
-CHANGES = re.compile(
-    r"altup|laurel|sparsity|_bias$|softcap|multiplier|rope_scaling|lora|num_nextn|mtp_|qk_norm|expert|quant"
-)
-# What transformers assumes where the configuration is silent (configuration_gemma4.py).
-GLOBAL_HEAD_DIM = 512
-LAYER_PERIOD = 6
-ROPE = {
-    "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
-    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
-}
-DEFAULTS = {
-    "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-6,
-    "sliding_window": 512, "vocab_size": 262_144, "rope_parameters": ROPE,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,8 +93,13 @@ def test_a_source_that_cannot_be_read(
 ) -> None:
     """At planning and between two pieces of weights: it is not the output's fault."""
     calls, real = [], os.preadv
+
+    def counted(*arguments: Any) -> int:
+        calls.append(1)
+        return real(*arguments)
+
     with monkeypatch.context() as counting:
-        counting.setattr(os, "preadv", lambda *arguments: calls.append(1) or real(*arguments))
+        counting.setattr(os, "preadv", counted)
         convert_pair(*pair, tmp_path / "counted", "F32", "F32")
     assert len(calls) > 1
     monkeypatch.setattr(os, "preadv", failing(os.preadv, min(after, len(calls) - 1)))

@@ -32,7 +32,8 @@ def test_a_snapshot_is_called_as_its_repository(pair: Folders, tmp_path: Path, m
     (tmp_path / "alias").symlink_to(snapshot)
     wanted = convert_pair(plain, pair[1], tmp_path / "wanted", "Q8_0")
     assert described(wanted.target)["name"] == "Gemma 4 E2B It"
-    for number, (source, work) in enumerate([(snapshot, tmp_path), (".", snapshot), (tmp_path / "alias", tmp_path)]):
+    given: list[tuple[str | Path, Path]] = [(snapshot, tmp_path), (".", snapshot), (tmp_path / "alias", tmp_path)]
+    for number, (source, work) in enumerate(given):
         monkeypatch.chdir(work)
         made = convert_pair(source, pair[1], tmp_path / f"out{number}", "Q8_0")
         assert made.target.name == wanted.target.name

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 from gemma_mtp.convert import Pair, link
 from gemma_mtp.convert.gguf_io import folder
+from gemma_mtp.convert.gguf_io.read import read
 from gemma_mtp.convert.integrity import verify_files
 from gemma_mtp.runtime.cli.main import main
 
@@ -180,8 +181,12 @@ def test_of_many_files_few_are_opened(tiny_f32: Pair, tmp_path: Path, monkeypatc
     for number in range(2000):
         (tmp_path / f"0-blob-{number}").write_bytes(b"GGUF" + bytes(60) if number % 2 else b"something else")
     seen: list[Path] = []
-    real = link.read
-    monkeypatch.setattr(link, "read", lambda path: (seen.append(path), real(path))[1])
+
+    def reading(path: Path) -> link.Header:
+        seen.append(path)
+        return read(path)
+
+    monkeypatch.setattr(link, "read", reading)
     assert link.find_drafter(target) == drafter
     assert seen == [target, drafter]
     assert len(folder.gguf_files(tmp_path)) == 1000 + 20 + 2

@@ -162,7 +162,7 @@ class Checkpoint(Weights):
 
     called: str | None = None
 
-    def __init__(self, folder: Path, files: ExitStack, allowed: Collection[str] = ()) -> None:
+    def __init__(self, folder: Path, files: ExitStack, allowed: Collection[str] = (), whole: bool = True) -> None:
         if not folder.is_dir():
             raise MtpError(f"{folder} is not a folder; pass the folder of a Hugging Face checkpoint.")
         file = folder / "config.json"
@@ -170,7 +170,7 @@ class Checkpoint(Weights):
         with damaged(file):
             self.settings = read_json(file)
             self.config = parse_config(self.settings, file, allowed)
-        self._allowed = allowed
+        self._allowed, self._whole = allowed, whole
         self.generation = read_generation(folder)
         super().__init__(folder, files)
         self._check_quantized()
@@ -195,7 +195,12 @@ class Checkpoint(Weights):
         """
         at = {place.gguf: name for name in self.index if (place := names.place(name)) is not None}
         head, embedding = at.get(names.OUTPUT), at.get(names.EMBEDDING)
-        if not self.config.tied or head is None or embedding is None or self.equal(head, embedding):
+        if not self.config.tied or head is None or embedding is None:
+            return self.config
+        if not self._whole and self.index[head].shape == self.index[embedding].shape:
+            warn(f"{self.folder}: {head!r} is taken for equal to {embedding!r}; only the weights show whether it is.")
+            return self.config
+        if self.equal(head, embedding):
             return self.config
         if isinstance(self.config, DrafterConfig):
             raise MtpError(
@@ -254,18 +259,19 @@ class Checkpoint(Weights):
 
 
 @contextmanager
-def open_checkpoint(folder: Path, allowed: Collection[str] = ()) -> Iterator[Checkpoint]:
+def open_checkpoint(folder: Path, allowed: Collection[str] = (), whole: bool = True) -> Iterator[Checkpoint]:
     """Open a Hugging Face folder for reading.
 
     Args:
         folder: where config.json and the weights lie.
         allowed: as for `parse_config`.
+        whole: False if of the weights only the headers are there.
 
     Raises:
         MtpError: a file is missing, cut off or not what it should be.
     """
     with ExitStack() as files:
-        yield Checkpoint(folder, files, allowed)
+        yield Checkpoint(folder, files, allowed, whole)
 
 
 def _source(path: Path, entry: Entry) -> Source:

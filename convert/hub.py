@@ -54,7 +54,7 @@ def fetch_checkpoint(source: str) -> Path:
     return found
 
 
-def fetch_headers(source: str, files: ExitStack) -> Path:
+def fetch_headers(source: str, files: ExitStack) -> tuple[Path, bool]:
     """As `fetch_checkpoint`, but of weights that are not in the cache only the headers are downloaded.
 
     The folder then holds sparse files of the weights' full size, with nothing after the header.
@@ -63,6 +63,9 @@ def fetch_headers(source: str, files: ExitStack) -> Path:
         source: as for `fetch_checkpoint`.
         files: keeps such a folder until it is closed.
 
+    Returns:
+        The folder, and whether all of the weights are there.
+
     Raises:
         MtpError: as `fetch_checkpoint`; or the server sends whole files only.
     """
@@ -70,12 +73,12 @@ def fetch_headers(source: str, files: ExitStack) -> Path:
 
     folder = Path(source).expanduser()
     if folder.is_dir():
-        return folder
+        return folder, True
     name, revision = _parse(source)
     cached = _download(name, revision, [each for each in FILES if each != WEIGHT_FILES])
     missing = [each for each in weight_names(cached, _present(name, cached)) if not (cached / each).exists()]
     if not missing:
-        return cached
+        return cached, True
     # Named like a snapshot in the cache, so that it is known which repository this is.
     root = Path(files.enter_context(tempfile.TemporaryDirectory(prefix="gemma-mtp-")))
     folder = root.joinpath(*cached.parts[-3:])
@@ -87,7 +90,7 @@ def fetch_headers(source: str, files: ExitStack) -> Path:
             header, size = _remote_header(name, each, cached.name)
         (folder / each).write_bytes(header)
         os.truncate(folder / each, size)
-    return folder
+    return folder, False
 
 
 def _place(path: Path, wanted: Path) -> None:

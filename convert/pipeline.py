@@ -220,8 +220,8 @@ def _open_pair(
     source, other = os.fspath(target), os.fspath(drafter)
     sources = source, official_drafter(source) if other == AUTO_DRAFTER else other
     with ExitStack() as files:
-        first, second = [fetch_headers(each, files) if headers else fetch_checkpoint(each) for each in sources]
-        opened = [files.enter_context(open_checkpoint(each, allowed)) for each in (first, second)]
+        found = [fetch_headers(each, files) if headers else (fetch_checkpoint(each), True) for each in sources]
+        opened = [files.enter_context(open_checkpoint(folder, allowed, whole)) for folder, whole in found]
         yield opened[0], opened[1]
 
 

@@ -278,3 +278,16 @@ def test_a_repository_of_one_file_beside_a_stale_index(run: Run, hub: Hub) -> No
     done = run("convert", TARGET, "-o", "out", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "left aside: model.safetensors.index.json" in done.stderr
+
+
+def test_a_head_that_only_the_weights_show(run: Run, hub: Hub) -> None:
+    """A dry run, which downloads no weights, says what it takes for granted."""
+    path = hub.repositories[TARGET] / "model.safetensors"
+    weights = load_file(path)
+    weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"] + 1
+    save_file(weights, path)
+    done = run("convert", TARGET, "-o", "out", "--dry-run")
+    assert "'lm_head.weight' is taken for equal" in done.stderr
+    assert run("convert", TARGET, "-o", "out").returncode == 0
+    done = run("convert", TARGET, "-o", "out", "--dry-run")
+    assert "'lm_head.weight' differs" in done.stderr

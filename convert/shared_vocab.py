@@ -76,7 +76,7 @@ def _extend(drafter: Checkpoint, target: Checkpoint) -> None:
     config = drafter.config
     assert isinstance(config, DrafterConfig)
     name, rows, n_new = _embedding(drafter), config.vocab_size, target.config.vocab_size - config.vocab_size
-    if n_new:
+    if n_new and name in drafter.index:  # where it lacks, its absence is told when tensors are placed
         old, lock = drafter.index[name], threading.Lock()
 
         @cache
@@ -88,9 +88,9 @@ def _extend(drafter: Checkpoint, target: Checkpoint) -> None:
                 return made()
 
         new = Source(old.file, (n_new, *old.shape[1:]), old.dtype, 0, n_new * old.row_size, made=once)
-        shape = (rows + n_new, *old.shape[1:])
+        shape = (old.shape[0] + n_new, *old.shape[1:])
         drafter.index[name] = Source(old.file, shape, old.dtype, 0, old.size + new.size, (old, new))
-        drafter.config = replace(config, vocab_size=rows + n_new)
+    drafter.config = replace(config, vocab_size=rows + n_new)
     drafter.share_tokenizer(target)
 
 

@@ -283,3 +283,22 @@ def test_unused_tokens_that_got_names(pair: Folders, tmp_path: Path) -> None:
 def test_a_token_without_a_row(pair: Folders, tmp_path: Path) -> None:
     with_new_tokens(pair[0], "<forgotten>")
     refused(*pair, tmp_path / "out", "'<forgotten>'", "resize_token_embeddings")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda weights, name: weights.pop(name), ("lacks token_embd.weight",)),
+        (
+            lambda weights, name: weights.update({name: weights[name][:-5].contiguous()}),
+            (f"{VOCAB - 5 + 64}", f"{VOCAB + 64}"),
+        ),
+    ],
+)
+def test_a_damaged_drafter_for_a_padded_target(
+    change: Callable[[dict[str, torch.Tensor], str], Any], words: tuple[str, ...], pair: Folders, tmp_path: Path
+) -> None:
+    grown(pair[0], VOCAB + 64)
+    name = next(name for name in load_file(pair[1] / "model.safetensors") if name.endswith("embed_tokens.weight"))
+    edit_weights(pair[1], lambda weights: change(weights, name))
+    refused(*pair, tmp_path / "out", *words)

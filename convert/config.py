@@ -54,9 +54,12 @@ ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
 }
 DEFAULTS = {
+    "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 30, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-6,
-    "sliding_window": 512, "vocab_size": 262_144, "rope_parameters": ROPE,
+    "sliding_window": 512, "vocab_size": 262_144, "rope_parameters": ROPE, "hidden_size_per_layer_input": 256,
 }  # fmt: skip
+# The same of the 12B's classes (configuration_gemma4_unified.py).
+UNIFIED = {"max_position_embeddings": 262_144, "sliding_window": 1024, "hidden_size_per_layer_input": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +96,6 @@ class TextConfig:
     rope_theta: float
     rope_theta_sliding: float
     partial_rotary: float
-    partial_rotary_sliding: float
     vocab_size: int
     tied: bool
 
@@ -130,12 +132,12 @@ class DrafterConfig(TextConfig):
 class _Keys:
     """Required and optional keys of a configuration, with an error that names file and key; knows which were read."""
 
-    def __init__(self, values: Mapping[str, Any], file: Path) -> None:
-        self.values, self.file = values, file
+    def __init__(self, values: Mapping[str, Any], file: Path, defaults: Mapping[str, Any] = DEFAULTS) -> None:
+        self.values, self.file, self.defaults = values, file, defaults
         self.read: set[str] = set()
 
     def __getitem__(self, key: str) -> Any:
-        value = self.get(key, DEFAULTS.get(key))
+        value = self.get(key, self.defaults.get(key))
         if value is None:
             raise MtpError(f"{self.file} has no {key!r}; download the configuration again.")
         return value
@@ -182,6 +184,8 @@ def parse_config(values: Mapping[str, Any], file: Path, allowed: Collection[str]
     root = _Keys(values, file)
     target = _is_target(root)
     text = root if root.get("text_config") is None else root.inner("text_config")
+    if "Unified" in str(root.get("architectures")) or "unified" in str(root.get("model_type")):
+        text.defaults = DEFAULTS | UNIFIED
     _refuse_unsupported(text)
     text.get("tie_word_embeddings")  # transformers goes by the outer one
     shared = _text_fields(text) | {"tied": root.get("tie_word_embeddings", True) is True}
@@ -233,10 +237,10 @@ def _refuse_unsupported(text: _Keys) -> None:
         if text.get(key) not in (None, value):
             raise MtpError(f"{text.file}: {key} = {text.get(key)!r} is not supported by llama.cpp's Gemma 4.")
     rope = text.inner("rope_parameters")
-    for kind, wanted in (("full_attention", "proportional"), ("sliding_attention", "default")):
+    for kind, known_types in (("full_attention", ("proportional", "default")), ("sliding_attention", ("default",))):
         inner = rope.inner(kind)
-        if (got := inner.get("rope_type", "default")) != wanted:
-            raise MtpError(f"{text.file}: rope_type of {kind} is {got!r}, only {wanted!r} is supported.")
+        if (got := inner.get("rope_type", "default")) not in known_types:
+            raise MtpError(f"{text.file}: rope_type of {kind} is {got!r}, only {known_types[0]!r} is supported.")
         if inner.get("factor", 1.0) != 1.0:
             raise MtpError(f"{text.file}: rope scaling of {kind} (factor {inner.get('factor')}) is not supported.")
 
@@ -315,7 +319,7 @@ def _text_fields(text: _Keys) -> dict[str, Any]:
         "sliding_window": text.size("sliding_window"),
         "n_kv_shared": text.some_size("num_kv_shared_layers") or 0,
         "v_is_k": bool(text.get("attention_k_eq_v", False)),
-        "per_layer_input": text.some_size("hidden_size_per_layer_input") or 0,
+        "per_layer_input": _per_layer_input(text),
         "double_wide_mlp": bool(text.get("use_double_wide_mlp", False)),
         "moe": moe,
         "n_expert": experts["num_experts"],
@@ -326,10 +330,23 @@ def _text_fields(text: _Keys) -> dict[str, Any]:
         "softcap": _finite(text, "final_logit_softcapping", 0) or None,
         "rope_theta": _finite(full, "rope_theta"),
         "rope_theta_sliding": _finite(sliding, "rope_theta"),
-        "partial_rotary": _finite(full, "partial_rotary_factor"),
-        "partial_rotary_sliding": _finite(sliding, "partial_rotary_factor", 1.0),
+        "partial_rotary": _partial_rotary(full),
         "vocab_size": text.size("vocab_size"),
     }
+
+
+def _per_layer_input(text: _Keys) -> int:
+    """Width of a layer's share of the per-layer embeddings, 0 for none; null says that there are none."""
+    key = "hidden_size_per_layer_input"
+    return text.some_size(key) or 0 if key in text.values else text.size(key)
+
+
+def _partial_rotary(full: _Keys) -> float:
+    """The rotated share of a full-attention head. RoPE of the type "default" rotates all, whatever the key says."""
+    share = _finite(full, "partial_rotary_factor", 1.0)
+    if share > 1:
+        raise MtpError(f"{full.file}: partial_rotary_factor = {share} is no share; download the configuration again.")
+    return share if full.get("rope_type") == "proportional" else 1.0
 
 
 def _finite(keys: _Keys, key: str, default: float | None = None) -> float:

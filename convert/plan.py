@@ -251,7 +251,7 @@ def parameters(config: Config) -> dict[str, tuple[GGUFValueType, Any]]:
         "attention.key_length_swa": (u32, config.head_dim),
         "attention.value_length_swa": (u32, config.head_dim),
         "rope.dimension_count": (u32, config.head_dim_full),
-        "rope.dimension_count_swa": (u32, int(config.head_dim * config.partial_rotary_sliding)),
+        "rope.dimension_count_swa": (u32, config.head_dim),
     }
     experts = {
         "expert_count": config.n_expert,

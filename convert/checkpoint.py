@@ -175,6 +175,7 @@ class Checkpoint(Weights):
         super().__init__(folder, files)
         self._check_quantized()
         self.config = self._with_its_head()
+        self._fit_per_layer_rows()
 
     def _check_quantized(self) -> None:
         """Whether a quantization that the configuration tells of is one of the weights too."""
@@ -209,6 +210,29 @@ class Checkpoint(Weights):
             )
         warn(f"{self.folder}: {head!r} differs from {embedding!r}: it is kept, whatever tie_word_embeddings says.")
         return replace(self.config, tied=False)
+
+    def _fit_per_layer_rows(self) -> None:
+        """Give the per-layer embeddings a row for each row of the embedding, as llama.cpp wants them.
+
+        transformers counts them apart (vocab_size_per_layer_input): one was resized or padded without the other.
+        """
+        places = {place.gguf: name for name in self.index if (place := names.place(name)) is not None}
+        name, rows = places.get(names.PER_LAYER, ""), self.config.vocab_size
+        if not self.config.per_layer_input or name not in self.index or len(self.index[name].shape) != 2:
+            return
+        old = self.index[name]
+        had, shape = old.shape[0], (rows, old.shape[1])
+        if had >= rows:
+            self.index[name] = replace(old, shape=shape, size=rows * old.row_size)
+            return
+        if lacking := [repr(token) for token in self.own_tokenizer.tokens[had:]]:
+            raise MtpError(
+                f"{old.file}: {name!r} has {had} rows, none for {listed(lacking)}; resize it as the embedding was "
+                "(resize_token_embeddings does both)."
+            )
+        size = (rows - had) * old.row_size
+        unused = Source(old.file, (rows - had, old.shape[1]), old.dtype, 0, size, made=lambda: np.zeros(size, np.uint8))
+        self.index[name] = Source(old.file, shape, old.dtype, 0, old.size + size, (old, unused))
 
     @cached_property
     def own_tokenizer(self) -> Tokenizer:

@@ -17,6 +17,7 @@ from gemma_mtp.convert.config_keys import (
     IGNORED_ENDS,
     IGNORED_STARTS,
     LAYER_PERIOD,
+    UNIFIED,
 )
 from gemma_mtp.convert.errors import MtpError, warn
 
@@ -65,7 +66,6 @@ class TextConfig:
     rope_theta: float
     rope_theta_sliding: float
     partial_rotary: float
-    partial_rotary_sliding: float
     vocab_size: int
     tied: bool
 
@@ -102,12 +102,12 @@ class DrafterConfig(TextConfig):
 class _Keys:
     """Required and optional keys of a configuration, with an error that names file and key; knows which were read."""
 
-    def __init__(self, values: Mapping[str, Any], file: Path) -> None:
-        self.values, self.file = values, file
+    def __init__(self, values: Mapping[str, Any], file: Path, defaults: Mapping[str, Any] = DEFAULTS) -> None:
+        self.values, self.file, self.defaults = values, file, defaults
         self.read: set[str] = set()
 
     def __getitem__(self, key: str) -> Any:
-        value = self.get(key, DEFAULTS.get(key))
+        value = self.get(key, self.defaults.get(key))
         if value is None:
             raise MtpError(f"{self.file} has no {key!r}; download the configuration again.")
         return value
@@ -154,6 +154,8 @@ def parse_config(values: Mapping[str, Any], file: Path, allowed: Collection[str]
     root = _Keys(values, file)
     target = _is_target(root)
     text = root if root.get("text_config") is None else root.inner("text_config")
+    if "Unified" in str(root.get("architectures")) or "unified" in str(root.get("model_type")):
+        text.defaults = DEFAULTS | UNIFIED
     _refuse_unsupported(text)
     text.get("tie_word_embeddings")  # transformers goes by the outer one
     shared = _text_fields(text) | {"tied": root.get("tie_word_embeddings", True) is True}
@@ -205,10 +207,10 @@ def _refuse_unsupported(text: _Keys) -> None:
         if text.get(key) not in (None, value):
             raise MtpError(f"{text.file}: {key} = {text.get(key)!r} is not supported by llama.cpp's Gemma 4.")
     rope = text.inner("rope_parameters")
-    for kind, wanted in (("full_attention", "proportional"), ("sliding_attention", "default")):
+    for kind, known_types in (("full_attention", ("proportional", "default")), ("sliding_attention", ("default",))):
         inner = rope.inner(kind)
-        if (got := inner.get("rope_type", "default")) != wanted:
-            raise MtpError(f"{text.file}: rope_type of {kind} is {got!r}, only {wanted!r} is supported.")
+        if (got := inner.get("rope_type", "default")) not in known_types:
+            raise MtpError(f"{text.file}: rope_type of {kind} is {got!r}, only {known_types[0]!r} is supported.")
         if inner.get("factor", 1.0) != 1.0:
             raise MtpError(f"{text.file}: rope scaling of {kind} (factor {inner.get('factor')}) is not supported.")
 
@@ -287,7 +289,7 @@ def _text_fields(text: _Keys) -> dict[str, Any]:
         "sliding_window": text.size("sliding_window"),
         "n_kv_shared": text.some_size("num_kv_shared_layers") or 0,
         "v_is_k": bool(text.get("attention_k_eq_v", False)),
-        "per_layer_input": text.some_size("hidden_size_per_layer_input") or 0,
+        "per_layer_input": _per_layer_input(text),
         "double_wide_mlp": bool(text.get("use_double_wide_mlp", False)),
         "moe": moe,
         "n_expert": experts["num_experts"],
@@ -298,10 +300,23 @@ def _text_fields(text: _Keys) -> dict[str, Any]:
         "softcap": _finite(text, "final_logit_softcapping", 0) or None,
         "rope_theta": _finite(full, "rope_theta"),
         "rope_theta_sliding": _finite(sliding, "rope_theta"),
-        "partial_rotary": _finite(full, "partial_rotary_factor"),
-        "partial_rotary_sliding": _finite(sliding, "partial_rotary_factor", 1.0),
+        "partial_rotary": _partial_rotary(full),
         "vocab_size": text.size("vocab_size"),
     }
+
+
+def _per_layer_input(text: _Keys) -> int:
+    """Width of a layer's share of the per-layer embeddings, 0 for none; null says that there are none."""
+    key = "hidden_size_per_layer_input"
+    return text.some_size(key) or 0 if key in text.values else text.size(key)
+
+
+def _partial_rotary(full: _Keys) -> float:
+    """The rotated share of a full-attention head. RoPE of the type "default" rotates all, whatever the key says."""
+    share = _finite(full, "partial_rotary_factor", 1.0)
+    if share > 1:
+        raise MtpError(f"{full.file}: partial_rotary_factor = {share} is no share; download the configuration again.")
+    return share if full.get("rope_type") == "proportional" else 1.0
 
 
 def _finite(keys: _Keys, key: str, default: float | None = None) -> float:

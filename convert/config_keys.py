@@ -37,6 +37,9 @@ ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
 }
 DEFAULTS: Mapping[str, Any] = {
+    "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 30, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-6,
-    "sliding_window": 512, "vocab_size": 262_144, "rope_parameters": ROPE,
+    "sliding_window": 512, "vocab_size": 262_144, "rope_parameters": ROPE, "hidden_size_per_layer_input": 256,
 }  # fmt: skip
+# The same of the 12B's classes (configuration_gemma4_unified.py).
+UNIFIED = {"max_position_embeddings": 262_144, "sliding_window": 1024, "hidden_size_per_layer_input": 0}

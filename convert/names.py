@@ -50,7 +50,7 @@ LAYER = {
     "experts.down_proj": "ffn_down_exps.weight",
 }
 
-EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
+EMBEDDING, PER_LAYER, OUTPUT = "token_embd.weight", "per_layer_token_embd.weight", "output.weight"
 # Written by the converter itself; no tensor of the checkpoint.
 ROPE_FREQS = "rope_freqs.weight"
 

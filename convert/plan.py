@@ -251,7 +251,7 @@ def parameters(config: Config) -> dict[str, tuple[GGUFValueType, Any]]:
         "attention.key_length_swa": (u32, config.head_dim),
         "attention.value_length_swa": (u32, config.head_dim),
         "rope.dimension_count": (u32, config.head_dim_full),
-        "rope.dimension_count_swa": (u32, int(config.head_dim * config.partial_rotary_sliding)),
+        "rope.dimension_count_swa": (u32, config.head_dim),
     }
     experts = {
         "expert_count": config.n_expert,
@@ -259,8 +259,9 @@ def parameters(config: Config) -> dict[str, tuple[GGUFValueType, Any]]:
         "expert_feed_forward_length": config.n_ff_expert,
     }
     found |= {key: (u32, value) for key, value in experts.items() if value is not None}
-    if config.softcap is not None:
-        found["final_logit_softcapping"] = (f32, float(config.softcap))
+    if config.softcap is not None or isinstance(config, TargetConfig):
+        # Where a target's file says nothing, llama.cpp takes 30 (llama-hparams.h); 0 is none.
+        found["final_logit_softcapping"] = (f32, float(config.softcap or 0))
     if isinstance(config, DrafterConfig):
         found["embedding_length_out"] = (u32, config.backbone)
         found["nextn_predict_layers"] = (u32, config.n_layer)

@@ -29,7 +29,7 @@ def refused(target: Path, drafter: Path, out: Path, *words: str, options: tuple[
     assert not out.exists()
 
 
-def edit_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text())
     change(config)
@@ -41,6 +41,19 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
     weights = {name: tensor.clone() for name, tensor in load_file(path).items()}
     change(weights)
     save_file(weights, path)
+
+
+def experts_apart(weights: dict[str, torch.Tensor]) -> None:
+    """Each expert's matrices as tensors of their own, as some exports have them."""
+    for name in [name for name in weights if ".experts." in name]:
+        tensor, start = weights.pop(name), name.rpartition(".experts.")[0]
+        for number, matrix in enumerate(tensor):
+            if "gate_up" in name:
+                half = len(matrix) // 2
+                weights[f"{start}.experts.{number}.gate_proj.weight"] = matrix[:half].clone()
+                weights[f"{start}.experts.{number}.up_proj.weight"] = matrix[half:].clone()
+            else:
+                weights[f"{start}.experts.{number}.down_proj.weight"] = matrix.clone()
 
 
 def converting(pair: Folders, out: Path, code: str) -> list[object]:

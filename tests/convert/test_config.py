@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from faulty import Folders, edit_config, edit_weights, refused
+from faulty import Folders, edit_config, edit_weights, experts_apart, refused
 from gemma_mtp.convert import convert_pair, plan_pair
 from gemma_mtp.convert.config import TextConfig, parse_config
 from gemma_mtp.convert.errors import MtpError, MtpWarning
@@ -89,18 +89,26 @@ def test_what_is_no_gemma_4(pair: Folders, tmp_path: Path) -> None:
     refused(*pair, tmp_path / "out", "config.json", "model_type 'llama'", "Gemma 4")
 
 
-def test_defaults_are_those_of_transformers(pair: Folders) -> None:
+@pytest.mark.parametrize("unified", [False, True])
+def test_defaults_are_those_of_transformers(unified: bool) -> None:
+    """Those of the 12B's classes are others."""
     from transformers import Gemma4TextConfig
+    from transformers.models.gemma4_unified import Gemma4UnifiedTextConfig
 
-    silent = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 2}
-    theirs = Gemma4TextConfig(**silent)
-    ours = parse_config({"architectures": ["Gemma4ForCausalLM"], **silent}, Path("config.json"))
+    theirs = Gemma4UnifiedTextConfig() if unified else Gemma4TextConfig()
+    ours = parse_config({"model_type": theirs.model_type}, Path("config.json"))
     rope = theirs.rope_parameters
+    assert (ours.n_embd, ours.n_ff, ours.n_layer) == (
+        theirs.hidden_size, theirs.intermediate_size, theirs.num_hidden_layers,
+    )  # fmt: skip
+    assert (ours.n_head, ours.vocab_size) == (theirs.num_attention_heads, theirs.vocab_size)
+    assert ours.per_layer_input == (0 if unified else theirs.hidden_size_per_layer_input)
     assert ours.rms_eps == theirs.rms_norm_eps
     assert ours.sliding_window == theirs.sliding_window
     assert ours.context_length == theirs.max_position_embeddings
-    sliding = theirs.per_layer_config[0]
-    assert (ours.n_kv, ours.head_dim) == (sliding.num_key_value_heads, sliding.head_dim)
+    for layer, values in ((0, (ours.n_kv, ours.head_dim)), (5, (ours.n_kv, ours.head_dim_full))):
+        wanted = theirs.per_layer_config[layer]
+        assert values == (wanted.num_key_value_heads, wanted.head_dim)
     assert ours.rope_theta == rope["full_attention"]["rope_theta"]
     assert ours.partial_rotary == rope["full_attention"]["partial_rotary_factor"]
     assert ours.rope_theta_sliding == rope["sliding_attention"]["rope_theta"]
@@ -194,20 +202,8 @@ def test_experts_one_by_one(tmp_path: Path) -> None:
     target, drafter = make_pair("26B-A4B", tmp_path)
     whole = convert_pair(target, drafter, tmp_path / "whole", "F32", "F32")
     apart = shutil.copytree(target, tmp_path / "apart")
-
-    def split(weights: dict[str, torch.Tensor]) -> None:
-        for name in [name for name in weights if ".experts." in name]:
-            tensor, start = weights.pop(name), name.rpartition(".experts.")[0]
-            for number, matrix in enumerate(tensor):
-                if "gate_up" in name:
-                    half = len(matrix) // 2
-                    weights[f"{start}.experts.{number}.gate_proj.weight"] = matrix[:half].clone()
-                    weights[f"{start}.experts.{number}.up_proj.weight"] = matrix[half:].clone()
-                else:
-                    weights[f"{start}.experts.{number}.down_proj.weight"] = matrix.clone()
-
     assert any(".experts." in name for name in load_file(apart / "model.safetensors"))
-    edit_weights(apart, split)
+    edit_weights(apart, experts_apart)
     made = convert_pair(apart, drafter, tmp_path / "made", "F32", "F32")
     from gguf import GGUFReader
 

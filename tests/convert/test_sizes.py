@@ -8,21 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from gemma_mtp.convert import Pair, convert_pair
 from gemma_mtp.runtime import Llama
 from prompts import PROMPT
+from reference import CLOSE, EXACT, by_llama_cpp, by_transformers
 from tiny import SIZES, VOCAB
-from transformers import Gemma4ForConditionalGeneration
-from transformers.models.gemma4_unified import Gemma4UnifiedForConditionalGeneration
 
-# F32 cache and no flash attention leave the least to differ.
-EXACT: dict[str, Any] = {
-    "n_ctx": 256, "verbose": False, "flash_attn": False, "type_k": 0, "type_v": 0,
-    "n_threads": 1, "n_threads_batch": 1,
-}  # fmt: skip
-# The models' logits have a spread of several units; llama.cpp rounds its GELU to 16 bits.
-CLOSE = 0.15
 # Rows of 80 in which the router's choice of experts may be so close that rounding decides it.
 NEAR_TIES = {"26B-A4B": 2}
 
@@ -37,14 +28,7 @@ def pairs(sizes: dict[str, tuple[Path, Path]], tmp_path_factory: pytest.TempPath
 def test_logits_are_those_of_transformers(
     size: str, sizes: dict[str, tuple[Path, Path]], pairs: dict[str, Pair]
 ) -> None:
-    kind = Gemma4UnifiedForConditionalGeneration if size == "12B" else Gemma4ForConditionalGeneration
-    reference = kind.from_pretrained(sizes[size][0], dtype=torch.float32).eval()
-    ids = torch.randint(5, VOCAB - 5, (1, 80), generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        wanted = reference(input_ids=ids).logits[0].numpy()
-    with closing(Llama(pairs[size].target, drafter=None, logits_all=True, **EXACT)) as llm:
-        llm.eval(ids[0].tolist())
-        got = llm.scores[: ids.shape[1]].copy()
+    wanted, got = by_transformers(sizes[size][0]), by_llama_cpp(pairs[size].target)
     difference = np.sort(np.abs(got - wanted)[:, : VOCAB - 2].max(axis=1))[: len(got) - NEAR_TIES.get(size, 0)]
     print(f"{size}: logits differ by {difference.max():.4f} at most, spread {wanted.std():.2f}")
     assert difference.max() < CLOSE

@@ -281,8 +281,13 @@ def test_unused_tokens_that_got_names(pair: Folders, tmp_path: Path) -> None:
 
 
 def test_a_token_without_a_row(pair: Folders, tmp_path: Path) -> None:
+    """In the embedding, or in that of the layers, where transformers fails at the token."""
     with_new_tokens(pair[0], "<forgotten>")
     refused(*pair, tmp_path / "out", "'<forgotten>'", "resize_token_embeddings")
+    grown(pair[0], VOCAB + 1)
+    name = EMBEDDING.replace("tokens", "tokens_per_layer")
+    edit_weights(pair[0], lambda weights: weights.update({name: weights[name][:VOCAB].clone()}))
+    refused(*pair, tmp_path / "out", "'<forgotten>'", name, f"{VOCAB} rows", "resize_token_embeddings")
 
 
 @pytest.mark.parametrize(

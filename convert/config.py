@@ -46,7 +46,8 @@ IGNORED_STARTS = ("_", "unsloth", "mergekit", "axolotl", "trl_", "wandb")
 CHANGES = re.compile(
     r"altup|laurel|sparsity|_bias$|softcap|multiplier|rope_scaling|lora|num_nextn|mtp_|qk_norm|expert|quant"
 )
-# What transformers assumes where the configuration is silent (configuration_gemma4.py).
+# What transformers assumes where the configuration is silent (configuration_gemma4.py, configuration_gemma4_unified.py,
+# configuration_gemma4_assistant.py).
 GLOBAL_HEAD_DIM = 512
 LAYER_PERIOD = 6
 ROPE = {
@@ -55,7 +56,12 @@ ROPE = {
 }
 DEFAULTS = {
     "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-6,
-    "sliding_window": 512, "vocab_size": 262_144, "rope_parameters": ROPE,
+    "sliding_window": 512, "vocab_size": 262_144, "rope_parameters": ROPE, "hidden_size_per_layer_input": 256,
+}  # fmt: skip
+UNIFIED = {"max_position_embeddings": 262_144, "sliding_window": 1024, "hidden_size_per_layer_input": 0}
+DRAFTER = {
+    "backbone_hidden_size": 1536, "num_centroids": 2048, "centroid_intermediate_top_k": 32,
+    "hidden_size_per_layer_input": 0,
 }  # fmt: skip
 
 
@@ -132,10 +138,11 @@ class _Keys:
 
     def __init__(self, values: Mapping[str, Any], file: Path) -> None:
         self.values, self.file = values, file
+        self.defaults: Mapping[str, Any] = DEFAULTS
         self.read: set[str] = set()
 
     def __getitem__(self, key: str) -> Any:
-        value = self.get(key, DEFAULTS.get(key))
+        value = self.get(key, self.defaults.get(key))
         if value is None:
             raise MtpError(f"{self.file} has no {key!r}; download the configuration again.")
         return value
@@ -182,6 +189,8 @@ def parse_config(values: Mapping[str, Any], file: Path, allowed: Collection[str]
     root = _Keys(values, file)
     target = _is_target(root)
     text = root if root.get("text_config") is None else root.inner("text_config")
+    unified = UNIFIED if _is_unified(root, text) else {}
+    text.defaults = root.defaults = DEFAULTS | unified | ({} if target else DRAFTER)
     _refuse_unsupported(text)
     text.get("tie_word_embeddings")  # transformers goes by the outer one
     shared = _text_fields(text) | {"tied": root.get("tie_word_embeddings", True) is True}
@@ -189,6 +198,7 @@ def parse_config(values: Mapping[str, Any], file: Path, allowed: Collection[str]
         _check_donors(file, shared["layer_types"], shared["n_kv_shared"])
     backbone = {} if target else _drafter(root, shared)
     _unknown(text, allowed)
+    _older_rope(text, shared)
     return TargetConfig(**shared) if target else DrafterConfig(**shared | backbone)
 
 
@@ -202,6 +212,28 @@ def _is_target(root: _Keys) -> bool:
             return found[0] in targets
     said = f"architecture {named[0]!r}" if named else f"model_type {kind!r}"
     raise MtpError(f"{root.file}: {said} is not supported; a Gemma 4 target or its assistant is wanted.")
+
+
+def _is_unified(root: _Keys, text: _Keys) -> bool:
+    """Whether the text model is the 12B's, which has other defaults."""
+    kinds = text.get("model_type"), root.get("model_type"), root.get("architectures")
+    return "unified" in str(next((kind for kind in kinds if kind), "")).lower()
+
+
+def _rope(text: _Keys) -> _Keys:
+    """The settings of RoPE; as in transformers those under their older name come first, if they are of this kind."""
+    older = text.values.get("rope_scaling")
+    text.get("rope_parameters")
+    return text.inner("rope_scaling" if isinstance(older, dict) and older.keys() >= ROPE.keys() else "rope_parameters")
+
+
+def _older_rope(text: _Keys, used: Mapping[str, Any]) -> None:
+    """Tell of frequencies as Gemma 3 had them, which transformers does not look at, where they differ."""
+    for key, name in (("rope_theta", "rope_theta"), ("rope_local_base_freq", "rope_theta_sliding")):
+        value = text.values.get(key)
+        if value is not None and value != used[name]:
+            said = json.dumps(value)[:60]
+            warn(f"{text.file}: {key} = {said} is left out, as in transformers: {used[name]:g} is taken.")
 
 
 def _unknown(text: _Keys, allowed: Collection[str]) -> None:
@@ -232,7 +264,7 @@ def _refuse_unsupported(text: _Keys) -> None:
     for key, value in known.items():
         if text.get(key) not in (None, value):
             raise MtpError(f"{text.file}: {key} = {text.get(key)!r} is not supported by llama.cpp's Gemma 4.")
-    rope = text.inner("rope_parameters")
+    rope = _rope(text)
     for kind, wanted in (("full_attention", "proportional"), ("sliding_attention", "default")):
         inner = rope.inner(kind)
         if (got := inner.get("rope_type", "default")) != wanted:
@@ -293,7 +325,7 @@ def _check_donors(file: Path, types: tuple[str, ...], n_shared: int) -> None:
 
 
 def _text_fields(text: _Keys) -> dict[str, Any]:
-    rope = text.inner("rope_parameters")
+    rope = _rope(text)
     full, sliding = rope.inner("full_attention"), rope.inner("sliding_attention")
     types = _layer_types(text)
     head_dim_full, n_kv_full = _full_layers(text, types)
@@ -315,7 +347,7 @@ def _text_fields(text: _Keys) -> dict[str, Any]:
         "sliding_window": text.size("sliding_window"),
         "n_kv_shared": text.some_size("num_kv_shared_layers") or 0,
         "v_is_k": bool(text.get("attention_k_eq_v", False)),
-        "per_layer_input": text.some_size("hidden_size_per_layer_input") or 0,
+        "per_layer_input": text.size("hidden_size_per_layer_input"),
         "double_wide_mlp": bool(text.get("use_double_wide_mlp", False)),
         "moe": moe,
         "n_expert": experts["num_experts"],
@@ -326,7 +358,7 @@ def _text_fields(text: _Keys) -> dict[str, Any]:
         "softcap": _finite(text, "final_logit_softcapping", 0) or None,
         "rope_theta": _finite(full, "rope_theta"),
         "rope_theta_sliding": _finite(sliding, "rope_theta"),
-        "partial_rotary": _finite(full, "partial_rotary_factor"),
+        "partial_rotary": _finite(full, "partial_rotary_factor", 1.0),
         "partial_rotary_sliding": _finite(sliding, "partial_rotary_factor", 1.0),
         "vocab_size": text.size("vocab_size"),
     }
@@ -354,6 +386,6 @@ def _drafter(root: _Keys, text: dict[str, Any]) -> dict[str, Any]:
         "backbone": backbone,
         "ordered": bool(root.get("use_ordered_embeddings", False)),
         "n_ordered": text["vocab_size"],
-        "n_centroids": root.some_size("num_centroids") or 0,
-        "top_k": root.some_size("centroid_intermediate_top_k") or 0,
+        "n_centroids": root.size("num_centroids"),
+        "top_k": root.size("centroid_intermediate_top_k"),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import jinja2
 from gemma_mtp.convert.errors import MtpError, warn
+from gemma_mtp.convert.files import read_small
 from gemma_mtp.convert.json_file import read_json
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -66,10 +68,15 @@ def _candidates(folder: Path, settings: Mapping[str, Any]) -> Iterator[tuple[Pat
 
 def _text(path: Path) -> str:
     """The text of a file, "" if it is not there or blank; one that cannot be read is said."""
+    if not os.path.lexists(path):
+        return ""
     try:
-        text = path.read_text(encoding="utf-8-sig") if path.is_file() else ""
-    except (OSError, UnicodeDecodeError) as problem:
-        warn(f"{path} is left out: {getattr(problem, 'strerror', None) or 'it is not UTF-8'}.")
+        text = read_small(path).decode("utf-8-sig")
+    except MtpError as problem:
+        warn(f"left out: {problem}")
+        return ""
+    except UnicodeDecodeError:
+        warn(f"{path} is left out: it is not UTF-8.")
         return ""
     return text if text.strip() else ""
 

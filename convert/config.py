@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ from typing import Any
 from gemma_mtp.convert.config_keys import (
     CHANGES,
     DEFAULTS,
+    DRAFTER,
     GLOBAL_HEAD_DIM,
-    IGNORED,
-    IGNORED_ENDS,
-    IGNORED_STARTS,
     LAYER_PERIOD,
+    ROPE,
     UNIFIED,
+    Keys,
 )
 from gemma_mtp.convert.errors import MtpError, warn
 
@@ -99,47 +99,6 @@ class DrafterConfig(TextConfig):
     top_k: int
 
 
-class _Keys:
-    """Required and optional keys of a configuration, with an error that names file and key; knows which were read."""
-
-    def __init__(self, values: Mapping[str, Any], file: Path, defaults: Mapping[str, Any] = DEFAULTS) -> None:
-        self.values, self.file, self.defaults = values, file, defaults
-        self.read: set[str] = set()
-
-    def __getitem__(self, key: str) -> Any:
-        value = self.get(key, self.defaults.get(key))
-        if value is None:
-            raise MtpError(f"{self.file} has no {key!r}; download the configuration again.")
-        return value
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self.read.add(key)
-        value = self.values.get(key)
-        return default if value is None else value
-
-    def size(self, key: str) -> int:
-        """A size: a whole number, not negative."""
-        value = self[key]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise MtpError(f"{self.file}: {key} = {value!r} is not a size; download the configuration again.")
-        return value
-
-    def some_size(self, key: str) -> int | None:
-        return None if self.get(key) is None else self.size(key)
-
-    def inner(self, key: str) -> _Keys:
-        if not isinstance(self[key], dict):
-            raise MtpError(f"{self.file}: {key} is not an object; download the configuration again.")
-        return _Keys(self[key], self.file)
-
-    def unread(self) -> Iterator[tuple[str, Any]]:
-        """Keys that nobody asked for and that hold something."""
-        for key, value in self.values.items():
-            known = key in self.read or key in IGNORED or key.startswith(IGNORED_STARTS) or key.endswith(IGNORED_ENDS)
-            if not known and value not in (None, False, 0, "", [], {}):
-                yield key, value
-
-
 def parse_config(values: Mapping[str, Any], file: Path, allowed: Collection[str] = ()) -> TargetConfig | DrafterConfig:
     """A parsed config.json as a configuration.
 
@@ -151,11 +110,11 @@ def parse_config(values: Mapping[str, Any], file: Path, allowed: Collection[str]
     Raises:
         MtpError: it is damaged, lacks a key, or asks for a feature that is not supported.
     """
-    root = _Keys(values, file)
+    root = Keys(values, file)
     target = _is_target(root)
     text = root if root.get("text_config") is None else root.inner("text_config")
-    if "Unified" in str(root.get("architectures")) or "unified" in str(root.get("model_type")):
-        text.defaults = DEFAULTS | UNIFIED
+    unified = UNIFIED if _is_unified(root, text) else {}
+    text.defaults = root.defaults = {**DEFAULTS, **unified, **({} if target else DRAFTER)}
     _refuse_unsupported(text)
     text.get("tie_word_embeddings")  # transformers goes by the outer one
     shared = _text_fields(text) | {"tied": root.get("tie_word_embeddings", True) is True}
@@ -163,10 +122,11 @@ def parse_config(values: Mapping[str, Any], file: Path, allowed: Collection[str]
         _check_donors(file, shared["layer_types"], shared["n_kv_shared"])
     backbone = {} if target else _drafter(root, shared)
     _unknown(text, allowed)
+    _older_rope(text, shared)
     return TargetConfig(**shared) if target else DrafterConfig(**shared | backbone)
 
 
-def _is_target(root: _Keys) -> bool:
+def _is_target(root: Keys) -> bool:
     """Whether a configuration is a target's, by its class or, where that says nothing, by its model_type."""
     classes = root.get("architectures", [])
     named = [str(each) for each in (classes if isinstance(classes, list) else [classes])]
@@ -178,7 +138,29 @@ def _is_target(root: _Keys) -> bool:
     raise MtpError(f"{root.file}: {said} is not supported; a Gemma 4 target or its assistant is wanted.")
 
 
-def _unknown(text: _Keys, allowed: Collection[str]) -> None:
+def _is_unified(root: Keys, text: Keys) -> bool:
+    """Whether the text model is the 12B's, which has other defaults."""
+    kinds = text.get("model_type"), root.get("model_type"), root.get("architectures")
+    return "unified" in str(next((kind for kind in kinds if kind), "")).lower()
+
+
+def _rope(text: Keys) -> Keys:
+    """The settings of RoPE; as in transformers those under their older name come first, if they are of this kind."""
+    older = text.values.get("rope_scaling")
+    text.get("rope_parameters")
+    return text.inner("rope_scaling" if isinstance(older, dict) and older.keys() >= ROPE.keys() else "rope_parameters")
+
+
+def _older_rope(text: Keys, used: Mapping[str, Any]) -> None:
+    """Tell of frequencies as Gemma 3 had them, which transformers does not look at, where they differ."""
+    for key, name in (("rope_theta", "rope_theta"), ("rope_local_base_freq", "rope_theta_sliding")):
+        value = text.values.get(key)
+        if value is not None and value != used[name]:
+            said = json.dumps(value)[:60]
+            warn(f"{text.file}: {key} = {said} is left out, as in transformers: {used[name]:g} is taken.")
+
+
+def _unknown(text: Keys, allowed: Collection[str]) -> None:
     """Refuse keys that nobody asked for and that may change tensors or their use; warn of others."""
     unknown = []
     for key, value in text.unread():
@@ -194,7 +176,7 @@ def _unknown(text: _Keys, allowed: Collection[str]) -> None:
         warn(f"{text.file}: not known, and left out as in transformers: {', '.join(unknown)}.")
 
 
-def _refuse_unsupported(text: _Keys) -> None:
+def _refuse_unsupported(text: Keys) -> None:
     """Name the features that this converter would get wrong."""
     known: dict[str, Any] = {
         "attention_bias": False,
@@ -206,7 +188,7 @@ def _refuse_unsupported(text: _Keys) -> None:
     for key, value in known.items():
         if text.get(key) not in (None, value):
             raise MtpError(f"{text.file}: {key} = {text.get(key)!r} is not supported by llama.cpp's Gemma 4.")
-    rope = text.inner("rope_parameters")
+    rope = _rope(text)
     for kind, known_types in (("full_attention", ("proportional", "default")), ("sliding_attention", ("default",))):
         inner = rope.inner(kind)
         if (got := inner.get("rope_type", "default")) not in known_types:
@@ -215,7 +197,7 @@ def _refuse_unsupported(text: _Keys) -> None:
             raise MtpError(f"{text.file}: rope scaling of {kind} (factor {inner.get('factor')}) is not supported.")
 
 
-def _layer_types(text: _Keys) -> tuple[str, ...]:
+def _layer_types(text: Keys) -> tuple[str, ...]:
     """Types of the layers; as in transformers a missing list means every sixth is full, and the last always is."""
     n_layer = text.size("num_hidden_layers")
     default = ["sliding_attention" if (layer + 1) % LAYER_PERIOD else "full_attention" for layer in range(n_layer)]
@@ -228,7 +210,7 @@ def _layer_types(text: _Keys) -> tuple[str, ...]:
     return (*types[:-1], "full_attention")
 
 
-def _full_layers(text: _Keys, types: tuple[str, ...]) -> tuple[int, int | None]:
+def _full_layers(text: Keys, types: tuple[str, ...]) -> tuple[int, int | None]:
     """Head size and KV heads of full-attention layers, the latter None if they are those of the sliding layers.
 
     transformers writes them per layer from 5.22 on, and once for all before.
@@ -240,7 +222,7 @@ def _full_layers(text: _Keys, types: tuple[str, ...]) -> tuple[int, int | None]:
         return GLOBAL_HEAD_DIM if head_dim is None else head_dim, n_kv if text.get("attention_k_eq_v") else None
     found = set()
     for layer, kind in enumerate(types):
-        values = _Keys(per_layer.get(str(layer), {}), text.file)
+        values = Keys(per_layer.get(str(layer), {}), text.file)
         pair = values.some_size("head_dim"), values.some_size("num_key_value_heads")
         for key, value in values.unread():
             raise MtpError(f"{text.file}: per_layer_config of layer {layer} has {key} = {value!r}, which is not known.")
@@ -266,8 +248,8 @@ def _check_donors(file: Path, types: tuple[str, ...], n_shared: int) -> None:
         )
 
 
-def _text_fields(text: _Keys) -> dict[str, Any]:
-    rope = text.inner("rope_parameters")
+def _text_fields(text: Keys) -> dict[str, Any]:
+    rope = _rope(text)
     full, sliding = rope.inner("full_attention"), rope.inner("sliding_attention")
     types = _layer_types(text)
     head_dim_full, n_kv_full = _full_layers(text, types)
@@ -305,13 +287,13 @@ def _text_fields(text: _Keys) -> dict[str, Any]:
     }
 
 
-def _per_layer_input(text: _Keys) -> int:
+def _per_layer_input(text: Keys) -> int:
     """Width of a layer's share of the per-layer embeddings, 0 for none; null says that there are none."""
     key = "hidden_size_per_layer_input"
     return text.some_size(key) or 0 if key in text.values else text.size(key)
 
 
-def _partial_rotary(full: _Keys) -> float:
+def _partial_rotary(full: Keys) -> float:
     """The rotated share of a full-attention head. RoPE of the type "default" rotates all, whatever the key says."""
     share = _finite(full, "partial_rotary_factor", 1.0)
     if share > 1:
@@ -319,7 +301,7 @@ def _partial_rotary(full: _Keys) -> float:
     return share if full.get("rope_type") == "proportional" else 1.0
 
 
-def _finite(keys: _Keys, key: str, default: float | None = None) -> float:
+def _finite(keys: Keys, key: str, default: float | None = None) -> float:
     """A number, not negative, with which can be reckoned."""
     value = keys[key] if default is None else keys.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
@@ -327,7 +309,7 @@ def _finite(keys: _Keys, key: str, default: float | None = None) -> float:
     return float(value)
 
 
-def _drafter(root: _Keys, text: dict[str, Any]) -> dict[str, Any]:
+def _drafter(root: Keys, text: dict[str, Any]) -> dict[str, Any]:
     """What a drafter has on top of its text model, whose layers all read the target's KV cache."""
     backbone = root.size("backbone_hidden_size")
     for wrong, what in ((text["moe"], "enable_moe_block"), (not text["tied"], "tie_word_embeddings = false"),
@@ -341,6 +323,6 @@ def _drafter(root: _Keys, text: dict[str, Any]) -> dict[str, Any]:
         "backbone": backbone,
         "ordered": bool(root.get("use_ordered_embeddings", False)),
         "n_ordered": text["vocab_size"],
-        "n_centroids": root.some_size("num_centroids") or 0,
-        "top_k": root.some_size("centroid_intermediate_top_k") or 0,
+        "n_centroids": root.size("num_centroids"),
+        "top_k": root.size("centroid_intermediate_top_k"),
     }

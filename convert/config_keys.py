@@ -1,10 +1,13 @@
-"""Keys of config.json beside those that are read: which say nothing, which may change the model; and defaults."""
+"""Keys of config.json: read with an error that names them; those that say nothing; those that may change the model."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+from gemma_mtp.convert.errors import MtpError
 
 # Keys of a text configuration that say nothing about its tensors or about how they are used: of transformers itself, of
 # its older versions, of generation settings that were kept there once, of trainers and of tools that merge.
@@ -43,3 +46,49 @@ DEFAULTS: Mapping[str, Any] = {
 }  # fmt: skip
 # The same of the 12B's classes (configuration_gemma4_unified.py).
 UNIFIED = {"max_position_embeddings": 262_144, "sliding_window": 1024, "hidden_size_per_layer_input": 0}
+# And of drafters (configuration_gemma4_assistant.py).
+DRAFTER = {
+    "backbone_hidden_size": 1536, "num_centroids": 2048, "centroid_intermediate_top_k": 32,
+    "hidden_size_per_layer_input": 0,
+}  # fmt: skip
+
+
+class Keys:
+    """Required and optional keys of a configuration, with an error that names file and key; knows which were read."""
+
+    def __init__(self, values: Mapping[str, Any], file: Path, defaults: Mapping[str, Any] = DEFAULTS) -> None:
+        self.values, self.file, self.defaults = values, file, defaults
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        value = self.get(key, self.defaults.get(key))
+        if value is None:
+            raise MtpError(f"{self.file} has no {key!r}; download the configuration again.")
+        return value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def size(self, key: str) -> int:
+        """A size: a whole number, not negative."""
+        value = self[key]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise MtpError(f"{self.file}: {key} = {value!r} is not a size; download the configuration again.")
+        return value
+
+    def some_size(self, key: str) -> int | None:
+        return None if self.get(key) is None else self.size(key)
+
+    def inner(self, key: str) -> Keys:
+        if not isinstance(self[key], dict):
+            raise MtpError(f"{self.file}: {key} is not an object; download the configuration again.")
+        return Keys(self[key], self.file)
+
+    def unread(self) -> Iterator[tuple[str, Any]]:
+        """Keys that nobody asked for and that hold something."""
+        for key, value in self.values.items():
+            known = key in self.read or key in IGNORED or key.startswith(IGNORED_STARTS) or key.endswith(IGNORED_ENDS)
+            if not known and value not in (None, False, 0, "", [], {}):
+                yield key, value

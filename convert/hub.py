@@ -24,7 +24,7 @@ WEIGHT_FILES = "*.safetensors"
 CARD = "README.md"
 FILES = (WEIGHT_FILES, "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json",
          "tokenizer_config.json", "special_tokens_map.json", "*.jinja", "chat_template.json",
-         "preprocessor_config.json", "processor_config.json", CARD)  # fmt: skip
+         "preprocessor_config.json", "processor_config.json", "adapter_config.json", CARD)  # fmt: skip
 # Copies of the same weights in other forms. Of folders within it only chat templates are read.
 NOT = (*(f"*/{each}" for each in FILES if each != "*.jinja"), "consolidated*.safetensors")
 # Bytes of a safetensors file that are asked for first; few headers are longer.
@@ -45,11 +45,14 @@ def fetch_checkpoint(source: str) -> Path:
     Raises:
         MtpError: there is no such folder and no such repository, the repository is gated, or the network fails.
     """
+    from gemma_mtp.convert.weight_files import check_folder
+
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
     found = _download(*_parse(source), FILES)
     if not (found / "config.json").is_file() or not any(found.glob(WEIGHT_FILES)):
+        check_folder(found)
         raise MtpError(f"{source} is in the cache only in part, or has no safetensors weights; run it again online.")
     return found
 
@@ -69,13 +72,14 @@ def fetch_headers(source: str, files: ExitStack) -> tuple[Path, bool]:
     Raises:
         MtpError: as `fetch_checkpoint`; or the server sends whole files only.
     """
-    from gemma_mtp.convert.weight_files import weight_names
+    from gemma_mtp.convert.weight_files import check_folder, weight_names
 
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder, True
     name, revision = _parse(source)
     cached = _download(name, revision, [each for each in FILES if each != WEIGHT_FILES])
+    check_folder(cached)
     missing = [each for each in weight_names(cached, _present(name, cached)) if not (cached / each).exists()]
     if not missing:
         return cached, True

@@ -90,10 +90,11 @@ def read_card(path: Path) -> dict[str, Any]:
         cleaned = _cleaned(key, value)
         if cleaned is not None:
             kept[key] = cleaned
-        if cleaned is None and value is not None and key in LISTS | ORIGINS | TEXTS:
+        if cleaned is None and value not in (None, "", [], {}) and key in LISTS | ORIGINS | TEXTS:
             lost.append(str(key))
     if lost:
-        warn(f"{path}: left out what is neither text nor a list of texts: {', '.join(lost)}.")
+        names = ", ".join(lost)
+        warn(f"{path}: left out what is neither text nor a list of texts, or names a folder of a disk: {names}.")
     return kept
 
 

@@ -96,6 +96,7 @@ def _place(config: Config, index: Mapping[str, Source]) -> tuple[dict[str, str],
     wanted = shapes(config)
     placed: dict[str, str] = {}
     dropped: dict[str, str] = {}
+    _check_kind(index)
     embedded = any(place.gguf == names.EMBEDDING for name in index if (place := names.place(name)) is not None)
     for name, source in index.items():
         place = names.place(name)
@@ -106,8 +107,6 @@ def _place(config: Config, index: Mapping[str, Source]) -> tuple[dict[str, str],
             dropped[name] = reason
             continue
         if place is None or place.gguf not in wanted:
-            if (said := names.foreign(name)) is not None:
-                raise MtpError(f"{source.file}: {name!r} {said}.")
             raise MtpError(f"{source.file}: unknown tensor {name!r}; this checkpoint is not a Gemma 4 of a known kind.")
         if place.gguf in placed:
             raise MtpError(f"{source.file}: {name!r} and {placed[place.gguf]!r} are both {place.gguf}.")
@@ -124,6 +123,13 @@ def _place(config: Config, index: Mapping[str, Source]) -> tuple[dict[str, str],
     if missing:
         raise MtpError(f"the checkpoint lacks {listed(missing)}; download its weights again.")
     return placed, dropped
+
+
+def _check_kind(index: Mapping[str, Source]) -> None:
+    """Refuse a checkpoint of another kind by the names of its tensors, which say more than their types and shapes."""
+    for name, source in index.items():
+        if names.dropped(name) is None and (said := names.foreign(name)) is not None:
+            raise MtpError(f"{source.file}: {name!r} {said}.")
 
 
 def _check_imatrix(types: Mapping[str, Type], quant: str) -> None:

@@ -12,6 +12,7 @@ from gemma_mtp.convert.files import reading
 from gemma_mtp.convert.json_file import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 SHARD = re.compile(r"(?P<stem>model)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 # What somebody may take for the weights of a folder.
 LIKELY = re.compile(r"(?i)(?<!training_args)\.(safetensors|bin|pt|pth|gguf|part|incomplete|crdownload)$")
@@ -29,9 +30,11 @@ INSTEAD = {
 
 
 def check_folder(folder: Path) -> None:
-    """Where a folder has no config.json, and folders within it have: the root of a cache entry, or of a training."""
+    """Where a folder has no config.json: it is an adapter, or folders within it have one, as in the root of a cache
+    entry, or of a training."""
     if os.path.lexists(folder / "config.json"):
         return
+    _check_adapter(folder)
     with reading(folder):
         inside = [path.parent for pattern in ("*", "snapshots/*") for path in folder.glob(f"{pattern}/config.json")]
         current = folder / "refs" / "main"
@@ -41,6 +44,22 @@ def check_folder(folder: Path) -> None:
     newest = wanted if wanted in inside else max(inside, key=_by_numbers)
     others = f" (or another of the {len(inside)} such folders there)" if len(inside) > 1 else ""
     raise MtpError(f"{folder} has no config.json, but folders within it have: pass {newest}{others}.")
+
+
+def _check_adapter(folder: Path) -> None:
+    """Refuse a folder that holds a LoRA adapter, and no model."""
+    path = folder / ADAPTER
+    if not path.is_file():
+        return
+    try:
+        base = read_json(path).get("base_model_name_or_path")
+    except MtpError:
+        base = None
+    of = f" of {base}" if isinstance(base, str) and base.isprintable() and base else ""
+    raise MtpError(
+        f"{folder} holds an adapter{of}, not a model; merge it into its model (merge_and_unload of peft), save that "
+        "with its tokenizer, and pass that folder."
+    )
 
 
 def _by_numbers(path: Path) -> list[int]:
@@ -63,6 +82,10 @@ def weight_names(folder: Path, present: Collection[str] | None = None) -> list[s
     index = folder / INDEX
     with reading(folder):
         there = {path.name for path in folder.iterdir()} if present is None else set(present)
+    if ADAPTER in there:
+        if not any(name.endswith(".safetensors") and not name.startswith("adapter") for name in there):
+            _check_adapter(folder)
+        warn(f"{folder}: the adapter that lies there is left out; merge it into the model first if it belongs to it.")
     shards = {name: found for name in there if (found := SHARD.fullmatch(name))}
     if SINGLE in there:
         aside = sorted([*shards, *([INDEX] if index.exists() else [])])

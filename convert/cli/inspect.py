@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ SHOWN = 8
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--allow-unknown", metavar="KEY", multiple=True, help="Of a folder: as in gemma-mtp convert.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
-def inspect(file: Path, tensors: bool, as_json: bool) -> None:
+def inspect(file: Path, tensors: bool, allow_unknown: tuple[str, ...], as_json: bool) -> None:
     """Show metadata, types and link of a GGUF file, one value a line.
 
     A file whose metadata makes no sense is shown too, with what is wrong with it. Of a Hugging Face folder it shows
-    what would become metadata, the tensors, and which of them a conversion leaves out, with the reason.
+    what would become metadata, the tensors, and which of them a conversion leaves out, with the reason; a folder that
+    cannot be converted is refused.
 
     \b
     Examples:
@@ -35,7 +38,7 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> None:
       gemma-mtp inspect gemma-4-E2B-it --json | jq .dropped
     """
     if file.is_dir():
-        _inspect_checkpoint(file, tensors, as_json)
+        _inspect_checkpoint(file, tensors, allow_unknown, as_json)
         return
     header = read.read(file)
     found = plain_header(header)
@@ -57,12 +60,14 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> None:
         show_tensors(found["tensors"])
 
 
-def _inspect_checkpoint(folder: Path, tensors: bool, as_json: bool) -> None:
+def _inspect_checkpoint(folder: Path, tensors: bool, allowed: Collection[str], as_json: bool) -> None:
     from gemma_mtp.convert.checkpoint import open_checkpoint
+    from gemma_mtp.convert.metadata import Headers
     from gemma_mtp.convert.plan import plan
 
-    with open_checkpoint(folder) as checkpoint:
+    with open_checkpoint(folder, allowed) as checkpoint:
         planned = plan(checkpoint.config, checkpoint.index, "BF16")
+        _ = Headers(checkpoint, planned).ordered  # what a file would say of the model is checked as it is made
         sources = checkpoint.index
     metadata = {f"{planned.arch}.{key}": value for key, (_, value) in planned.parameters.items()}
     found = [

@@ -86,6 +86,7 @@ def test_of_a_processor(name: str, before: Any, folder: Path, pair: Folders) -> 
     [
         ({"chat_template__jinja": "a".encode("utf-16")}, "chat_template.jinja is left out: it is not UTF-8", "config"),
         ({"chat_template__jinja": "ö".encode("latin-1")}, "chat_template.jinja is left out: it is not UTF-8", "config"),
+        ({"chat_template__jinja": b"version https://git-lfs.github.com/spec/v1"}, "left out: .*git lfs pull", "config"),
         ({"chat_template__jinja": "a\n{% if %}"}, "chat_template.jinja: .* left out: line 2", "config"),
         ({"chat_template__jinja": "{% for x in y %}"}, "chat_template.jinja: .* left out: line 1", "config"),
         ({"tokenizer_config__json": {"chat_template": 5}, "chat_template__json": {"chat_template": "p"}},

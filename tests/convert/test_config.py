@@ -12,15 +12,17 @@ import pytest
 import torch
 from faulty import Folders, edit_config, edit_weights, experts_apart, refused
 from gemma_mtp.convert import convert_pair, plan_pair
-from gemma_mtp.convert.config import TextConfig, parse_config
+from gemma_mtp.convert.config import DrafterConfig, TextConfig, parse_config
 from gemma_mtp.convert.errors import MtpError, MtpWarning
 from gemma_mtp.convert.json_file import read_json
 from safetensors.torch import load_file
 from tiny import make_pair
+from transformers import Gemma4Config
+from transformers.models.gemma4_assistant import Gemma4AssistantConfig
 
 HARMLESS = [
     "pretraining_tp", "query_pre_attn_scalar", "model_name", "max_length", "temperature", "num_beams", "length_penalty",
-    "auto_map", "rope_theta", "rope_local_base_freq", "hidden_act", "unsloth_version", "transformers.js_config", "_x",
+    "auto_map", "hidden_act", "unsloth_version", "transformers.js_config", "_x",
 ]  # fmt: skip
 Change = Callable[[dict[str, Any]], Any]
 
@@ -49,6 +51,32 @@ def test_keys_of_trainers_pass(key: str, flatten: bool, pair: Folders, recwarn: 
         edit_config(pair[0], flat)
     edit_config(pair[0], lambda config: text_of(config).__setitem__(key, 7))
     assert read_config(pair[0]) == wanted
+    assert not [each for each in recwarn if each.category is MtpWarning]
+
+
+def test_frequencies_of_transformers_4(pair: Folders, recwarn: pytest.WarningsRecorder) -> None:
+    """transformers looks at none of them, and neither do we; where they differ it is said."""
+    wanted = read_config(pair[0])
+    edit_config(pair[0], lambda config: text_of(config).update(rope_theta=1e6, rope_local_base_freq=10000))
+    assert read_config(pair[0]) == wanted
+    assert not [each for each in recwarn if each.category is MtpWarning]
+    edit_config(pair[0], lambda config: text_of(config).update(rope_theta=5e5))
+    with pytest.warns(MtpWarning, match=r"rope_theta = 500000.0 is left out.*1e\+06 is taken"):
+        assert read_config(pair[0]) == wanted
+
+
+@pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated")
+def test_rope_under_its_older_name(pair: Folders, recwarn: pytest.WarningsRecorder) -> None:
+    def older(config: dict[str, Any]) -> None:
+        text = text_of(config)
+        text["rope_scaling"] = json.loads(json.dumps(text["rope_parameters"]))
+        text["rope_scaling"]["full_attention"]["rope_theta"] = 5e5
+        del text["rope_scaling"]["full_attention"]["partial_rotary_factor"]
+
+    edit_config(pair[0], older)
+    found = Gemma4Config.from_pretrained(pair[0]).text_config.rope_parameters["full_attention"]
+    ours = read_config(pair[0])
+    assert (ours.rope_theta, ours.partial_rotary) == (found["rope_theta"], found.get("partial_rotary_factor", 1.0))
     assert not [each for each in recwarn if each.category is MtpWarning]
 
 
@@ -97,6 +125,10 @@ def test_defaults_are_those_of_transformers(unified: bool) -> None:
 
     theirs = Gemma4UnifiedTextConfig() if unified else Gemma4TextConfig()
     ours = parse_config({"model_type": theirs.model_type}, Path("config.json"))
+    inner = {"hidden_size": 2304}
+    assert ours == parse_config(
+        {"model_type": theirs.model_type.removesuffix("_text"), "text_config": inner}, Path("config.json")
+    )
     rope = theirs.rope_parameters
     assert (ours.n_embd, ours.n_ff, ours.n_layer) == (
         theirs.hidden_size, theirs.intermediate_size, theirs.num_hidden_layers,
@@ -113,6 +145,16 @@ def test_defaults_are_those_of_transformers(unified: bool) -> None:
     assert ours.partial_rotary == rope["full_attention"]["partial_rotary_factor"]
     assert ours.rope_theta_sliding == rope["sliding_attention"]["rope_theta"]
     assert list(ours.layer_types) == theirs.layer_types
+
+
+def test_defaults_of_drafters() -> None:
+    silent = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 2,
+              "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}  # fmt: skip
+    theirs = Gemma4AssistantConfig(text_config=silent)
+    ours = parse_config({"model_type": "gemma4_assistant", "text_config": silent}, Path("config.json"))
+    assert isinstance(ours, DrafterConfig)
+    assert (ours.backbone, ours.ordered) == (theirs.backbone_hidden_size, theirs.use_ordered_embeddings)
+    assert (ours.n_centroids, ours.top_k) == (theirs.num_centroids, theirs.centroid_intermediate_top_k)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), "x", True, -1, [1]])

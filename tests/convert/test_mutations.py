@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from faulty import Folders
 from gemma_mtp.convert.integrity import verify_files
 from gemma_mtp.runtime.cli.main import main
@@ -74,6 +74,20 @@ def mutations(folder: Path) -> list[tuple[str, str, str]]:
     return found
 
 
+def agree(done: Result, pair: Folders, said: str) -> None:
+    """A dry run, and `inspect` of either folder, end as the conversion did and say the same."""
+    dry = CliRunner().invoke(main, ["convert", *map(str, pair), "-o", "x", "-q", "Q4_0", "--name", "x", "--dry-run"])
+    assert (dry.exit_code, dry.stderr) == (done.exit_code, done.stderr), said
+    shown = [CliRunner().invoke(main, ["inspect", str(folder)]) for folder in pair]
+    lines = {line for each in shown for line in each.stderr.splitlines()}
+    if done.exit_code == 0:
+        assert [each.exit_code for each in shown] == [0, 0], said
+        assert lines == set(done.stderr.splitlines()), said
+    elif "drafter" not in done.stderr.splitlines()[-1]:  # which speaks of both
+        assert 1 in [each.exit_code for each in shown], said
+        assert done.stderr.splitlines()[-1] in lines, said
+
+
 def test_300_mutations(pair: Folders, tmp_path: Path) -> None:
     kept: dict[str, Path] = {}
     ends: Counter[str] = Counter()
@@ -95,6 +109,8 @@ def test_300_mutations(pair: Folders, tmp_path: Path) -> None:
             assert (done.exit_code, len(lines), lines[0][:7], out.exists()) == (1, 1, "error: ", False), said
             assert str(pair[0]) in lines[0] or name in lines[0] or "drafter" in lines[0], said
             assert ".gemma-mtp-" not in lines[0], said
+        if number % 3 == 0:
+            agree(done, pair, said)
         ends["converted" if done.exit_code == 0 else "refused"] += 1
         (pair[0] / name).unlink() if was is None else (pair[0] / name).write_bytes(was)
     assert min(ends.values()) > 20, ends

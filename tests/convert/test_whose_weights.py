@@ -125,3 +125,24 @@ def test_an_index_that_promises_what_nobody_needs(pair: Folders, tmp_path: Path)
 def test_what_lies_there_instead_of_weights_is_named(name: str, pair: Folders, tmp_path: Path) -> None:
     (pair[0] / SINGLE).rename(pair[0] / name)
     refused(*pair, tmp_path / "out", "neither", name)
+
+
+def adapter(folder: Path, base: object) -> None:
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base, "peft_type": "LORA"}))
+    save_file({"base_model.model.x.lora_A.weight": torch.ones(8, 8)}, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("gone", [["model.safetensors"], ["model.safetensors", "config.json"]])
+def test_an_adapter_is_no_model(gone: list[str], pair: Folders, tmp_path: Path) -> None:
+    for name in gone:
+        (pair[0] / name).unlink()
+    adapter(pair[0], "google/gemma-4-E2B-it")
+    refused(*pair, tmp_path / "out", "an adapter of google/gemma-4-E2B-it", "merge it into its model")
+    adapter(pair[0], ["x"])
+    refused(*pair, tmp_path / "out", "an adapter, not a model")
+
+
+def test_an_adapter_beside_a_model(pair: Folders, tmp_path: Path) -> None:
+    adapter(pair[0], "google/gemma-4-E2B-it")
+    with pytest.warns(MtpWarning, match="adapter that lies there is left out"):
+        converted(pair, tmp_path / "out")

@@ -162,6 +162,13 @@ class _Keys:
     def some_size(self, key: str) -> int | None:
         return None if self.get(key) is None else self.size(key)
 
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise MtpError(f"{self.file}: {key} = {value!r} is neither true nor false; download it again.")
+        return value
+
     def inner(self, key: str) -> _Keys:
         if not isinstance(self[key], dict):
             raise MtpError(f"{self.file}: {key} is not an object; download the configuration again.")
@@ -193,7 +200,7 @@ def parse_config(values: Mapping[str, Any], file: Path, allowed: Collection[str]
     text.defaults = root.defaults = DEFAULTS | unified | ({} if target else DRAFTER)
     _refuse_unsupported(text)
     text.get("tie_word_embeddings")  # transformers goes by the outer one
-    shared = _text_fields(text) | {"tied": root.get("tie_word_embeddings", True) is True}
+    shared = _text_fields(text) | {"tied": root.flag("tie_word_embeddings", True)}
     if target:
         _check_donors(file, shared["layer_types"], shared["n_kv_shared"])
     backbone = {} if target else _drafter(root, shared)
@@ -375,7 +382,7 @@ def _finite(keys: _Keys, key: str, default: float | None = None) -> float:
 def _drafter(root: _Keys, text: dict[str, Any]) -> dict[str, Any]:
     """What a drafter has on top of its text model, whose layers all read the target's KV cache."""
     backbone = root.size("backbone_hidden_size")
-    for wrong, what in ((text["moe"], "enable_moe_block"), (not text["tied"], "tie_word_embeddings = false"),
+    for wrong, what in ((text["moe"], "enable_moe_block"),
                         (text["per_layer_input"], "hidden_size_per_layer_input"),
                         (text["n_kv_shared"] not in (0, text["n_layer"]), "num_kv_shared_layers"),
                         (backbone == text["n_embd"], "hidden_size = backbone_hidden_size")):  # fmt: skip

@@ -39,10 +39,13 @@ def chat_template(folder: Path, settings: Mapping[str, Any]) -> Template | None:
             if given not in (None, "", [], {}):
                 warn(f"{path}: its chat template is neither text nor texts by name; it is left out.")
             continue
-        broken = [problem for text in named.values() if (problem := _problem(text))]
+        broken = {name: problem for name, text in named.items() if (problem := _problem(text))}
         if broken:
-            warn(f"{path}: its chat template is left out: {broken[0]}.")
-            continue
+            which = "its chat template" if len(named) == 1 else f"of its chat templates {', '.join(broken)}"
+            warn(f"{path}: {which} is left out: {next(iter(broken.values()))}.")
+            named = {} if "default" in broken else {name: named[name] for name in named if name not in broken}
+            if not named:
+                continue
         if len(named) == 1:  # whatever it is called, a chat takes it
             return next(iter(named.values()))
         if "default" not in named:
@@ -58,6 +61,7 @@ def _candidates(folder: Path, settings: Mapping[str, Any]) -> Iterator[tuple[Pat
     if (text := _text(folder / JINJA)) or "default" in more:
         yield folder / JINJA, {**({"default": text} if text else {}), **more}
     yield folder / "tokenizer_config.json", settings.get("chat_template")
+    yield folder / MORE, more
     for name in OF_PROCESSORS:
         path = folder / name
         try:
@@ -100,11 +104,14 @@ def _utf8(text: str) -> bool:
 
 def _problem(text: str) -> str | None:
     """What keeps a text from being a template of Jinja, with the line; None if nothing does."""
-    parser = ImmutableSandboxedEnvironment(extensions=[loopcontrols])
+    compiler = ImmutableSandboxedEnvironment(extensions=[loopcontrols])
     try:
-        parser.parse(GENERATION.sub("", text))
+        compiler.compile(GENERATION.sub("", text))
     except jinja2.TemplateSyntaxError as problem:
-        return f"line {problem.lineno}: {problem.message}"
-    except RecursionError:
+        # What is unexpected in our messages is a fault of ours.
+        return f"line {problem.lineno}: {(problem.message or '').rstrip('.').replace('unexpected', 'misplaced')}"
+    except (RecursionError, MemoryError):
         return "it is nested too deeply"
+    except (SyntaxError, ValueError, OverflowError) as problem:  # of the Python that Jinja makes of it
+        return str(problem).partition(" (")[0]
     return None

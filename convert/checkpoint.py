@@ -192,23 +192,26 @@ class Checkpoint(Weights):
     def _with_its_head(self) -> TargetConfig | DrafterConfig:
         """The configuration, untied where the weights hold another output matrix than the token embedding.
 
-        So does transformers, whatever tie_word_embeddings says (modeling_utils.py, `tie_weights`).
+        So does transformers, whatever tie_word_embeddings says (modeling_utils.py, `tie_weights`). A drafter whose two
+        matrices are equal is a tied one.
         """
         at = {place.gguf: name for name in self.index if (place := names.place(name)) is not None}
         head, embedding = at.get(names.OUTPUT), at.get(names.EMBEDDING)
-        if not self.config.tied or head is None or embedding is None:
+        drafter = isinstance(self.config, DrafterConfig)
+        if head is None or embedding is None or not (self.config.tied or drafter):
             return self.config
         if not self._whole and self.index[head].shape == self.index[embedding].shape:
             warn(f"{self.folder}: {head!r} is taken for equal to {embedding!r}; only the weights show whether it is.")
-            return self.config
+            return replace(self.config, tied=True)
         if self.equal(head, embedding):
-            return self.config
-        if isinstance(self.config, DrafterConfig):
+            return replace(self.config, tied=True)
+        if drafter:
             raise MtpError(
                 f"{self.folder}: {head!r} and {embedding!r} differ, and a drafter's output matrix is its embedding in "
                 "llama.cpp; save the drafter with one of the two alone."
             )
-        warn(f"{self.folder}: {head!r} differs from {embedding!r}: it is kept, whatever tie_word_embeddings says.")
+        if self.index[head].shape == self.index[embedding].shape:  # else it is refused
+            warn(f"{self.folder}: {head!r} differs from {embedding!r}: it is kept, whatever tie_word_embeddings says.")
         return replace(self.config, tied=False)
 
     def _fit_per_layer_rows(self) -> None:

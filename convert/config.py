@@ -117,7 +117,7 @@ def parse_config(values: Mapping[str, Any], file: Path, allowed: Collection[str]
     text.defaults = root.defaults = {**DEFAULTS, **unified, **({} if target else DRAFTER)}
     _refuse_unsupported(text)
     text.get("tie_word_embeddings")  # transformers goes by the outer one
-    shared = _text_fields(text) | {"tied": root.get("tie_word_embeddings", True) is True}
+    shared = _text_fields(text) | {"tied": root.flag("tie_word_embeddings", True)}
     if target:
         _check_donors(file, shared["layer_types"], shared["n_kv_shared"])
     backbone = {} if target else _drafter(root, shared)
@@ -312,7 +312,7 @@ def _finite(keys: Keys, key: str, default: float | None = None) -> float:
 def _drafter(root: Keys, text: dict[str, Any]) -> dict[str, Any]:
     """What a drafter has on top of its text model, whose layers all read the target's KV cache."""
     backbone = root.size("backbone_hidden_size")
-    for wrong, what in ((text["moe"], "enable_moe_block"), (not text["tied"], "tie_word_embeddings = false"),
+    for wrong, what in ((text["moe"], "enable_moe_block"),
                         (text["per_layer_input"], "hidden_size_per_layer_input"),
                         (text["n_kv_shared"] not in (0, text["n_layer"]), "num_kv_shared_layers"),
                         (backbone == text["n_embd"], "hidden_size = backbone_hidden_size")):  # fmt: skip

@@ -81,6 +81,13 @@ class Keys:
     def some_size(self, key: str) -> int | None:
         return None if self.get(key) is None else self.size(key)
 
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise MtpError(f"{self.file}: {key} = {value!r} is neither true nor false; download it again.")
+        return value
+
     def inner(self, key: str) -> Keys:
         if not isinstance(self[key], dict):
             raise MtpError(f"{self.file}: {key} is not an object; download the configuration again.")

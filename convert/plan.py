@@ -121,7 +121,8 @@ def _place(config: Config, index: Mapping[str, Source]) -> tuple[dict[str, str],
         placed[place.gguf] = name
     missing = sorted(set(wanted) - set(placed) - _optional(config))
     if missing:
-        raise MtpError(f"the checkpoint lacks {listed(missing)}; download its weights again.")
+        folder = next((f"{source.file.parent}" for source in index.values()), "the checkpoint")
+        raise MtpError(f"{folder} lacks {listed(missing)}; download its weights again.")
     return placed, dropped
 
 

@@ -108,6 +108,8 @@ def weight_names(folder: Path, present: Collection[str] | None = None) -> list[s
     likely = sorted(name for name in there if LIKELY.search(name))
     ends = {Path(name).suffix.lower() for name in likely}
     advice = next((INSTEAD[end] for end in INSTEAD if end in ends), DOWNLOAD)
+    if advice == INSTEAD[".safetensors"] and len(likely) > 1:
+        advice = f"name them model-00001-of-{len(likely):05}.safetensors and so on, or bring their index"
     lies = f"; there lies {listed(likely)}" if likely else ""
     raise MtpError(f"{folder} has neither {SINGLE} nor {INDEX}{lies}: {advice}.")
 

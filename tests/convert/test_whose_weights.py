@@ -57,6 +57,23 @@ def test_a_drafters_head_that_differs(pair: Folders, tmp_path: Path) -> None:
     refused(*pair, tmp_path / "out", HEAD, name, "differ")
 
 
+@pytest.mark.parametrize("tie", [True, False, None])
+def test_a_drafters_head_that_is_equal(tie: bool | None, pair: Folders, tmp_path: Path) -> None:
+    """Whatever is said of it, there is one matrix; where there is none to be equal to it, it is missing."""
+    name = next(name for name in load_file(pair[1] / SINGLE) if name.endswith("embed_tokens.weight"))
+    edit_config(pair[1], lambda config: config.__setitem__("tie_word_embeddings", tie))
+    if tie is False:
+        refused(*pair, tmp_path / "out", "lacks output.weight")
+    edit_weights(pair[1], lambda weights: weights.__setitem__(HEAD, weights[name].float()))
+    assert "output.weight" not in link.read_header(convert_pair(*pair, tmp_path / "out", "F32").drafter).tensors
+
+
+@pytest.mark.parametrize("tie", ["true", 1, [True]])
+def test_what_is_neither_true_nor_false(tie: object, pair: Folders, tmp_path: Path) -> None:
+    edit_config(pair[0], lambda config: config.__setitem__("tie_word_embeddings", tie))
+    refused(*pair, tmp_path / "out", "config.json: tie_word_embeddings", "neither true nor false")
+
+
 def test_the_outer_word_about_tying_counts(pair: Folders, tmp_path: Path) -> None:
     """As in transformers; and `save_model` keeps only one name of the two."""
 

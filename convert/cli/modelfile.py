@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 from gemma_mtp.convert import link
-from gemma_mtp.convert.modelfile import modelfile, written_modelfile
+from gemma_mtp.convert.modelfile import modelfile, renderer_of, sampling_of, written_modelfile
 
 
 @click.command("modelfile")
@@ -26,8 +26,10 @@ def modelfile_command(out: Path) -> None:
         click.echo(written_modelfile(out).read_text(encoding="utf-8"), nl=False)
         return
     header = link.read_header(out)
-    link.read_parts(header)
+    targets = [part.path.name for part in link.read_parts(header)]
     drafter = link.find_drafter(out, header)
     if drafter is None:
         raise link.PairError(f"{link.why_no_drafter(out, header)}.")
-    click.echo(modelfile(out.name, os.path.relpath(drafter, out.parent), {}), nl=False)
+    parts = link.read_parts(link.read_header(drafter))
+    drafters = [os.path.relpath(part.path, out.parent) for part in parts]
+    click.echo(modelfile(targets, drafters, sampling_of(header), renderer_of(header)), nl=False)

@@ -1,0 +1,147 @@
+"""A converted pair becomes a model of Ollama: all is checked before Ollama reads the first byte."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma_mtp.convert import link
+from gemma_mtp.convert.errors import MtpError, PairError
+from gemma_mtp.convert.gguf_io.split import KEY_COUNT, KEY_PLACE
+from gemma_mtp.convert.gguf_io.types import Type
+from gemma_mtp.convert.modelfile import files_of, modelfile, renderer_of, sampling_of, written_modelfile
+from gemma_mtp.convert.ollama.api import DOWNLOAD, Api
+from gemma_mtp.convert.ollama.store import Stored, stored
+
+# Types for which Ollama's reader has no size (fs/ggml/ggml.go, TypeSize).
+UNSIZED = (Type.Q2_0, Type.TQ1_0, Type.TQ2_0)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A Modelfile whose files were checked, and the bytes that Ollama's store takes while it makes a model of them."""
+
+    path: Path
+    peak: int
+
+
+def create(api: Api, name: str, ready: Ready) -> Stored:
+    """Run `ollama create`, which shows its progress itself.
+
+    Raises:
+        MtpError: the program is not installed, or it fails.
+    """
+    done = subprocess.run([program(name, ready.path), "create", name, "-f", ready.path], check=False)
+    if done.returncode:
+        raise MtpError(f"ollama create ended with status {done.returncode}; what it says stands above.")
+    return stored(api, name)
+
+
+def program(name: str, path: Path) -> str:
+    """The program of Ollama.
+
+    Raises:
+        MtpError: it is not installed.
+    """
+    found = shutil.which("ollama")
+    if found is None:
+        raise MtpError(f"ollama is not installed; get it from {DOWNLOAD}, then run: ollama create {name} -f {path}")
+    return found
+
+
+@contextmanager
+def ready(out: Path) -> Iterator[Ready]:
+    """What Ollama will be given of a pair, checked.
+
+    Args:
+        out: the folder that a conversion wrote, or the GGUF file of a target with its linked drafter beside it.
+
+    Raises:
+        PairError: drafter and target do not belong together, or there is no drafter.
+        MtpError: a file or a part is missing or damaged, or is of a type that Ollama does not take.
+    """
+    if out.is_dir():
+        path = written_modelfile(out)
+        yield Ready(path, check_files(path.read_text(encoding="utf-8"), out))
+        return
+    text = _modelfile_of(out)
+    with tempfile.TemporaryDirectory(prefix="gemma-mtp-") as folder:
+        path = Path(folder) / "Modelfile"
+        path.write_text(text, encoding="utf-8")
+        yield Ready(path, check_files(text, path.parent))
+
+
+def _modelfile_of(target: Path) -> str:
+    """The Modelfile of a target's file and its drafter, with whole paths."""
+    header = link.read_header(target)
+    targets = link.read_parts(header)
+    drafter = link.find_drafter(target, header)
+    if drafter is None:
+        raise PairError(f"{link.why_no_drafter(target, header)}.")
+    drafters = link.read_parts(link.read_header(drafter))
+    names = [[str(part.path.absolute()) for part in parts] for parts in (targets, drafters)]
+    return modelfile(names[0], names[1], sampling_of(header), renderer_of(header))
+
+
+def check_files(text: str, folder: Path) -> int:
+    """Check what a Modelfile names as Ollama will read it.
+
+    Args:
+        text: the Modelfile.
+        folder: where it lies.
+
+    Returns:
+        Bytes that Ollama's store takes at the peak: every file, and once more what Ollama writes anew, targets and what
+        was split.
+    """
+    models, drafts = files_of(text, folder)
+    for path in (*models, *drafts):
+        if not path.is_file():
+            raise MtpError(f"the Modelfile names {path}, which is not there; put it there, or convert again.")
+    headers, drafters = [[link.read_header(path) for path in paths] for paths in (models, drafts)]
+    targets = [header for header in headers if header.arch == link.TARGET_ARCH]
+    if not targets or not drafters:
+        raise PairError(
+            f"{folder / 'Modelfile'} names no {'target' if drafters else 'drafter'}; name a folder that gemma-mtp "
+            "convert wrote, or write its Modelfile with gemma-mtp modelfile TARGET.gguf."
+        )
+    for role in (targets, drafters):
+        _check_parts(role)
+        check_types(role)
+    link.check(targets[0], drafters[0])
+    rewritten = [*targets, *(drafters if len(drafters) > 1 else ())]
+    return sum(header.path.stat().st_size for header in (*headers, *drafters, *rewritten))
+
+
+def _check_parts(headers: Sequence[link.Header]) -> None:
+    """Check that a split model is named by all its parts: Ollama takes no file that is not named."""
+    first = min(headers, key=lambda header: header.metadata.get(KEY_PLACE, 0))
+    parts = link.read_parts(first)
+    named = {header.path.resolve() for header in headers}
+    missing = [part.path.name for part in parts if part.path.resolve() not in named]
+    if missing:
+        raise MtpError(
+            f"the Modelfile names {len(parts) - len(missing)} of {first.metadata.get(KEY_COUNT)} parts, and Ollama "
+            f"takes none that is not named; write it anew: gemma-mtp modelfile {first.path} > "
+            f"{first.path.parent / 'Modelfile'}"
+        )
+
+
+def check_types(headers: Sequence[link.Header]) -> None:
+    """Refuse types that Ollama reads the file of, and then cannot size.
+
+    Raises:
+        MtpError: naming the first such tensor.
+    """
+    for header in headers:
+        for name, tensor in header.tensors.items():
+            if tensor.type in UNSIZED:
+                raise MtpError(
+                    f"{header.path.name} has {name} in {tensor.type.name}, a type that Ollama cannot size ('size "
+                    "overflow'); convert with another format, for instance Q2_K or Q4_0."
+                )

@@ -178,7 +178,7 @@ def _show(report: Report) -> None:
     types = report.types()
     for role, header in (("target", report.target), ("drafter", report.drafter)):
         if header is not None:
-            rows[role] = f"{header.path.stat().st_size / 1e6:,.1f} MB  {counts_line(types[role])}  {header.path}"
+            rows[role] = f"{header.path.stat().st_size / 1e6:,.1f} MB  {counts_line(types[role])}"
     rows["renderer"] = report.model.renderer or "none"
     if report.trial is not None:
         rows["engine"] = report.trial.engine or "not to be seen from here"

@@ -1,6 +1,6 @@
 """A drafter for a model that is in Ollama's store, without copying the model; and the way back.
 
-A model is a list of layers. Ollama makes a new list out of a model's layers and a drafter's. The list before stays under
+A model is a list of layers. Ollama makes a new one out of a model's layers and a drafter's. The one before stays under
 a name of its own, of a few kilobytes, so that detaching gives it back exactly.
 """
 
@@ -93,14 +93,15 @@ def plain(name: str) -> str:
 
 
 def origin(api: Api, model: Stored) -> Stored | None:
-    """What a model was made from, if that is there, the same but for its drafter; None if there is no such model."""
-    if not model.parent or tagged(model.parent) == tagged(model.name):
-        return None
-    try:
-        found = stored(api, tagged(model.parent))
-    except OllamaError:
-        return None
-    return found if found.target == model.target and found.drafter is None else None
+    """The same model without a drafter, as it stayed or as this one was made from it; None if neither is there."""
+    for name in (plain(model.name), model.parent):
+        try:
+            found = stored(api, name) if name else None
+        except OllamaError:
+            continue
+        if found is not None and found.target == model.target and found.drafter is None:
+            return found
+    return None
 
 
 def unload(api: Api, model: Stored) -> None:

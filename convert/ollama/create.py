@@ -12,7 +12,6 @@ from pathlib import Path
 
 from gemma_mtp.convert import link
 from gemma_mtp.convert.errors import MtpError, PairError
-from gemma_mtp.convert.gguf_io.split import KEY_COUNT, KEY_PLACE
 from gemma_mtp.convert.gguf_io.types import Type
 from gemma_mtp.convert.modelfile import files_of, modelfile, renderer_of, sampling_of, written_modelfile
 from gemma_mtp.convert.ollama.api import DOWNLOAD, Api
@@ -103,33 +102,32 @@ def check_files(text: str, folder: Path) -> int:
     for path in (*models, *drafts):
         if not path.is_file():
             raise MtpError(f"the Modelfile names {path}, which is not there; put it there, or convert again.")
-    headers, drafters = [[link.read_header(path) for path in paths] for paths in (models, drafts)]
-    targets = [header for header in headers if header.arch == link.TARGET_ARCH]
-    if not targets or not drafters:
+    first = {header.arch: header for path in (*models, *drafts) if (header := link.read_header(path)).arch}
+    if not {link.TARGET_ARCH, link.DRAFTER_ARCH} <= first.keys():
+        missing = "drafter" if link.TARGET_ARCH in first else "target"
         raise PairError(
-            f"{folder / 'Modelfile'} names no {'target' if drafters else 'drafter'}; name a folder that gemma-mtp "
-            "convert wrote, or write its Modelfile with gemma-mtp modelfile TARGET.gguf."
+            f"{folder / 'Modelfile'} names no {missing}; name a folder that gemma-mtp convert wrote, or write its "
+            "Modelfile with gemma-mtp modelfile TARGET.gguf."
         )
-    for role in (targets, drafters):
-        _check_parts(role)
-        check_types(role)
+    targets = _parts(first[link.TARGET_ARCH], models)
+    drafters = _parts(first[link.DRAFTER_ARCH], drafts)
+    check_types([*targets, *drafters])
     link.check(targets[0], drafters[0])
     rewritten = [*targets, *(drafters if len(drafters) > 1 else ())]
-    return sum(header.path.stat().st_size for header in (*headers, *drafters, *rewritten))
+    return sum(path.stat().st_size for path in (*models, *drafts, *(header.path for header in rewritten)))
 
 
-def _check_parts(headers: Sequence[link.Header]) -> None:
-    """Check that a split model is named by all its parts: Ollama takes no file that is not named."""
-    first = min(headers, key=lambda header: header.metadata.get(KEY_PLACE, 0))
+def _parts(first: link.Header, paths: Sequence[Path]) -> list[link.Header]:
+    """The files of a model, which must all be named: Ollama takes none that is not."""
     parts = link.read_parts(first)
-    named = {header.path.resolve() for header in headers}
-    missing = [part.path.name for part in parts if part.path.resolve() not in named]
-    if missing:
+    named = {path.resolve() for path in paths}
+    n_named = sum(part.path.resolve() in named for part in parts)
+    if n_named < len(parts):
         raise MtpError(
-            f"the Modelfile names {len(parts) - len(missing)} of {first.metadata.get(KEY_COUNT)} parts, and Ollama "
-            f"takes none that is not named; write it anew: gemma-mtp modelfile {first.path} > "
-            f"{first.path.parent / 'Modelfile'}"
+            f"the Modelfile names {n_named} of the {len(parts)} parts of {first.path.name}, and Ollama takes none that "
+            f"is not named; write it anew: gemma-mtp modelfile {first.path} > {first.path.parent / 'Modelfile'}"
         )
+    return parts
 
 
 def check_types(headers: Sequence[link.Header]) -> None:

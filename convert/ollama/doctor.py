@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from gemma_mtp.convert import link
 from gemma_mtp.convert.errors import MtpError
 from gemma_mtp.convert.ollama.api import Api
-from gemma_mtp.convert.ollama.attach import chosen_renderer
+from gemma_mtp.convert.ollama.attach import PLAIN, chosen_renderer
 from gemma_mtp.convert.ollama.store import Stored, names, stored
 from gemma_mtp.convert.ollama.trial import Trial, trial
 from gemma_mtp.convert.pipeline import type_counts
@@ -73,9 +73,9 @@ def examine(api: Api, name: str, *, run: bool) -> Report:
 def _findings(model: Stored, target: link.Header, drafter: link.Header | None) -> Iterator[Finding]:
     """What its files and settings show."""
     mend = f"gemma-mtp ollama attach {model.name}"
-    if drafter is None:
+    if drafter is None and not model.name.endswith(PLAIN):
         yield Finding("it has no drafter", mend)
-    else:
+    elif drafter is not None:
         try:
             link.check(target, drafter)
         except MtpError as problem:

@@ -22,6 +22,8 @@ from gemma_mtp.convert.modelfile import REQUIRES
 DOWNLOAD = "https://ollama.com/download"
 UPDATE = f"update it: get {DOWNLOAD} again (Linux: its install script, Docker: pull the image), then start it anew"
 PORT = 11434
+# What an Ollama says that somebody built without a version.
+UNVERSIONED = (0, 0, 0)
 # Seconds that an answer may take: one that loads a model from a slow disk takes minutes.
 ANSWER, LOADING = 30.0, 1800.0
 # What Ollama says, and what it means. The first that is found counts.
@@ -34,7 +36,7 @@ MEANINGS = (
     (r"ctx_other", "Ollama shows this line for any failure at the start of a model with a drafter; the cause stands in "
      "its log (journalctl -u ollama, or ~/.ollama/logs/server.log)"),
     (r"no space left on device", "the disk of Ollama's store is full; free some, or move it with OLLAMA_MODELS"),
-    (r"model '.*' not found", "see gemma-mtp ollama list"),
+    (r"model ['\"].*['\"] not found", "see gemma-mtp ollama list"),
 )  # fmt: skip
 
 
@@ -117,8 +119,10 @@ class Api:
             MtpError: it is not installed, does not run, or is too old.
         """
         answer = self.get("/api/version")
-        version = str(answer.get("version", "")) if isinstance(answer, dict) else ""
-        if numbers(version) and numbers(version) < numbers(REQUIRES) and numbers(version) != (0, 0, 0):
+        if not (isinstance(answer, dict) and isinstance(answer.get("version"), str)):
+            raise MtpError(f"{self.url} is not Ollama; set OLLAMA_HOST to the host:port of one.")
+        version: str = answer["version"]
+        if () < numbers(version) < numbers(REQUIRES) and numbers(version) != UNVERSIONED:
             raise MtpError(f"{self.url} is Ollama {version}, and drafters of Gemma 4 need {REQUIRES}; {UPDATE}.")
         return version
 
@@ -185,6 +189,6 @@ class Api:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """A version to compare; what is not known compares as nothing, and 0.0.0 is what an own build says."""
+    """A version to compare; () of what is none."""
     found = re.match(r"v?(\d+)\.(\d+)(?:\.(\d+))?", version)
     return tuple(int(each or 0) for each in found.groups()) if found else ()

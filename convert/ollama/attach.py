@@ -94,12 +94,13 @@ def plain(name: str) -> str:
 
 def origin(api: Api, model: Stored) -> Stored | None:
     """The same model without a drafter, as it stayed or as this one was made from it; None if neither is there."""
-    for name in (plain(model.name), model.parent):
+    parents = (model.parent, plain(model.parent)) if model.parent else ()
+    for name in (plain(model.name), *parents):
         try:
-            found = stored(api, name) if name else None
+            found = stored(api, name)
         except OllamaError:
             continue
-        if found is not None and found.target == model.target and found.drafter is None:
+        if found.target == model.target and found.drafter is None:
             return found
     return None
 

@@ -104,7 +104,8 @@ class Standin(ThreadingHTTPServer):
 
     def show(self, name: str) -> dict[str, Any]:
         """The recorded answer, with what is this model's in its place."""
-        model, found = self.models[name], copy.deepcopy(self.answers["show"])
+        model = self.models[name]
+        found: dict[str, Any] = copy.deepcopy(self.answers["show"])
         lines = found["modelfile"].partition("FROM /")[0].splitlines()
         lines += [f"FROM {model.target}", *([f"DRAFT {model.drafter}"] if model.drafter else [])]
         lines += ["TEMPLATE {{ .Prompt }}"]

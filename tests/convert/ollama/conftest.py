@@ -6,38 +6,17 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from children import started, until
-from click.testing import CliRunner, Result
 from gemma_mtp.convert.errors import MtpError
 from gemma_mtp.convert.ollama import trial
 from gemma_mtp.convert.ollama.api import Api
-from gemma_mtp.runtime.cli.main import main
 from ollama_standin import PROGRAM, Standin, standing_in
+from ollamas import Ollama
 
 REAL = os.environ.get("OLLAMA", "")
-
-
-def run(*arguments: str | Path) -> Result:
-    """A command as a user types it."""
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-@dataclass(frozen=True)
-class Ollama:
-    """A running Ollama, to which the environment points."""
-
-    api: Api
-    folder: Path
-
-    def bare(self, name: str, target: Path) -> None:
-        """A model without a drafter, as people have them."""
-        modelfile = self.folder / "Modelfile"
-        modelfile.write_text(f"FROM {target}\n")
-        assert os.spawnlp(os.P_WAIT, "ollama", "ollama", "create", name, "-f", str(modelfile)) == 0
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import Ollama, run
 from gemma_mtp.convert import Pair, convert_pair, link
 from gemma_mtp.convert.gguf_io.read import read
 from gemma_mtp.convert.integrity import verify_files
@@ -18,7 +18,8 @@ from gemma_mtp.convert.modelfile import files_of
 from gemma_mtp.convert.ollama import store
 from gemma_mtp.convert.ollama.store import stored
 from gemma_mtp.convert.relink import rewrite
-from ollama_standin import Standin
+from ollama_standin import Model, Standin
+from ollamas import Ollama, run
 from tiny import PAIR
 
 FOLDERS = PAIR / "gemma-4-demo", PAIR / "gemma-4-demo-assistant"
@@ -125,9 +126,7 @@ def test_types_that_ollama_cannot_size_are_refused_at_once(
         assert not [each for each in standin.requests if "blobs" in each or "create" in each]
 
 
-def _model(standin: Standin, target: Path) -> object:
-    from ollama_standin import Model
-
+def _model(standin: Standin, target: Path) -> Model:
     return Model(standin.keep(target.read_bytes()))
 
 
@@ -136,14 +135,14 @@ def test_a_full_disk_is_told_before_the_first_byte(
 ) -> None:
     peak = 2 * demo.target.stat().st_size + demo.drafter.stat().st_size
     monkeypatch.setenv("OLLAMA_MODELS", str(standin.blobs.parent))
-    usage = shutil._ntuple_diskusage(10**12, 10**12 - peak + 1, peak - 1)
-    monkeypatch.setattr(store.shutil, "disk_usage", lambda _: usage)
+    free = peak - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     done = run("ollama", "create", "mine", demo.target.parent)
     assert done.exit_code == 1
     assert f"Ollama's store at {standin.blobs.parent} takes {peak / 1e9:.2f} GB" in done.stderr
     assert "OLLAMA_MODELS" in done.stderr
     assert standin.models == {}
-    monkeypatch.setattr(store.shutil, "disk_usage", lambda _: usage._replace(free=peak))
+    free = peak
     assert run("ollama", "create", "mine", demo.target.parent).exit_code == 0
 
 
@@ -248,7 +247,7 @@ def test_a_model_made_with_its_drafter_is_switched_off_and_on(ollama: Ollama, de
 
 def test_another_targets_drafter_is_refused(demo: Pair, tiny_f32: Pair, standin: Standin) -> None:
     for pair, name in ((demo, "demo"), (tiny_f32, "tiny")):
-        standin.models[f"{name}:latest"] = _model(standin, pair.target)  # type: ignore[assignment]
+        standin.models[f"{name}:latest"] = _model(standin, pair.target)
     done = run("ollama", "attach", "demo", "--drafter", tiny_f32.drafter)
     assert done.exit_code == 1
     assert "was made for the target with fingerprint" in done.stderr
@@ -301,7 +300,7 @@ def test_the_doctor_looks_at_all_models(demo: Pair, standin: Standin) -> None:
     assert "no Gemma 4 model" in run("ollama", "doctor").stdout
     assert "no Gemma 4 model" in run("ollama", "list").stdout
     assert run("ollama", "create", "mine", demo.target.parent).exit_code == 0
-    standin.models["base:latest"] = _model(standin, demo.target)  # type: ignore[assignment]
+    standin.models["base:latest"] = _model(standin, demo.target)
     standin.running.clear()
     said = json.loads(run("ollama", "doctor", "--json").stdout)
     assert said["version"] == "0.33.0"
@@ -335,9 +334,9 @@ def test_a_model_that_does_not_start_says_why(demo: Pair, standin: Standin) -> N
     assert "mine is there, and did not answer" in done.stderr
 
 
-def test_a_blob_that_cannot_be_read(demo: Pair, standin: Standin) -> None:
-    standin.models["mine:latest"] = _model(standin, demo.target)  # type: ignore[assignment]
-    shown = standin.show("mine:latest")
-    standin.show = lambda _: {**shown, "modelfile": "FROM /somewhere/blobs/sha256-0\n"}  # type: ignore[method-assign]
+def test_a_blob_that_cannot_be_read(demo: Pair, standin: Standin, monkeypatch: pytest.MonkeyPatch) -> None:
+    standin.models["mine:latest"] = _model(standin, demo.target)
+    shown = {**standin.show("mine:latest"), "modelfile": "FROM /somewhere/blobs/sha256-0\n"}
+    monkeypatch.setattr(standin, "show", lambda _: shown)
     done = run("ollama", "attach", "mine", "--drafter", demo.drafter)
     assert "is not on this machine: it runs in a container or elsewhere" in done.stderr

@@ -49,7 +49,7 @@ class OllamaError(MtpError):
     """
 
     def __init__(self, said: str, status: int) -> None:
-        words = " ".join(said.split())
+        words = " ".join(" ".join(dict.fromkeys(said.splitlines())).split())  # it repeats lines of llama-server's log
         meaning = next((f": {text}" for pattern, text in MEANINGS if re.search(pattern, words)), "")
         super().__init__(f"Ollama says: {words.rstrip('.')}{meaning}.")
         self.status = status

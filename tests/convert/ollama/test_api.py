@@ -49,6 +49,11 @@ def test_what_ollama_says_gets_a_next_step(said: str, meant: str) -> None:
     assert "\n" not in told
 
 
+def test_a_line_that_ollama_repeats_is_told_once() -> None:
+    said = "llama-server process has terminated: exit status 1\nerror loading model: x\nerror loading model: x"
+    assert str(OllamaError(said, 500)).count("error loading model") == 1
+
+
 def test_versions_compare_by_their_numbers() -> None:
     assert numbers("0.30.9") < numbers("0.30.10") < numbers("v0.33.0-rc2") < numbers("1.0")
     assert numbers("nightly") == ()

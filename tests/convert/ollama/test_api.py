@@ -60,8 +60,10 @@ def test_versions_compare_by_their_numbers() -> None:
 
 
 def test_what_answers_and_is_not_ollama(standin: Standin) -> None:
-    standin.answers["version"] = "hello"
-    assert Api().version() == ""
+    for said in ("hello", {"hello": "world"}, None):
+        standin.answers["version"] = said
+        with pytest.raises(MtpError, match="is not Ollama; set OLLAMA_HOST"):
+            Api().version()
     standin.answers["version"] = {"version": "0.0.0"}  # of a build without a version
     assert Api().version() == "0.0.0"
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gemma_mtp.convert import link
 from gemma_mtp.convert.errors import MtpError
 from gemma_mtp.convert.gguf_io.read import Header
 from gemma_mtp.convert.naming import one_line
@@ -19,6 +20,8 @@ SAMPLING_KEYS = {
 }  # fmt: skip
 # Ollama's own default (its pull request 15980).
 DRAFT_NUM_PREDICT = 4
+# Architecture of an mmproj file.
+PROJECTOR = "clip"
 # What ends a turn. Ollama adds it by itself only where renderer or parser are left to it (server/create.go).
 STOP = "<turn|>"
 PARSER = "gemma4"
@@ -78,6 +81,31 @@ def modelfile(
     lines += [f"PARAMETER {key} {generation.get(key, value):g}" for key, value in SAMPLING.items()]
     lines.append(f"PARAMETER draft_num_predict {DRAFT_NUM_PREDICT}")
     return "\n".join(lines) + "\n"
+
+
+def modelfile_of(target: Path, named: Callable[[Path], str], projector: Path | None = None) -> str:
+    """Text of the Modelfile of a target's file and the linked drafter beside it.
+
+    Args:
+        target: GGUF file; of a split, its first file.
+        named: how the Modelfile shall name a file.
+        projector: mmproj file of the target.
+
+    Raises:
+        PairError: there is no drafter.
+        MtpError: a file is missing or damaged, or the projector is none.
+    """
+    header = link.read_header(target)
+    targets = link.read_parts(header)
+    drafter = link.find_drafter(target, header)
+    if drafter is None:
+        raise link.PairError(f"{link.why_no_drafter(target, header)}.")
+    drafters = link.read_parts(link.read_header(drafter))
+    if projector is not None and link.read_header(projector).arch != PROJECTOR:
+        raise MtpError(f"{projector} is no projector; pass the mmproj file of {target.name}.")
+    files, drafts = ([named(part.path) for part in parts] for parts in (targets, drafters))
+    encoders = None if projector is None else named(projector)
+    return modelfile(files, drafts, sampling_of(header), renderer_of(header), encoders)
 
 
 def written_modelfile(folder: Path) -> Path:

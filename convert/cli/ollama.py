@@ -33,7 +33,9 @@ def _api() -> Api:
 @ollama.command()
 @click.argument("name")
 @click.argument("out", type=click.Path(path_type=Path, exists=True))
-def create(name: str, out: Path) -> None:
+@click.option("--projector", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+              help="mmproj file of the target, where OUT is a file.")  # fmt: skip
+def create(name: str, out: Path, projector: Path | None) -> None:
     """Make a model NAME of the pair in OUT.
 
     OUT is the folder that convert wrote, or the GGUF file of a target with its linked drafter beside it. The pair and
@@ -42,13 +44,13 @@ def create(name: str, out: Path) -> None:
     \b
     Examples:
       gemma-mtp ollama create gemma-4-e2b out && ollama run gemma-4-e2b
-      gemma-mtp ollama create gemma-4-e4b gemma-4-E4B-it-Q4_K_M.gguf
+      gemma-mtp ollama create gemma-4-e4b gemma-4-E4B-it-Q4_K_M.gguf --projector mmproj-gemma-4-E4B-it-F16.gguf
     """
     from gemma_mtp.convert.ollama import create as creating
     from gemma_mtp.convert.ollama.store import check_room
 
-    with creating.ready(out) as pair:
-        creating.program(name, pair.path)
+    with creating.ready(out, projector) as pair:
+        creating.program()
         api = _api()
         click.echo(f"Ollama's store takes {check_room(api, pair.peak)}", err=True)
         model = creating.create(api, name, pair)

@@ -13,7 +13,7 @@ from pathlib import Path
 from gemma_mtp.convert import link
 from gemma_mtp.convert.errors import MtpError, PairError
 from gemma_mtp.convert.gguf_io.types import Type
-from gemma_mtp.convert.modelfile import files_of, modelfile, renderer_of, sampling_of, written_modelfile
+from gemma_mtp.convert.modelfile import files_of, modelfile_of, written_modelfile
 from gemma_mtp.convert.ollama.api import DOWNLOAD, Api
 from gemma_mtp.convert.ollama.store import Stored, stored
 
@@ -35,13 +35,13 @@ def create(api: Api, name: str, ready: Ready) -> Stored:
     Raises:
         MtpError: the program is not installed, or it fails.
     """
-    done = subprocess.run([program(name, ready.path), "create", name, "-f", ready.path], check=False)
+    done = subprocess.run([program(), "create", name, "-f", ready.path], check=False)
     if done.returncode:
         raise MtpError(f"ollama create ended with status {done.returncode}; what it says stands above.")
     return stored(api, name)
 
 
-def program(name: str, path: Path) -> str:
+def program() -> str:
     """The program of Ollama.
 
     Raises:
@@ -49,42 +49,33 @@ def program(name: str, path: Path) -> str:
     """
     found = shutil.which("ollama")
     if found is None:
-        raise MtpError(f"ollama is not installed; get it from {DOWNLOAD}, then run: ollama create {name} -f {path}")
+        raise MtpError(f"ollama is not installed here; get it from {DOWNLOAD}, then run this again.")
     return found
 
 
 @contextmanager
-def ready(out: Path) -> Iterator[Ready]:
+def ready(out: Path, projector: Path | None = None) -> Iterator[Ready]:
     """What Ollama will be given of a pair, checked.
 
     Args:
         out: the folder that a conversion wrote, or the GGUF file of a target with its linked drafter beside it.
+        projector: mmproj file of a target that is named by its file.
 
     Raises:
         PairError: drafter and target do not belong together, or there is no drafter.
         MtpError: a file or a part is missing or damaged, or is of a type that Ollama does not take.
     """
     if out.is_dir():
+        if projector is not None:
+            raise MtpError("the Modelfile of a folder names its projector itself; name the target's file.")
         path = written_modelfile(out)
         yield Ready(path, check_files(path.read_text(encoding="utf-8"), out))
         return
-    text = _modelfile_of(out)
+    text = modelfile_of(out, lambda path: str(path.absolute()), projector)
     with tempfile.TemporaryDirectory(prefix="gemma-mtp-") as folder:
         path = Path(folder) / "Modelfile"
         path.write_text(text, encoding="utf-8")
         yield Ready(path, check_files(text, path.parent))
-
-
-def _modelfile_of(target: Path) -> str:
-    """The Modelfile of a target's file and its drafter, with whole paths."""
-    header = link.read_header(target)
-    targets = link.read_parts(header)
-    drafter = link.find_drafter(target, header)
-    if drafter is None:
-        raise PairError(f"{link.why_no_drafter(target, header)}.")
-    drafters = link.read_parts(link.read_header(drafter))
-    names = [[str(part.path.absolute()) for part in parts] for parts in (targets, drafters)]
-    return modelfile(names[0], names[1], sampling_of(header), renderer_of(header))
 
 
 def check_files(text: str, folder: Path) -> int:

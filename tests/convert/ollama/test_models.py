@@ -18,6 +18,8 @@ from gemma_mtp.convert.modelfile import files_of
 from gemma_mtp.convert.ollama import store
 from gemma_mtp.convert.ollama.store import stored
 from gemma_mtp.convert.relink import rewrite
+from gguf import GGUFWriter
+from gguf_files import finish
 from ollama_standin import Model, Standin
 from ollamas import Ollama, run
 from tiny import PAIR
@@ -62,6 +64,21 @@ def test_a_target_in_several_files_becomes_a_model(named: str, parts: Pair) -> N
     assert done.exit_code == 0, done.stderr
     assert told("parts", done.stdout)
     assert run("ollama", "doctor", "parts").stdout.count("problem") == 0
+
+
+def test_a_projector_is_a_file_of_its_own(demo: Pair, tmp_path: Path, standin: Standin) -> None:
+    writer = GGUFWriter(tmp_path / "mmproj.gguf", "clip")
+    writer.add_bool("clip.has_vision_encoder", True)
+    finish(writer)
+    text = run("modelfile", demo.target, "--projector", tmp_path / "mmproj.gguf").stdout
+    models, drafts = files_of(text, demo.target.parent)
+    assert [path.resolve() for path in models] == [demo.target, tmp_path / "mmproj.gguf"]
+    assert drafts == [demo.drafter]
+    assert run("ollama", "create", "mine", demo.target, "--projector", tmp_path / "mmproj.gguf").exit_code == 0
+    for command in (["modelfile"], ["ollama", "create", "mine"]):
+        assert "is no projector" in run(*command, demo.target, "--projector", demo.drafter).stderr
+        assert "names its projector itself" in run(*command, demo.target.parent, "--projector", demo.drafter).stderr
+    assert len(standin.models) == 1
 
 
 def test_the_modelfile_names_every_part(parts: Pair, standin: Standin) -> None:
@@ -167,7 +184,7 @@ def test_without_ollama_it_says_what_to_do(demo: Pair, standin: Standin, gone: C
     assert re.search(r"Ollama is not running at http://127.0.0.1:9; start it with ollama serve", stopped.stderr)
     gone("program")
     assert "https://ollama.com/download" in run("ollama", "list").stderr
-    assert "ollama create mine -f" in run("ollama", "create", "mine", demo.target.parent).stderr
+    assert "ollama is not installed here; get it from" in run("ollama", "create", "mine", demo.target.parent).stderr
     assert standin.models == {}
 
 

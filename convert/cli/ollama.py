@@ -35,7 +35,8 @@ def _api() -> Api:
 @click.argument("out", type=click.Path(path_type=Path, exists=True))
 @click.option("--projector", type=click.Path(path_type=Path, exists=True, dir_okay=False),
               help="mmproj file of the target, where OUT is a file.")  # fmt: skip
-def create(name: str, out: Path, projector: Path | None) -> None:
+@as_json
+def create(name: str, out: Path, projector: Path | None, as_json: bool) -> None:
     """Make a model NAME of the pair in OUT.
 
     OUT is the folder that convert wrote, or the GGUF file of a target with its linked drafter beside it. The pair and
@@ -54,7 +55,7 @@ def create(name: str, out: Path, projector: Path | None) -> None:
         api = _api()
         click.echo(f"Ollama's store takes {check_room(api, pair.peak)}", err=True)
         model = creating.create(api, name, pair)
-    _tell(api, model)
+    _tell(api, model, as_json)
 
 
 @ollama.command()
@@ -64,7 +65,8 @@ def create(name: str, out: Path, projector: Path | None) -> None:
 @click.option("--as", "wanted", metavar="NAME", help="Name of the model with the drafter. [default: MODEL itself; what "
               "it was stays under MODEL-plain]")  # fmt: skip
 @click.option("--drafter-quant", default="Q8_0", show_default=True, help="Format of a drafter that is converted.")
-def attach(model: str, drafter: str | None, wanted: str | None, drafter_quant: str) -> None:
+@as_json
+def attach(model: str, drafter: str | None, wanted: str | None, drafter_quant: str, as_json: bool) -> None:
     """Give a model that is in Ollama a drafter, without copying its gigabytes.
 
     The drafter is checked first, or linked. Renderer, parser and drafts are set where they are missing or wrong, so
@@ -81,7 +83,7 @@ def attach(model: str, drafter: str | None, wanted: str | None, drafter_quant: s
     api = _api()
     with progress_bar("converting the drafter") as progress:
         found = attaching.attach(api, model, drafter, wanted, drafter_quant, progress)
-    _tell(api, found)
+    _tell(api, found, as_json)
 
 
 @ollama.command()
@@ -159,7 +161,7 @@ def doctor(name: str | None, no_run: bool, as_json: bool) -> None:
         click.echo("no Gemma 4 model; get one with ollama pull gemma4, or make one with gemma-mtp ollama create")
 
 
-def _tell(api: Api, model: Stored) -> None:
+def _tell(api: Api, model: Stored, as_json: bool) -> None:
     """What the user has now: one line, and what is still wrong with it."""
     from gemma_mtp.convert.errors import MtpError
     from gemma_mtp.convert.ollama.doctor import examine
@@ -169,7 +171,7 @@ def _tell(api: Api, model: Stored) -> None:
         click.echo(f"warning: {_line(finding)}", err=True)
     if report.trial is None:
         raise MtpError(f"{model.name} is there, and did not answer; see above.")
-    click.echo(f"{model.name}: {report.trial}")
+    click.echo(json.dumps(_plain(report)) if as_json else f"{model.name}: {report.trial}")
 
 
 def _show(report: Report) -> None:

@@ -61,7 +61,12 @@ def attach(
             digest = api.upload(path)
             if base.drafter is None or base.drafter.name != digest.replace(":", "-"):
                 body |= {"from": _without_drafter(api, base, result), "draft_files": {"drafter.gguf": digest}}
-        api.post("/api/create", body, LOADING)
+        try:
+            api.post("/api/create", body, LOADING)
+        except BaseException:
+            if base.drafter is None and body["from"] == plain(name):  # made above, and for nothing
+                api.delete(plain(name))
+            raise
     unload(api, base)
     return stored(api, result)
 

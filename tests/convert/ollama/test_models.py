@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,12 @@ from gemma_mtp.convert import Pair, convert_pair, link
 from gemma_mtp.convert.gguf_io.read import read
 from gemma_mtp.convert.integrity import verify_files
 from gemma_mtp.convert.modelfile import files_of
-from gemma_mtp.convert.ollama import store
+from gemma_mtp.convert.ollama import store, trial
 from gemma_mtp.convert.ollama.store import stored
 from gemma_mtp.convert.relink import rewrite
 from gguf import GGUFWriter
 from gguf_files import finish
-from ollama_standin import Model, Standin
+from ollama_standin import Answer, Model, Standin
 from ollamas import Ollama, run
 from tiny import PAIR
 
@@ -262,6 +263,15 @@ def test_a_model_made_with_its_drafter_is_switched_off_and_on(ollama: Ollama, de
     assert told("mine", run("ollama", "attach", "mine").stdout)
 
 
+def test_what_fails_leaves_nothing_behind(demo: Pair, standin: Standin, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = standin.models["base:latest"] = _model(standin, demo.target)
+    monkeypatch.setattr(Answer, "create", lambda self, name, asked: self.say({"error": "no space left on device"}, 500))
+    done = run("ollama", "attach", "base", "--drafter", demo.drafter)
+    assert done.exit_code == 1
+    assert "the disk of Ollama's store is full" in done.stderr
+    assert standin.models == {"base:latest": base}
+
+
 def test_another_targets_drafter_is_refused(demo: Pair, tiny_f32: Pair, standin: Standin) -> None:
     for pair, name in ((demo, "demo"), (tiny_f32, "tiny")):
         standin.models[f"{name}:latest"] = _model(standin, pair.target)
@@ -326,10 +336,18 @@ def test_the_doctor_looks_at_all_models(demo: Pair, standin: Standin) -> None:
     assert set(problems["base:latest"]) == {"gemma-mtp ollama attach base:latest"}
     assert standin.running == {}  # none was loaded for it
     tried = json.loads(run("ollama", "doctor", "mine", "--json").stdout)["models"][0]["trial"]
+    attached = json.loads(run("ollama", "attach", "mine", "--json").stdout)
+    assert (attached["name"], attached["trial"]) == ("mine", tried)
     counted, chat = standin.answers["completion"]["timings"], standin.answers["chat"]
     assert tried["acceptance"] == counted["draft_n_accepted"] / counted["draft_n"]
     assert tried["tokens_per_second"] == pytest.approx(chat["eval_count"] / chat["eval_duration"] * 1e9)
     assert tried["engine"] == "/lib/llama-server"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_the_command_lines_of_this_machine() -> None:
+    ours = Path("/proc/self/cmdline").read_bytes().decode().rstrip("\0").split("\0")
+    assert ours in trial._command_lines()
 
 
 def test_where_processes_are_not_seen_acceptance_is_not_told(

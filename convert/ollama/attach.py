@@ -168,6 +168,7 @@ def _drafter(
         if in_store is not None:
             return in_store
         named = published(target)
+        warn(f"{named}, published for a target of this shape, becomes the drafter; --drafter takes another.")
     path = Path(named).expanduser()
     if not path.is_file():
         from gemma_mtp.convert.lone_drafter import convert_drafter

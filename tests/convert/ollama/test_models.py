@@ -17,12 +17,16 @@ from gemma_mtp.convert.gguf_io.read import read
 from gemma_mtp.convert.integrity import verify_files
 from gemma_mtp.convert.modelfile import files_of
 from gemma_mtp.convert.ollama import store, trial
+from gemma_mtp.convert.ollama.api import LOADING, Api
+from gemma_mtp.convert.ollama.attach import published
 from gemma_mtp.convert.ollama.store import stored
 from gemma_mtp.convert.relink import rewrite
+from gemma_mtp.convert.sizes import SIZES
 from gguf import GGUFWriter
 from gguf_files import finish
 from ollama_standin import Answer, Model, Standin
 from ollamas import Ollama, run
+from prompts import held_out
 from tiny import PAIR
 
 FOLDERS = PAIR / "gemma-4-demo", PAIR / "gemma-4-demo-assistant"
@@ -65,6 +69,22 @@ def test_a_target_in_several_files_becomes_a_model(named: str, parts: Pair) -> N
     assert done.exit_code == 0, done.stderr
     assert told("parts", done.stdout)
     assert run("ollama", "doctor", "parts").stdout.count("problem") == 0
+
+
+@pytest.mark.ollama
+@pytest.mark.usefixtures("real")
+def test_tokens_are_those_without_drafts(demo: Pair) -> None:
+    """Every change of the number of drafts loads the model anew. Drawn tokens are equal on our llama-server alone."""
+    assert run("ollama", "create", "mine", demo.target.parent).exit_code == 0
+    api = Api()
+
+    def texts(drafts: int) -> list[str]:
+        options = {"draft_num_predict": drafts, "num_predict": 48, "temperature": 0}
+        body = {"model": "mine", "raw": True, "stream": False}
+        sent = [{**body, "prompt": prompt, "options": options} for prompt in held_out(10)]
+        return [api.post("/api/generate", each, LOADING)["response"] for each in sent]
+
+    assert texts(4) == texts(0)
 
 
 def test_a_projector_is_a_file_of_its_own(demo: Pair, tmp_path: Path, standin: Standin) -> None:
@@ -270,6 +290,15 @@ def test_what_fails_leaves_nothing_behind(demo: Pair, standin: Standin, monkeypa
     assert done.exit_code == 1
     assert "the disk of Ollama's store is full" in done.stderr
     assert standin.models == {"base:latest": base}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("qat", ["", "-qat-q4_0-unquantized"])
+def test_the_published_drafter_is_known_by_the_shape(size: str, qat: str) -> None:
+    shape = {"embedding_length": SIZES[size].n_embd, "block_count": SIZES[size].target["num_hidden_layers"]}
+    values = {f"gemma4.{key}": value for key, value in shape.items()} | {"general.name": f"Mine {qat}"}
+    header = link.Header(Path("t.gguf"), "gemma4", values, {})
+    assert published(header) == f"google/gemma-4-{size}-it{qat}-assistant"
 
 
 def test_another_targets_drafter_is_refused(demo: Pair, tiny_f32: Pair, standin: Standin) -> None:

@@ -16,7 +16,7 @@ from gemma_mtp.convert import link
 from gemma_mtp.convert.errors import MtpError
 from gemma_mtp.convert.files import write_all
 from gemma_mtp.convert.gguf_io.read import Header, Strings, Tensor
-from gemma_mtp.convert.gguf_io.split import KEY_PLACE
+from gemma_mtp.convert.gguf_io.split import KEY_COUNT, KEY_PLACE
 from gemma_mtp.convert.gguf_io.types import BLOCKS, Type
 from gemma_mtp.convert.gguf_io.write import HASH, Array
 
@@ -114,20 +114,26 @@ def _with_parts(headers: Mapping[Path, Header]) -> dict[Path, Header]:
 def check_tensors(header: Header) -> Iterator[tuple[int, bool]]:
     """Read every tensor: its bytes, and whether there was a hash to compare it with.
 
+    A file that others joined of the parts of a split, as Ollama does, has the hashes of its first part.
+
     Raises:
         MtpError: naming file and tensor of the first with NaN or infinite values or with other bytes than were written.
     """
     wanted = header.metadata.get(link.KEY_HASHES)
-    if wanted is not None and not (isinstance(wanted, Strings) and len(wanted) == len(header.tensors)):
+    hashes = wanted if isinstance(wanted, Strings) else ()
+    joined = link.KEY_SPLIT in header.metadata and header.metadata.get(KEY_COUNT, 0) in (0, 1)
+    fits = len(hashes) <= len(header.tensors) if joined else len(hashes) == len(header.tensors)
+    if wanted is not None and not (isinstance(wanted, Strings) and fits):
         raise MtpError(f"{header.path}: {link.KEY_HASHES} is not a hash for each tensor; convert it again.")
     names = list(header.tensors)
     for place, got in enumerate(_looked_at(header, hashing=wanted is not None)):
-        if wanted is not None and got != wanted[place]:
+        known = place < len(hashes)
+        if known and got != hashes[place]:
             raise MtpError(
-                f"{header.path}: tensor {names[place]!r} has the SHA-256 {got[:16]}, wanted {wanted[place][:16]}; "
+                f"{header.path}: tensor {names[place]!r} has the SHA-256 {got[:16]}, wanted {hashes[place][:16]}; "
                 "the file is damaged: copy or convert it again."
             )
-        yield header.tensors[names[place]].size, wanted is not None
+        yield header.tensors[names[place]].size, known
 
 
 def _looked_at(header: Header, hashing: bool) -> Iterator[str]:

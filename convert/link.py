@@ -45,6 +45,8 @@ KEY_SEED = "mtp.random.seed"
 WEIGHTS = "weights:"
 # SHA-256 of every tensor's bytes, in the order of the tensors.
 KEY_HASHES = "mtp.tensor.sha256"
+# How names of the encoders of images and sound begin, which files of Ollama's library hold beside the target.
+ENCODERS = ("v.", "a.", "mm.")
 # What all parts of a split model share: one for each conversion, by its checkpoint, tensors and types.
 KEY_SPLIT = "mtp.split.fingerprint"
 # What each part of a split model says of the pair.
@@ -84,7 +86,8 @@ def weights_identity(header: Header) -> str:
     """What all quantizations of one target share: its vocabulary and its float vectors, norms and scales.
 
     Quantizers leave vectors in float32, so files of any converter and format agree, and files of other weights differ.
-    (A fine-tune that left every norm alone agrees with the model it came from; the drafter serves it too.)
+    Encoders in the same file do not count. (A fine-tune that left every norm alone agrees with the model it came from;
+    the drafter serves it too.)
 
     Raises:
         MtpError: a file of a split target is missing or damaged.
@@ -96,7 +99,9 @@ def weights_identity(header: Header) -> str:
     for part in read_parts(header):
         with part.path.open("rb") as file:
             for name, tensor in part.tensors.items():
-                if tensor.type is Type.F32 and len(tensor.shape) == 1 and name != "rope_freqs.weight":
+                if name == "rope_freqs.weight" or name.startswith(ENCODERS):
+                    continue
+                if tensor.type is Type.F32 and len(tensor.shape) == 1:
                     file.seek(tensor.offset)
                     vectors[name] = file.read(tensor.size)
     for name in sorted(vectors):

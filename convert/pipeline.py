@@ -238,7 +238,7 @@ def _plan(
     from gemma_mtp.convert import naming, tensor_types
     from gemma_mtp.convert.gguf_io.split import cut
     from gemma_mtp.convert.metadata import Headers
-    from gemma_mtp.convert.modelfile import modelfile
+    from gemma_mtp.convert.modelfile import modelfile, renderer
     from gemma_mtp.convert.plan import plan
 
     chosen = replace(options or tensor_types.DEFAULT, imatrix=imatrix)
@@ -264,7 +264,10 @@ def _plan(
     headers = [Headers(each, next(iter(plans.values()))) for each, plans in zip((target, drafter), found, strict=True)]
     planned = PairPlan(found[0], found[1], parts, (headers[0], headers[1]), projector)
     naming.check_files(planned.files)
-    text = modelfile(*planned.first, target.generation, projector[0] if projector else None)
+    targets, drafters = ([part.file for part in parts[next(iter(plans))]] for plans in found)
+    per_layer = target.config.per_layer_input
+    encoders = projector[0] if projector else None
+    text = modelfile(targets, drafters, target.generation, renderer(per_layer), encoders)
     return replace(planned, modelfile=text)
 
 

@@ -60,7 +60,11 @@ def run(missing: tuple[str, ...], *command: str | Path) -> tuple[subprocess.Comp
     return done, asked, set(imported)
 
 
-@pytest.mark.parametrize("command", [(), *((name,) for name in main.COMMANDS), ("ollama", "create")], ids=" ".join)
+@pytest.mark.parametrize(
+    "command",
+    [(), *((name,) for name in main.COMMANDS), ("ollama", "create"), ("ollama", "attach")],
+    ids=" ".join,
+)
 def test_help_needs_neither_libllama_nor_torch_nor_an_extra(command: tuple[str, ...]) -> None:
     done, asked, _ = run((*HEAVY, *main.INSTALLS, "safetensors", "uvicorn", "matplotlib"), *command, "--help")
     assert done.returncode == 0, done.stderr

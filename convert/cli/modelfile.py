@@ -6,13 +6,15 @@ import os
 from pathlib import Path
 
 import click
-from gemma_mtp.convert import link
-from gemma_mtp.convert.modelfile import modelfile, written_modelfile
+from gemma_mtp.convert.errors import MtpError
+from gemma_mtp.convert.modelfile import modelfile_of, written_modelfile
 
 
 @click.command("modelfile")
 @click.argument("out", type=click.Path(path_type=Path, exists=True))
-def modelfile_command(out: Path) -> None:
+@click.option("--projector", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+              help="mmproj file of the target, where OUT is a file.")  # fmt: skip
+def modelfile_command(out: Path, projector: Path | None) -> None:
     """Print the Modelfile of a converted or linked pair.
 
     OUT is the folder that convert wrote, or the GGUF file of a target with its linked drafter beside it.
@@ -23,11 +25,9 @@ def modelfile_command(out: Path) -> None:
       gemma-mtp modelfile gemma-4-E2B-it-Q4_K_M.gguf > Modelfile
     """
     if out.is_dir():
+        if projector is not None:
+            raise MtpError("the Modelfile of a folder names its projector itself; name the target's file.")
         click.echo(written_modelfile(out).read_text(encoding="utf-8"), nl=False)
         return
-    header = link.read_header(out)
-    link.read_parts(header)
-    drafter = link.find_drafter(out, header)
-    if drafter is None:
-        raise link.PairError(f"{link.why_no_drafter(out, header)}.")
-    click.echo(modelfile(out.name, os.path.relpath(drafter, out.parent), {}), nl=False)
+    text = modelfile_of(out, lambda path: os.path.relpath(path, out.parent), projector)
+    click.echo(text, nl=False)

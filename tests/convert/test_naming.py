@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from faulty import Folders, refused
 from gemma_mtp.convert import MtpError, convert_pair, link, plan_pair
-from gemma_mtp.convert.modelfile import modelfile
+from gemma_mtp.convert.modelfile import SMALL, modelfile
 from gemma_mtp.convert.naming import check_files, name_of, stems
 from gemma_mtp.runtime.cli.main import main
 
@@ -119,6 +119,6 @@ def test_names_that_some_disks_take_for_equal(tmp_path: Path) -> None:
 def test_a_modelfile_has_one_line_for_a_name(name: str) -> None:
     for names in ((name, "d.gguf"), ("t.gguf", name)):
         with pytest.raises(MtpError, match="rename it"):
-            modelfile(*names, {})
+            modelfile([names[0]], [names[1]], {}, SMALL)
     with pytest.raises(MtpError, match="rename it"):
-        modelfile("t.gguf", "d.gguf", {}, name)
+        modelfile(["t.gguf"], ["d.gguf"], {}, SMALL, name)

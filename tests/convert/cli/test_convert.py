@@ -16,9 +16,10 @@ import pytest
 from children import GUARD, MAIN
 from click.testing import CliRunner, Result
 from gemma_mtp.convert import Pair, convert_pair, integrity, link, write
-from gemma_mtp.convert.modelfile import modelfile
+from gemma_mtp.convert.modelfile import SMALL, modelfile
 from gemma_mtp.runtime.cli.main import COMMANDS, main
-from tiny import PAIR
+
+OLLAMA = ("create", "attach", "detach", "list", "doctor")
 
 
 def run(*arguments: str | Path) -> Result:
@@ -150,39 +151,19 @@ def test_the_modelfile_names_both_files(demo: Pair) -> None:
         (named,) = [argument for name, argument in commands if name == command]
         assert (demo.modelfile.parent / named).resolve() == path.resolve()
     parameters = dict(argument.split(" ", 1) for name, argument in commands if name == "PARAMETER")
-    assert parameters == {"temperature": "1", "top_k": "64", "top_p": "0.95", "draft_num_predict": "4"}
+    sampling = {"temperature": "1", "top_k": "64", "top_p": "0.95"}
+    assert parameters == {"stop": "<turn|>", **sampling, "draft_num_predict": "4"}
     assert run("modelfile", demo.modelfile.parent).stdout == demo.modelfile.read_text()
 
 
 def test_the_modelfile_takes_the_checkpoints_sampling() -> None:
-    commands = parsed(modelfile("t.gguf", "d.gguf", {"temperature": 0.7, "top_k": 20}))
+    commands = parsed(modelfile(["t.gguf"], ["d.gguf"], {"temperature": 0.7, "top_k": 20}, SMALL))
     assert ("PARAMETER", "temperature 0.7") in commands
     assert ("PARAMETER", "top_k 20") in commands
     assert ("PARAMETER", "top_p 0.95") in commands
 
 
-def test_ollama_create_runs_ollama(demo: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "ollama"
-    program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\ntest "$2" != bad\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert run("ollama", "create", "mine", demo.target.parent).exit_code == 0
-    assert (tmp_path / "called").read_text().split() == ["create", "mine", "-f", str(demo.modelfile)]
-    failed = run("ollama", "create", "bad", demo.target.parent)
-    assert failed.exit_code == 1
-    assert "status 1" in failed.stderr
-
-
-def test_without_ollama_it_says_where_to_get_it(demo: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    done = run("ollama", "create", "mine", demo.target.parent)
-    assert done.exit_code == 1
-    assert "https://ollama.com/download" in done.stderr
-    assert f"ollama create mine -f {demo.modelfile}" in done.stderr
-    assert "no Modelfile" in run("ollama", "create", "mine", PAIR).stderr
-
-
-@pytest.mark.parametrize("command", [[], *[[name] for name in COMMANDS], ["ollama", "create"]])
+@pytest.mark.parametrize("command", [[], *[[name] for name in COMMANDS], *[["ollama", name] for name in OLLAMA]])
 def test_help_has_an_example(command: list[str]) -> None:
     done = run(*command, "--help")
     assert done.exit_code == 0

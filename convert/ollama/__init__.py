@@ -1,0 +1,1 @@
+"""Pairs in Ollama: created, attached to models that are there, looked at."""

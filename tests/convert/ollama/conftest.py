@@ -1,0 +1,75 @@
+"""Ollama as the tests have it: one that stands in, and a real one where there is one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from children import started, until
+from gemma_mtp.convert.errors import MtpError
+from gemma_mtp.convert.ollama import trial
+from gemma_mtp.convert.ollama.api import Api
+from ollama_standin import PROGRAM, Standin, standing_in
+from ollamas import Ollama
+
+REAL = os.environ.get("OLLAMA", "")
+
+
+@pytest.fixture
+def standin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Standin]:
+    """What stands in, its program on the PATH."""
+    program = tmp_path / "bin" / "ollama"
+    program.parent.mkdir()
+    program.write_text(PROGRAM.format(python=sys.executable))
+    program.chmod(0o755)
+    with standing_in(tmp_path / "store") as server:
+        monkeypatch.setenv("OLLAMA_HOST", server.host)
+        monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+        monkeypatch.setattr(trial, "_command_lines", server.command_lines)
+        yield server
+
+
+@pytest.fixture
+def real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A real one with a store of its own."""
+    if not REAL:
+        pytest.skip("no Ollama here; make check-ollama OLLAMA=/path/to/ollama runs this with one")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        host = f"127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("OLLAMA_HOST", host)
+    monkeypatch.setenv("PATH", str(Path(REAL).parent), prepend=os.pathsep)
+    around = {**os.environ, "HOME": str(tmp_path), "OLLAMA_MODELS": str(tmp_path / "store"), "OLLAMA_NO_CLOUD": "1"}
+    with (tmp_path / "log").open("w") as log, started([REAL, "serve"], env=around, stdout=log, stderr=log) as process:
+
+        def answers() -> bool:
+            try:
+                return bool(Api(host).version())
+            except MtpError:
+                return False
+
+        until(answers, process)
+        yield
+
+
+@pytest.fixture(params=["standin", pytest.param("real", marks=pytest.mark.ollama)])
+def ollama(request: pytest.FixtureRequest, tmp_path: Path) -> Ollama:
+    request.getfixturevalue(request.param)
+    return Ollama(Api(), tmp_path)
+
+
+@pytest.fixture
+def gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
+    """Takes programs off the PATH, or what listens where Ollama ought to."""
+
+    def without(what: str) -> None:
+        if what == "program":
+            monkeypatch.setenv("PATH", str(tmp_path))
+        else:
+            monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+
+    return without

@@ -36,6 +36,7 @@ def test_an_address_that_is_none() -> None:
         ('tensor "blk.0.attn_k.weight" size overflow', "convert with another -q"),
         ('split GGUF "x-00001-of-00003.gguf" has 1 shards, expected 3', "gemma-mtp modelfile"),
         ("llama-server process has terminated: signal: illegal instruction", "sapphirerapids"),
+        ("context type MTP requested but model doesn't contain MTP layers", "its drafter is none"),
         ("requires ctx_other to be set", "any failure at the start"),
         ("failed to validate GGUF with llama-quantize without compatibility patches", "update it"),
         ('model "x" not found', "ollama list"),

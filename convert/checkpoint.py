@@ -23,7 +23,7 @@ from gemma_mtp.convert.json_file import read_json
 from gemma_mtp.convert.quantize import Bytes, Floats, widen
 from gemma_mtp.convert.safetensors_file import Entry, read_entries
 from gemma_mtp.convert.vocab import Tokenizer, read_tokenizer
-from gemma_mtp.convert.weight_files import check_folder, weight_names
+from gemma_mtp.convert.weight_files import HOLLOW, check_folder, weight_names
 
 # The number of values taken from each of three places of every tensor for the fingerprint.
 SAMPLE = 4096
@@ -158,11 +158,13 @@ class Weights:
 
 class Checkpoint(Weights):
     """An open checkpoint: its weights, `settings` (config.json), the same as `config`, `tokenizer`, and `generation`
-    (of generation_config.json what can be used); `called` is the name that a user gives it."""
+    (of generation_config.json what can be used); `called` is the name that a user gives it. `hollow`: of the weights
+    only the headers are there."""
 
     called: str | None = None
 
     def __init__(self, folder: Path, files: ExitStack, allowed: Collection[str] = ()) -> None:
+        self.hollow = (folder / HOLLOW).exists()
         if not folder.is_dir():
             raise MtpError(f"{folder} is not a folder; pass the folder of a Hugging Face checkpoint.")
         file = folder / "config.json"
@@ -199,6 +201,9 @@ class Checkpoint(Weights):
         drafter = isinstance(self.config, DrafterConfig)
         if head is None or embedding is None or not (self.config.tied or drafter):
             return self.config
+        if self.hollow and self.index[head].shape == self.index[embedding].shape:
+            warn(f"{head!r} is taken to be {embedding!r}: whether they differ is seen when the weights are there.")
+            return replace(self.config, tied=True)
         if self.equal(head, embedding):
             return replace(self.config, tied=True)
         if drafter:

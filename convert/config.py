@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -41,14 +40,16 @@ IGNORED = {
     "use_bfloat16", "use_cache", "vocab_size_per_layer_input",
 }  # fmt: skip
 IGNORED_ENDS = ("_token_id", "_token_index", "_version", "_config", "_implementation")
-IGNORED_STARTS = ("_", "unsloth", "mergekit", "axolotl", "trl_", "wandb")
+IGNORED_STARTS = ("_", "unsloth", "mergekit", "axolotl", "trl_", "wandb", "lora_", "peft_")
 # What a key speaks of that would change tensors or their use; such a key refuses, any other unknown one warns.
 CHANGES = re.compile(
-    r"altup|laurel|sparsity|_bias$|softcap|multiplier|rope_scaling|lora|num_nextn|mtp_|qk_norm|expert|quant"
+    r"altup|laurel|sparsity|_bias$|softcap|multiplier|rope_scaling|num_nextn|mtp_|qk_norm|expert|quant"
 )
 # What transformers assumes where the configuration is silent (configuration_gemma4.py, configuration_gemma4_unified.py,
 # configuration_gemma4_assistant.py).
 GLOBAL_HEAD_DIM = 512
+# The largest number that a GGUF file holds as a float.
+MOST = 3.4028235e38
 LAYER_PERIOD = 6
 ROPE = {
     "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
@@ -99,7 +100,6 @@ class TextConfig:
     rope_theta: float
     rope_theta_sliding: float
     partial_rotary: float
-    partial_rotary_sliding: float
     vocab_size: int
     tied: bool
 
@@ -278,6 +278,10 @@ def _refuse_unsupported(text: _Keys) -> None:
             raise MtpError(f"{text.file}: rope_type of {kind} is {got!r}, only {wanted!r} is supported.")
         if inner.get("factor", 1.0) != 1.0:
             raise MtpError(f"{text.file}: rope scaling of {kind} (factor {inner.get('factor')}) is not supported.")
+        if (part := _finite(inner, "partial_rotary_factor", 1.0)) > 1:
+            raise MtpError(f"{text.file}: partial_rotary_factor of {kind} is {part:g}, wanted 0 to 1.")
+        if part != 1 and kind == "sliding_attention":  # where transformers rotates all of a head
+            warn(f"{text.file}: partial_rotary_factor = {part:g} of {kind} is left out, as in transformers.")
 
 
 def _layer_types(text: _Keys) -> tuple[str, ...]:
@@ -336,7 +340,7 @@ def _text_fields(text: _Keys) -> dict[str, Any]:
     full, sliding = rope.inner("full_attention"), rope.inner("sliding_attention")
     types = _layer_types(text)
     head_dim_full, n_kv_full = _full_layers(text, types)
-    moe = bool(text.get("enable_moe_block", False))
+    moe = text.flag("enable_moe_block", False)
     experts = {key: text.some_size(key) for key in ("num_experts", "top_k_experts", "moe_intermediate_size")}
     for key, value in experts.items():
         if moe and not value:
@@ -353,9 +357,9 @@ def _text_fields(text: _Keys) -> dict[str, Any]:
         "layer_types": types,
         "sliding_window": text.size("sliding_window"),
         "n_kv_shared": text.some_size("num_kv_shared_layers") or 0,
-        "v_is_k": bool(text.get("attention_k_eq_v", False)),
+        "v_is_k": text.flag("attention_k_eq_v", False),
         "per_layer_input": text.size("hidden_size_per_layer_input"),
-        "double_wide_mlp": bool(text.get("use_double_wide_mlp", False)),
+        "double_wide_mlp": text.flag("use_double_wide_mlp", False),
         "moe": moe,
         "n_expert": experts["num_experts"],
         "n_expert_used": experts["top_k_experts"],
@@ -366,7 +370,6 @@ def _text_fields(text: _Keys) -> dict[str, Any]:
         "rope_theta": _finite(full, "rope_theta"),
         "rope_theta_sliding": _finite(sliding, "rope_theta"),
         "partial_rotary": _finite(full, "partial_rotary_factor", 1.0),
-        "partial_rotary_sliding": _finite(sliding, "partial_rotary_factor", 1.0),
         "vocab_size": text.size("vocab_size"),
     }
 
@@ -374,7 +377,7 @@ def _text_fields(text: _Keys) -> dict[str, Any]:
 def _finite(keys: _Keys, key: str, default: float | None = None) -> float:
     """A number, not negative, with which can be reckoned."""
     value = keys[key] if default is None else keys.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MOST:
         raise MtpError(f"{keys.file}: {key} = {value!r} is not a number to reckon with; download it again.")
     return float(value)
 
@@ -391,7 +394,7 @@ def _drafter(root: _Keys, text: dict[str, Any]) -> dict[str, Any]:
     return {
         "n_kv_shared": text["n_layer"],
         "backbone": backbone,
-        "ordered": bool(root.get("use_ordered_embeddings", False)),
+        "ordered": root.flag("use_ordered_embeddings", False),
         "n_ordered": text["vocab_size"],
         "n_centroids": root.size("num_centroids"),
         "top_k": root.size("centroid_intermediate_top_k"),

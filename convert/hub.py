@@ -60,7 +60,7 @@ def fetch_checkpoint(source: str) -> Path:
 def fetch_headers(source: str, files: ExitStack) -> Path:
     """As `fetch_checkpoint`, but of weights that are not in the cache only the headers are downloaded.
 
-    The folder then holds sparse files of the weights' full size, with nothing after the header.
+    The folder then holds sparse files of the weights' full size, with nothing after the header, and the file `HOLLOW`.
 
     Args:
         source: as for `fetch_checkpoint`.
@@ -69,7 +69,7 @@ def fetch_headers(source: str, files: ExitStack) -> Path:
     Raises:
         MtpError: as `fetch_checkpoint`; or the server sends whole files only.
     """
-    from gemma_mtp.convert.weight_files import check_folder, weight_names
+    from gemma_mtp.convert.weight_files import HOLLOW, check_folder, weight_names
 
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -86,6 +86,7 @@ def fetch_headers(source: str, files: ExitStack) -> Path:
     folder.mkdir(parents=True)
     for path in cached.iterdir():
         _place(path, folder / path.name)
+    (folder / HOLLOW).touch()
     for each in missing:
         with _hub_errors(name, revision):
             header, size = _remote_header(name, each, cached.name)

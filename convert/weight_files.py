@@ -13,6 +13,8 @@ from gemma_mtp.convert.json_file import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
+# Lies in a folder whose weights were not downloaded: of each file it holds the header, and then nothing.
+HOLLOW = ".headers-only"
 SHARD = re.compile(r"(?P<stem>model)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 # What somebody may take for the weights of a folder.
 LIKELY = re.compile(r"(?i)(?<!training_args)\.(safetensors|bin|pt|pth|gguf|part|incomplete|crdownload)$")

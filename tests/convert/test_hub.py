@@ -278,3 +278,23 @@ def test_a_repository_of_one_file_beside_a_stale_index(run: Run, hub: Hub) -> No
     done = run("convert", TARGET, "-o", "out", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "left aside: model.safetensors.index.json" in done.stderr
+
+
+def test_a_dry_run_does_not_guess_at_an_output_matrix(run: Run, hub: Hub) -> None:
+    folder = hub.repositories[TARGET]
+    weights = load_file(folder / "model.safetensors")
+    head = next(value for name, value in weights.items() if name.endswith("embed_tokens.weight")) + 1
+    save_file(weights | {"lm_head.weight": head}, folder / "model.safetensors")
+    done = run("convert", TARGET, "-o", "out", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "'lm_head.weight' is taken to be" in done.stderr
+
+
+def test_a_repository_of_an_adapter(run: Run, hub: Hub) -> None:
+    folder = hub.repositories[TARGET]
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "google/gemma-4-E2B-it"}))
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).unlink()
+        (folder / "adapter_model.safetensors").write_bytes(b"")
+        for more in ((), ("--dry-run",)):
+            assert "holds an adapter of google/gemma-4-E2B-it" in said(run("convert", TARGET, "-o", "out", *more))

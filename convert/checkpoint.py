@@ -158,7 +158,8 @@ class Weights:
 
 class Checkpoint(Weights):
     """An open checkpoint: its weights, `settings` (config.json), the same as `config`, `tokenizer`, and `generation`
-    (of generation_config.json what can be used); `called` is the name that a user gives it."""
+    (of generation_config.json what can be used); `called` is the name that a user gives it. `hollow`: of the weights
+    only the headers are there."""
 
     called: str | None = None
 
@@ -170,7 +171,7 @@ class Checkpoint(Weights):
         with damaged(file):
             self.settings = read_json(file)
             self.config = parse_config(self.settings, file, allowed)
-        self._allowed, self._whole = allowed, whole
+        self._allowed, self.hollow = allowed, not whole
         self.generation = read_generation(folder)
         super().__init__(folder, files)
         self._check_quantized()
@@ -200,7 +201,7 @@ class Checkpoint(Weights):
         drafter = isinstance(self.config, DrafterConfig)
         if head is None or embedding is None or not (self.config.tied or drafter):
             return self.config
-        if not self._whole and self.index[head].shape == self.index[embedding].shape:
+        if self.hollow and self.index[head].shape == self.index[embedding].shape:
             warn(f"{self.folder}: {head!r} is taken for equal to {embedding!r}; only the weights show whether it is.")
             return replace(self.config, tied=True)
         if self.equal(head, embedding):

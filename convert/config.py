@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from gemma_mtp.convert.config_keys import (
     DRAFTER,
     GLOBAL_HEAD_DIM,
     LAYER_PERIOD,
+    MOST,
     ROPE,
     UNIFIED,
     Keys,
@@ -195,6 +195,10 @@ def _refuse_unsupported(text: Keys) -> None:
             raise MtpError(f"{text.file}: rope_type of {kind} is {got!r}, only {known_types[0]!r} is supported.")
         if inner.get("factor", 1.0) != 1.0:
             raise MtpError(f"{text.file}: rope scaling of {kind} (factor {inner.get('factor')}) is not supported.")
+        if (part := _finite(inner, "partial_rotary_factor", 1.0)) > 1:
+            raise MtpError(f"{text.file}: partial_rotary_factor of {kind} is {part:g}, wanted 0 to 1.")
+        if part != 1 and kind == "sliding_attention":  # where transformers rotates all of a head
+            warn(f"{text.file}: partial_rotary_factor = {part:g} of {kind} is left out, as in transformers.")
 
 
 def _layer_types(text: Keys) -> tuple[str, ...]:
@@ -253,7 +257,7 @@ def _text_fields(text: Keys) -> dict[str, Any]:
     full, sliding = rope.inner("full_attention"), rope.inner("sliding_attention")
     types = _layer_types(text)
     head_dim_full, n_kv_full = _full_layers(text, types)
-    moe = bool(text.get("enable_moe_block", False))
+    moe = text.flag("enable_moe_block", False)
     experts = {key: text.some_size(key) for key in ("num_experts", "top_k_experts", "moe_intermediate_size")}
     for key, value in experts.items():
         if moe and not value:
@@ -270,9 +274,9 @@ def _text_fields(text: Keys) -> dict[str, Any]:
         "layer_types": types,
         "sliding_window": text.size("sliding_window"),
         "n_kv_shared": text.some_size("num_kv_shared_layers") or 0,
-        "v_is_k": bool(text.get("attention_k_eq_v", False)),
+        "v_is_k": text.flag("attention_k_eq_v", False),
         "per_layer_input": _per_layer_input(text),
-        "double_wide_mlp": bool(text.get("use_double_wide_mlp", False)),
+        "double_wide_mlp": text.flag("use_double_wide_mlp", False),
         "moe": moe,
         "n_expert": experts["num_experts"],
         "n_expert_used": experts["top_k_experts"],
@@ -296,15 +300,13 @@ def _per_layer_input(text: Keys) -> int:
 def _partial_rotary(full: Keys) -> float:
     """The rotated share of a full-attention head. RoPE of the type "default" rotates all, whatever the key says."""
     share = _finite(full, "partial_rotary_factor", 1.0)
-    if share > 1:
-        raise MtpError(f"{full.file}: partial_rotary_factor = {share} is no share; download the configuration again.")
     return share if full.get("rope_type") == "proportional" else 1.0
 
 
 def _finite(keys: Keys, key: str, default: float | None = None) -> float:
     """A number, not negative, with which can be reckoned."""
     value = keys[key] if default is None else keys.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MOST:
         raise MtpError(f"{keys.file}: {key} = {value!r} is not a number to reckon with; download it again.")
     return float(value)
 
@@ -321,7 +323,7 @@ def _drafter(root: Keys, text: dict[str, Any]) -> dict[str, Any]:
     return {
         "n_kv_shared": text["n_layer"],
         "backbone": backbone,
-        "ordered": bool(root.get("use_ordered_embeddings", False)),
+        "ordered": root.flag("use_ordered_embeddings", False),
         "n_ordered": text["vocab_size"],
         "n_centroids": root.size("num_centroids"),
         "top_k": root.size("centroid_intermediate_top_k"),

@@ -27,14 +27,16 @@ IGNORED = {
     "typical_p", "use_bfloat16", "use_cache", "vocab_size_per_layer_input",
 }  # fmt: skip
 IGNORED_ENDS = ("_token_id", "_token_index", "_version", "_config", "_implementation")
-IGNORED_STARTS = ("_", "unsloth", "mergekit", "axolotl", "trl_", "wandb")
+IGNORED_STARTS = ("_", "unsloth", "mergekit", "axolotl", "trl_", "wandb", "lora_", "peft_")
 # What a key speaks of that would change tensors or their use; such a key refuses, any other unknown one warns.
 CHANGES = re.compile(
-    r"altup|laurel|sparsity|_bias$|softcap|multiplier|rope_scaling|lora|num_nextn|mtp_|qk_norm|expert|quant"
+    r"altup|laurel|sparsity|_bias$|softcap|multiplier|rope_scaling|num_nextn|mtp_|qk_norm|expert|quant"
 )
 # What transformers assumes where the configuration is silent (configuration_gemma4.py).
 GLOBAL_HEAD_DIM = 512
 LAYER_PERIOD = 6
+# The largest number that a GGUF file holds as a float.
+MOST = 3.4028235e38
 ROPE = {
     "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},

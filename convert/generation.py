@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +11,14 @@ from typing import Any
 from gemma_mtp.convert.errors import MtpError, warn
 from gemma_mtp.convert.json_file import read_json
 
+# The largest number that a GGUF file holds as a float.
+MOST = 3.4028235e38
 # Keys of numbers, with the smallest and the largest value that makes sense.
 INTEGERS = {"top_k": (0, 2**31 - 1), "penalty_last_n": (-1, 2**31 - 1), "mirostat": (0, 2)}
 FLOATS = {
-    "temperature": (0.0, math.inf), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "xtc_probability": (0.0, 1.0),
-    "xtc_threshold": (0.0, 1.0), "penalty_repeat": (0.0, math.inf), "mirostat_tau": (0.0, math.inf),
-    "mirostat_eta": (0.0, math.inf),
+    "temperature": (0.0, MOST), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "xtc_probability": (0.0, 1.0),
+    "xtc_threshold": (0.0, 1.0), "penalty_repeat": (0.0, MOST), "mirostat_tau": (0.0, MOST),
+    "mirostat_eta": (0.0, MOST),
 }  # fmt: skip
 TOKENS = ("eos_token_id", "suppress_tokens")
 
@@ -55,9 +56,7 @@ def _usable(key: str, parsed: Mapping[str, Any]) -> Any:
     if isinstance(value, bool) or not isinstance(value, int if key in INTEGERS else (int, float)):
         return None
     low, high = INTEGERS.get(key) or FLOATS[key]
-    if not low <= value <= high or (isinstance(value, float) and not math.isfinite(value)):
-        return None
-    return value
+    return value if low <= value <= high else None
 
 
 def _ids(value: Any) -> tuple[list[int], bool]:

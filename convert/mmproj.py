@@ -7,6 +7,7 @@ Names, types and metadata as upstream's converter has them (conversion/gemma.py,
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,9 @@ from gemma_mtp.convert.gguf_io.types import Type, padded
 from gemma_mtp.convert.gguf_io.write import TensorInfo, header
 from gemma_mtp.convert.metadata import add_card, collector, packed
 from gemma_mtp.convert.mmproj_keys import Settings, has_audio, is_unified, parameters
+from gemma_mtp.convert.plan import SOURCE_TYPES
 from gemma_mtp.convert.progress import More
-from gemma_mtp.convert.quantize import STORED_AS, Bytes, Floats, quantize
+from gemma_mtp.convert.quantize import Bytes, Floats, quantize
 from gguf import GGUFValueType, GGUFWriter
 
 # SLEEF's polynomials of e^x and log(1 + x), and log 2 as the sum of two float32 (sleefsimdsp.c, `xexpf`, `xlog1pf`).
@@ -111,12 +113,12 @@ def _place_all(checkpoint: Checkpoint, quant: str) -> tuple[Placed, ...]:
     config, placed = checkpoint.settings, []
     vision = Settings(checkpoint.folder / "config.json", "vision_config", config["vision_config"])
     for source, piece in checkpoint.index.items():
-        if not names.ENCODER_NAME.match(bare := names.bare(source)):
+        if not names.ENCODER_NAME.match(bare := names.bare(source)) or names.dropped(source) == names.COMPUTED:
             continue
         name = names.place_encoder(bare, unified=is_unified(config))
         if name is None:
             raise MtpError(f"{checkpoint.folder}: unknown tensor {source!r}; its projector is not of a known kind.")
-        if piece.dtype not in STORED_AS:
+        if piece.dtype not in SOURCE_TYPES:
             raise MtpError(f"{piece.file}: {source!r} is {piece.dtype}; pass an unquantized one.")
         change = _change(source, vision)
         try:
@@ -126,9 +128,22 @@ def _place_all(checkpoint: Checkpoint, quant: str) -> tuple[Placed, ...]:
                 f"{piece.file}: {source!r} has the shape {list(piece.shape)}, which does not fit the patch sizes that "
                 f"vision_config has in {checkpoint.folder / 'config.json'}."
             ) from None
+        if not _fits(name, shape, vision):
+            raise MtpError(
+                f"{piece.file}: {source!r} has the shape {list(piece.shape)}, which does not fit the hidden_size that "
+                f"vision_config has in {checkpoint.folder / 'config.json'}."
+            )
         placed.append(Placed(name, shape, _type_of(source, name, shape, Type[quant]), source, change))
     _complete(checkpoint.folder, {tensor.name for tensor in placed}, config)
     return tuple(placed)
+
+
+def _fits(name: str, shape: tuple[int, ...], vision: Settings) -> bool:
+    """Whether a tensor of a layer of the vision encoder is as wide as the encoder, where it is to be."""
+    layer = re.fullmatch(r"v\.blk\.\d+\.(\w+)\.weight", name)
+    if layer is None or layer[1] in ("attn_q_norm", "attn_k_norm", "out_scale"):  # of a head; of one value
+        return True
+    return shape[0 if layer[1] in ("attn_out", "ffn_down") else -1] == vision.size("hidden_size")
 
 
 def _change(source: str, vision: Settings) -> Callable[[Floats], Floats]:

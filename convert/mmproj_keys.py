@@ -37,14 +37,14 @@ class Settings(NamedTuple):
 
     def size(self, key: str, default: int | None = None) -> int:
         """A whole number above zero."""
-        value = self.values.get(key, default)
+        value: Any = default if self.values.get(key) is None else self.values[key]
         if not _finite(value) or value != int(value) or not 1 <= value <= MOST_SIZE:
             raise self._wrong(key, f"a whole number from 1 to {MOST_SIZE}")
         return int(value)
 
     def number(self, key: str, default: float) -> float:
         """Any number."""
-        value = self.values.get(key, default)
+        value = default if self.values.get(key) is None else self.values[key]
         if not _finite(value):
             raise self._wrong(key, "a number")
         return float(value)
@@ -74,6 +74,8 @@ def _image_settings(folder: Path) -> dict[str, list[float]]:
         path, values = found[key]
         if not isinstance(values, list) or len(values) != 3 or not all(map(_finite, values)):
             raise MtpError(f"{path}: {key} is {quoted(values)}, wanted 3 numbers; download it again.")
+        if key == "image_std" and 0 in values:
+            raise MtpError(f"{path}: {key} is {quoted(values)}, and pixels are divided by it; download it again.")
     return {key: [float(value) for value in found[key][1]] for key in IMAGES}
 
 

@@ -130,8 +130,11 @@ ENCODER_NAME = re.compile(r"(vision_tower|audio_tower|vision_embedder|embed_visi
 # What the model computes itself, or what belongs to a training: ends and starts of names.
 COMPUTED = "a buffer that the model computes itself"
 TRAINING = "it belongs to a training, and the model does not read it"
-BUFFERS = re.compile(r"(inv_freq|embed_scale|position_ids|(activation_post_process|weight_fake_quant|observer)\..*)$")
-HEADS = re.compile(r"(v_head|value_head|score|classifier|reward_head)\.")
+BUFFERS = re.compile(
+    r"(inv_freq|inv_timescales|embed_scale|position_ids|(cos|sin)_cached"
+    r"|(activation_post_process|weight_fake_quant|observer)\..*)$"
+)
+HEADS = re.compile(r"(v_head|value_head|score|classifier|reward|reward_head)\.")
 # Names that tell of another kind of checkpoint, and what is to be done with it.
 QUANTIZED = "pass the checkpoint before quantization"
 FOREIGN = (
@@ -141,7 +144,7 @@ FOREIGN = (
     (r"\.(weight_scale|weight_scale_inv|weight_packed|weight_shape|input_scale|[kqv]_scale)$",
      f"was quantized to FP8 or compressed; {QUANTIZED}"),
     (r"\.(scales|biases)$", f"was quantized by MLX; {QUANTIZED}"),
-    (r"(^|\.)(mtp|nextn|assistant|draft_model|drafter)\.",
+    (r"(^|\.)(mtp\w*|nextn|assistant|draft_model|drafter|eagle\w*|medusa\w*|speculator)\.",
      "is of a drafter within its target's checkpoint; pass the two folders as they were published"),
 )  # fmt: skip
 
@@ -168,8 +171,8 @@ def bare(name: str) -> str:
 
 
 def short(name: str) -> str:
-    """As `bare`, and without ".weight" where experts of a layer are in one tensor."""
-    found = bare(name)
+    """As `bare`, and without what some exports put around the experts of a layer, which are in one tensor."""
+    found = bare(name).replace(".moe.experts.", ".experts.")
     return found.removesuffix(".weight") if ".experts." in found else found
 
 

@@ -137,8 +137,7 @@ def convert_pair(
         weights = _imatrix(imatrix)
         _agree(target, drafter, drafter_vocab)
         plans = _plan(target, drafter, quant, drafter_quant, name, options, weights is not None, split_max_size, mmproj)
-        for headers in plans.headers:
-            _ = headers.ordered  # of the weights, and checked with the rest
+        _ = plans.headers[1].ordered  # of the weights, and checked with the rest
         links = link.entries(plans.first, target.fingerprint(), drafter.fingerprint())
         qat = options is not None and options.qat
         more = counting(progress, plans.n_bytes)
@@ -168,12 +167,16 @@ def plan_pair(
 ) -> PairPlan:
     """What `convert_pair` with the same arguments would write; raises what it raises.
 
-    Of weights only the headers are read, and of repositories that are not in the cache only those are downloaded.
+    Of weights only the headers, output matrices and ordered heads are read, and of repositories that are not in the
+    cache only the headers are downloaded.
     """
     with _open_pair(target_dir, drafter_dir, True, allow_unknown) as (target, drafter):
         weights = _imatrix(imatrix)
         _agree(target, drafter, drafter_vocab)
-        return _plan(target, drafter, quant, drafter_quant, name, options, weights is not None, split_max_size, mmproj)
+        plans = _plan(target, drafter, quant, drafter_quant, name, options, weights is not None, split_max_size, mmproj)
+        if not drafter.hollow:
+            _ = plans.headers[1].ordered
+        return plans
 
 
 @contextmanager

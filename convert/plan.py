@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from gemma_mtp.convert import names, tensor_types
@@ -19,6 +20,7 @@ from gemma_mtp.convert.link import DRAFTER_ARCH, TARGET_ARCH, Interface, differe
 from gguf import GGUFValueType
 
 Config = TargetConfig | DrafterConfig
+CONFIG = Path("config.json")
 SOURCE_TYPES = {"F32": Type.F32, "F16": Type.F16, "BF16": Type.BF16}
 
 
@@ -66,9 +68,10 @@ def plan(
     """
     if quant not in tensor_types.QUANTS:
         raise MtpError(f"unknown format {quant!r}; choose one of {', '.join(tensor_types.QUANTS)}.")
-    placed, dropped = _place(config, index)
+    file = next((source.file.with_name(CONFIG.name) for source in index.values()), CONFIG)
+    placed, dropped = _place(config, index, file.parent)
     if isinstance(config, DrafterConfig) and config.ordered:
-        _check_ordered_tensors(config, index)
+        _check_ordered_tensors(config, index, file)
     rows = [tensor_types.Row(name, index[source].shape, SOURCE_TYPES[index[source].dtype])
             for name, source in placed.items()]  # fmt: skip
     rows.append(tensor_types.Row(names.ROPE_FREQS, (config.head_dim_full // 2,), Type.F32))
@@ -80,7 +83,7 @@ def plan(
     return Plan(
         arch=arch_of(config),
         quant=quant,
-        parameters=parameters(config),
+        parameters=parameters(config, file),
         tensors=tuple(Planned(row.name, row.shape, types[row.name], placed.get(row.name)) for row in rows),
         dropped=dropped,
     )
@@ -91,7 +94,7 @@ def arch_of(config: Config) -> str:
     return DRAFTER_ARCH if isinstance(config, DrafterConfig) else TARGET_ARCH
 
 
-def _place(config: Config, index: Mapping[str, Source]) -> tuple[dict[str, str], dict[str, str]]:
+def _place(config: Config, index: Mapping[str, Source], folder: Path) -> tuple[dict[str, str], dict[str, str]]:
     """GGUF name to Hugging Face name of every tensor to write; and of those left out, the reason."""
     wanted = shapes(config)
     placed: dict[str, str] = {}
@@ -121,7 +124,6 @@ def _place(config: Config, index: Mapping[str, Source]) -> tuple[dict[str, str],
         placed[place.gguf] = name
     missing = sorted(set(wanted) - set(placed) - _optional(config))
     if missing:
-        folder = next((f"{source.file.parent}" for source in index.values()), "the checkpoint")
         raise MtpError(f"{folder} lacks {listed(missing)}; download its weights again.")
     return placed, dropped
 
@@ -213,14 +215,12 @@ def _optional(config: Config) -> set[str]:
     return {f"blk.{layer}.{name}.weight" for layer in shared for name in ("attn_k", "attn_v", "attn_k_norm")}
 
 
-def _check_ordered_tensors(config: DrafterConfig, index: Mapping[str, Source]) -> None:
+def _check_ordered_tensors(config: DrafterConfig, index: Mapping[str, Source], file: Path) -> None:
     """The tables of an ordered head: there, of the right shape, and cutting the vocabulary into equal clusters."""
     wanted = {names.CENTROIDS: (config.n_centroids, config.n_embd), names.ORDERING: (config.n_ordered,)}
     for name, shape in wanted.items():
         if name not in index:
-            raise MtpError(
-                f"config.json asks for ordered embeddings, but the checkpoint lacks {name!r}; download again."
-            )
+            raise MtpError(f"{file} asks for ordered embeddings, but the checkpoint lacks {name!r}; download again.")
         if index[name].shape != shape:
             raise MtpError(f"{index[name].file}: {name!r} has shape {list(index[name].shape)}, wanted {list(shape)}.")
         kinds = ("I64", "I32") if name == names.ORDERING else tuple(SOURCE_TYPES)
@@ -228,13 +228,21 @@ def _check_ordered_tensors(config: DrafterConfig, index: Mapping[str, Source]) -
             raise MtpError(f"{index[name].file}: {name!r} is {index[name].dtype}, wanted {' or '.join(kinds)}.")
     if any(broken_sizes(config.n_ordered, config.n_centroids, config.top_k)):
         raise MtpError(
-            f"config.json: {config.n_ordered} tokens in {config.n_centroids} clusters, {config.top_k} of them read, "
+            f"{file}: {config.n_ordered} tokens in {config.n_centroids} clusters, {config.top_k} of them read, "
             "do not make an ordered head."
         )
 
 
-def parameters(config: Config) -> dict[str, tuple[GGUFValueType, Any]]:
-    """Metadata of the model, keys without the architecture's prefix, in the order of upstream's converter."""
+def parameters(config: Config, file: Path = CONFIG) -> dict[str, tuple[GGUFValueType, Any]]:
+    """Metadata of the model, keys without the architecture's prefix, in the order of upstream's converter.
+
+    Args:
+        config: of the model.
+        file: that it comes from, named in errors.
+
+    Raises:
+        MtpError: a value is out of bounds.
+    """
     u32, f32, array = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.ARRAY
     sliding = [not config.is_full(layer) for layer in range(config.n_layer)]
     widths = [config.n_ff_of(layer) for layer in range(config.n_layer)]
@@ -274,8 +282,8 @@ def parameters(config: Config) -> dict[str, tuple[GGUFValueType, Any]]:
         found["nextn_predict_layers"] = (u32, config.n_layer)
     for key, (kind, value) in found.items():
         if kind is u32 and not 0 <= value < 1 << 32:
-            raise MtpError(f"config.json gives {value} for {key}, wanted 0 to {(1 << 32) - 1}; download it again.")
-    check_parameters(arch_of(config), {key: value for key, (_, value) in found.items()})
+            raise MtpError(f"{file} gives {value} for {key}, wanted 0 to {(1 << 32) - 1}; download it again.")
+    check_parameters(file, arch_of(config), {key: value for key, (_, value) in found.items()})
     return found
 
 

@@ -72,8 +72,15 @@ class Tokenizer:
         """The same with unused tokens up to a number of rows."""
         if n_rows == len(self.tokens):
             return self
-        tokens = [*self.tokens, *(f"[PAD{place}]" for place in range(len(self.tokens), n_rows))]
+        tokens = [*self.tokens, *(self._unused(place) for place in range(len(self.tokens), n_rows))]
         return replace(self, tokens=tokens, packed=Array.of(tokens))
+
+    def _unused(self, place: int) -> str:
+        """A name that no token has."""
+        name = f"[PAD{place}]"
+        while name in self.ids:
+            name = f"[{name}]"
+        return name
 
 
 def read_tokenizer(path: Path, allowed: Collection[str] = ()) -> Tokenizer:

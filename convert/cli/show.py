@@ -100,7 +100,7 @@ def show_plan(plans: PairPlan) -> None:
         table.add_row(plans.projector[0], "", f"{plans.projector[1].n_bytes / 1e6:,.1f}", "projector")
     console = Console(highlight=False)
     console.print(table, markup=False)
-    whole = {*plans.targets, *plans.drafters, *(plans.projector or ())}
+    whole = {*plans.targets, *plans.drafters, *(plans.projector or ())[:1]}
     split = [file for file in plans.files if file not in whole]
     if split:
         console.print(f"split into {len(split)} files: {split[0]} to {split[-1]}", markup=False)

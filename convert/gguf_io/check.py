@@ -90,11 +90,12 @@ def check_model(header: Header) -> None:
         raise MtpError(f"{header.path}: {wrong}; convert the checkpoint again.") from None
 
 
-def check_parameters(arch: str, values: Mapping[str, Any]) -> None:
+def check_parameters(file: Path, arch: str, values: Mapping[str, Any]) -> None:
     """Check what a configuration becomes, before there is a file.
 
     Args:
-        arch: of the file.
+        file: with the configuration.
+        arch: of the file that it becomes.
         values: its metadata, keys without the architecture's prefix.
 
     Raises:
@@ -102,9 +103,9 @@ def check_parameters(arch: str, values: Mapping[str, Any]) -> None:
     """
     metadata = {f"{arch}.{key}": np.asarray(each) if isinstance(each, list) else each for key, each in values.items()}
     try:
-        _check_parameters(Header(Path("config.json"), arch, metadata, {}))
+        _check_parameters(Header(file, arch, metadata, {}))
     except _Wrong as wrong:
-        raise MtpError(f"config.json is damaged, or of a model that llama.cpp cannot run: {wrong}.") from None
+        raise MtpError(f"{file} is damaged, or of a model that llama.cpp cannot run: {wrong}.") from None
 
 
 def _check_parameters(header: Header) -> None:

@@ -18,11 +18,12 @@ from gemma_mtp.convert.json_file import read_json
 from safetensors.torch import load_file
 from tiny import make_pair
 from transformers import Gemma4Config
+from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRotaryEmbedding
 from transformers.models.gemma4_assistant import Gemma4AssistantConfig
 
 HARMLESS = [
     "pretraining_tp", "query_pre_attn_scalar", "model_name", "max_length", "temperature", "num_beams", "length_penalty",
-    "auto_map", "hidden_act", "unsloth_version", "transformers.js_config", "_x",
+    "auto_map", "lora_alpha", "hidden_act", "unsloth_version", "transformers.js_config", "_x",
 ]  # fmt: skip
 Change = Callable[[dict[str, Any]], Any]
 
@@ -157,11 +158,40 @@ def test_defaults_of_drafters() -> None:
     assert (ours.n_centroids, ours.top_k) == (theirs.num_centroids, theirs.centroid_intermediate_top_k)
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("nan"), "x", True, -1, [1]])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), "x", True, -1, [1], 1e300, 10**400])
 @pytest.mark.parametrize("key", ["rms_norm_eps", "final_logit_softcapping"])
 def test_numbers_that_are_none(key: str, value: Any, pair: Folders, tmp_path: Path) -> None:
     edit_config(pair[0], lambda config: text_of(config).__setitem__(key, value))
     refused(*pair, tmp_path / "out", "config.json", key)
+
+
+@pytest.mark.parametrize("value", ["false", "no", 1, []])
+@pytest.mark.parametrize("key", ["attention_k_eq_v", "use_double_wide_mlp", "enable_moe_block"])
+def test_what_is_neither_true_nor_false(key: str, value: Any, pair: Folders, tmp_path: Path) -> None:
+    edit_config(pair[0], lambda config: text_of(config).__setitem__(key, value))
+    refused(*pair, tmp_path / "out", "config.json", key, "neither true nor false")
+
+
+def test_how_much_of_a_head_is_rotated(pair: Folders, tmp_path: Path) -> None:
+    """More than all of it makes no sense; in sliding layers transformers rotates all, whatever stands there."""
+    wanted = read_config(pair[0])
+
+    def part(kind: str, value: float) -> None:
+        rope = "rope_parameters"
+        edit_config(pair[0], lambda c: text_of(c)[rope][kind].__setitem__("partial_rotary_factor", value))
+
+    part("sliding_attention", 0.5)
+    rotary = Gemma4TextRotaryEmbedding(Gemma4Config.from_pretrained(pair[0]).text_config)
+    assert len(rotary.sliding_attention_inv_freq) == wanted.head_dim // 2
+    with pytest.warns(MtpWarning, match="partial_rotary_factor = 0.5 of sliding_attention is left out"):
+        assert read_config(pair[0]) == wanted
+    part("full_attention", 1.5)
+    refused(*pair, tmp_path / "out", "config.json", "partial_rotary_factor of full_attention is 1.5")
+
+
+def test_bounds_name_the_file(pair: Folders, tmp_path: Path) -> None:
+    edit_config(pair[1], lambda config: text_of(config).__setitem__("max_position_embeddings", 0))
+    refused(*pair, tmp_path / "out", f"{pair[1] / 'config.json'} is damaged", "context_length")
 
 
 def test_a_byte_order_mark(pair: Folders) -> None:
@@ -210,6 +240,7 @@ def test_prefixes_of_trainers(prefix: str, at: int, pair: Folders) -> None:
         (lambda n: n.replace("q_proj.weight", "q_proj.weight_scale"), "FP8"),
         (lambda n: n.replace("q_proj.weight", "q_proj.biases"), "MLX"),
         (lambda n: n.replace("model.language_model.layers.1.", "mtp.layers.1."), "two folders"),
+        (lambda n: n.replace("model.language_model.layers.1.", "medusa_head.1."), "two folders"),
     ],
 )
 def test_another_kind_of_checkpoint_is_named(
@@ -224,7 +255,7 @@ def test_buffers_and_heads_of_a_training_are_left_out(pair: Folders) -> None:
     more = [
         "model.language_model.rotary_emb.inv_freq", "model.language_model.embed_tokens.embed_scale",
         "model.language_model.layers.0.self_attn.q_proj.weight_fake_quant.scale", "v_head.summary.weight",
-        "score.weight",
+        "score.weight", "model.language_model.layers.0.self_attn.rotary_emb.cos_cached",
     ]  # fmt: skip
     edit_weights(pair[0], lambda weights: weights.update({name: torch.ones(2) for name in more}))
     assert names_of(pair) == wanted

@@ -291,3 +291,13 @@ def test_a_head_that_only_the_weights_show(run: Run, hub: Hub) -> None:
     assert run("convert", TARGET, "-o", "out").returncode == 0
     done = run("convert", TARGET, "-o", "out", "--dry-run")
     assert "'lm_head.weight' differs" in done.stderr
+
+
+def test_a_repository_of_an_adapter(run: Run, hub: Hub) -> None:
+    folder = hub.repositories[TARGET]
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "google/gemma-4-E2B-it"}))
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).unlink()
+        (folder / "adapter_model.safetensors").write_bytes(b"")
+        for more in ((), ("--dry-run",)):
+            assert "holds an adapter of google/gemma-4-E2B-it" in said(run("convert", TARGET, "-o", "out", *more))

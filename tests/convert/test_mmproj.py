@@ -119,9 +119,11 @@ def test_the_file_is_upstreams_byte_for_byte(
 
 
 def test_a_pair_with_its_projector(made: Callable[[str], Path], tiny: dict[str, Path], tmp_path: Path) -> None:
-    done = CliRunner().invoke(
-        main, ["convert", str(made("E2B")), str(tiny["ordered"]), "-o", str(tmp_path / "out"), "--mmproj", "-q", "Q8_0"]
-    )
+    command = ["convert", str(made("E2B")), str(tiny["ordered"]), "-o", str(tmp_path / "out"), "--mmproj", "-q", "Q8_0"]
+    dry = CliRunner().invoke(main, [*command, "--dry-run"])
+    assert dry.exit_code == 0, dry.output
+    assert "mmproj-E2B-F16.gguf" in dry.stdout
+    done = CliRunner().invoke(main, command)
     assert done.exit_code == 0, done.output
     projector = tmp_path / "out" / "mmproj-E2B-F16.gguf"
     assert projector.name in done.stdout
@@ -239,6 +241,15 @@ LAYER = "model.vision_tower.encoder.layers.1"
         (lambda w: w[f"{LAYER}.input_layernorm.weight"].fill_(float("nan")), "input_layernorm.* NaN"),
         (lambda w: w[f"{LAYER}.mlp.up_proj.linear.weight"].fill_(1e6), "more than F16"),
         (lambda w: w.update({f"{LAYER}.input_layernorm.weight": torch.zeros(64, dtype=torch.complex64)}), "is C64"),
+        (lambda w: w.update({f"{LAYER}.mlp.up_proj.linear.weight": torch.zeros(128, 64).char()}), "is I8"),
+        (
+            lambda w: w.update({f"{LAYER}.mlp.up_proj.linear.weight": torch.zeros(128, 32)}),
+            r"\[128, 32\].*hidden",
+        ),
+        (
+            lambda w: w.update({f"{LAYER}.self_attn.o_proj.linear.weight": torch.zeros(32, 64)}),
+            r"\[32, 64\].*hidden",
+        ),
     ],
 )
 def test_a_damaged_encoder(
@@ -293,6 +304,7 @@ MEANS = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
         (PROCESSOR, {"image_processor": MEANS | {"image_std": [1, 2]}}, r"image_std is \[1, 2\], wanted 3 numbers"),
         (PROCESSOR, {"image_processor": MEANS | {"image_std": [1, 2, "3"]}}, "image_std is .*, wanted 3 numbers"),
         (PROCESSOR, {"image_processor": MEANS | {"image_std": [1, 2, 10**400]}}, "image_std is .*, wanted 3 numbers"),
+        (PROCESSOR, {"image_processor": MEANS | {"image_std": [1, 0.0, 1]}}, "image_std is .*, and pixels are divided"),
         (PROCESSOR, {"image_processor": None}, "image_processor of processor_config.json has image_mean"),
         (PROCESSOR, {"image_processor": "x"}, "processor_config.json: image_processor is 'x', wanted an object"),
         ("config.json", {"intermediate_size": None}, "vision_config has no intermediate_size"),
@@ -326,5 +338,8 @@ def test_a_null_that_another_file_makes_up_for(made: Callable[[str], Path], tmp_
     folder = tmp_path / "31B"
     shutil.copytree(made("31B"), folder)
     (folder / PROCESSOR).write_text('{"image_processor": null, "image_mean": null}')
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["rms_norm_eps"] = None
+    (folder / "config.json").write_text(json.dumps(config))
     project(folder, tmp_path / "x.gguf")
     assert read(tmp_path / "x.gguf").metadata["clip.vision.image_std"].tolist() == [1, 1, 1]

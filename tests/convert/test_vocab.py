@@ -225,6 +225,14 @@ def with_new_tokens(folder: Path, *tokens: str) -> None:
     edit(folder / "tokenizer.json", change)
 
 
+def test_a_token_with_the_name_of_an_unused_one(pair: Folders, tmp_path: Path) -> None:
+    with_new_tokens(pair[0], f"[PAD{VOCAB + 1}]")
+    grown(pair[0], VOCAB + 3)
+    header, llm = converted(pair, tmp_path / "out", drafter_vocab="extend")
+    llm.close()
+    assert list(header.vocabulary[VOCAB:]) == [f"[PAD{VOCAB + 1}]", f"[[PAD{VOCAB + 1}]]", f"[PAD{VOCAB + 2}]"]
+
+
 @pytest.mark.parametrize("ordered", [True, False])
 @pytest.mark.parametrize("copied", [True, False])
 def test_tokens_that_were_added(

@@ -162,6 +162,8 @@ class Checkpoint(Weights):
     only the headers are there."""
 
     called: str | None = None
+    hollow: bool = False
+    _allowed: Collection[str] = ()
 
     def __init__(self, folder: Path, files: ExitStack, allowed: Collection[str] = (), whole: bool = True) -> None:
         if not folder.is_dir():

@@ -72,7 +72,7 @@ def fetch_headers(source: str, files: ExitStack) -> tuple[Path, bool]:
     Raises:
         MtpError: as `fetch_checkpoint`; or the server sends whole files only.
     """
-    from gemma_mtp.convert.weight_files import check_folder, weight_names
+    from gemma_mtp.convert.weight_files import ADAPTER, INDEX, SINGLE, check_folder, weight_names
 
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -80,14 +80,16 @@ def fetch_headers(source: str, files: ExitStack) -> tuple[Path, bool]:
     name, revision = _parse(source)
     cached = _download(name, revision, [each for each in FILES if each != WEIGHT_FILES])
     check_folder(cached)
-    missing = [each for each in weight_names(cached, _present(name, cached)) if not (cached / each).exists()]
+    weights = weight_names(cached, _present(name, cached))
+    missing = [each for each in weights if not (cached / each).exists()]
     if not missing:
         return cached, True
     # Named like a snapshot in the cache, so that it is known which repository this is.
     root = Path(files.enter_context(tempfile.TemporaryDirectory(prefix="gemma-mtp-")))
     folder = root.joinpath(*cached.parts[-3:])
     folder.mkdir(parents=True)
-    for path in cached.iterdir():
+    told = {ADAPTER, INDEX} if weights == [SINGLE] else {ADAPTER}  # that these are left aside has been said
+    for path in [each for each in cached.iterdir() if each.name not in told]:
         _place(path, folder / path.name)
     for each in missing:
         with _hub_errors(name, revision):

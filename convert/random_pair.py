@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -22,7 +23,7 @@ import numpy.typing as npt
 from gemma_mtp.convert import link, names
 from gemma_mtp.convert.checkpoint import Checkpoint, Source
 from gemma_mtp.convert.config import DrafterConfig, TargetConfig, parse_config
-from gemma_mtp.convert.errors import MtpError
+from gemma_mtp.convert.errors import MtpError, MtpWarning
 from gemma_mtp.convert.files import writing
 from gemma_mtp.convert.gguf_io.split import cut
 from gemma_mtp.convert.gguf_io.types import BLOCKS, Type, padded
@@ -34,6 +35,7 @@ from gemma_mtp.convert.quantize import Bytes, quantize
 from gemma_mtp.convert.sizes import SIZES, configs
 from gemma_mtp.convert.staging import clean_up, staging
 from gemma_mtp.convert.tensor_types import Options, find_quant, parse_type
+from gemma_mtp.convert.vocab import NORMALIZER, SPLIT
 
 GENERATOR = 4  # counts changes of what is generated
 
@@ -131,7 +133,8 @@ def tokenizer(vocab_size: int) -> tuple[str, str]:
              "vocab": {token: place for place, token in enumerate(fill)}}  # fmt: skip
     config = {f"{part}_token": f"<{part}>" for part in ("pad", "eos", "bos", "unk", "mask")}
     config |= {"tokenizer_class": "GemmaTokenizer", "eot_token": "<turn|>"}
-    return json.dumps({"model": model, "added_tokens": added}, ensure_ascii=False), json.dumps(config)
+    whole = {"model": model, "added_tokens": added, "normalizer": NORMALIZER, "pre_tokenizer": SPLIT}
+    return json.dumps(whole, ensure_ascii=False), json.dumps(config)
 
 
 class Synthetic(Checkpoint):
@@ -192,7 +195,10 @@ AT_ONCE = 1 << 24  # bytes written at once
 
 def write_random(planned: Plan, checkpoint: Synthetic, path: Path, tied: Mapping[str, Any], more: More) -> None:
     """Write one GGUF file with the metadata that convert would write and random blocks, on all cores."""
-    head = Headers(checkpoint, planned).head(planned, cut(path.stem, planned.tensors)[0], tied)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MtpWarning)  # that there is no chat template
+        headers = Headers(checkpoint, planned)
+    head = headers.head(planned, cut(path.stem, planned.tensors)[0], tied)
     begins = list(accumulate((padded(tensor.n_bytes) for tensor in planned.tensors), initial=len(head.raw)))
     with writing(path), path.open("xb") as file:
         file.write(head.raw)

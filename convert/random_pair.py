@@ -37,7 +37,7 @@ from gemma_mtp.convert.staging import clean_up, staging
 from gemma_mtp.convert.tensor_types import Options, find_quant, parse_type
 from gemma_mtp.convert.vocab import NORMALIZER, SPLIT
 
-GENERATOR = 4  # counts changes of what is generated
+GENERATOR = 5  # counts changes of what is generated
 
 
 def write_pair(

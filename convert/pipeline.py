@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gemma_mtp.convert import link
-from gemma_mtp.convert.link import MtpError
+from gemma_mtp.convert.errors import MtpError, MtpWarning
 from gemma_mtp.convert.progress import Progress, counting
 
 if TYPE_CHECKING:
@@ -183,11 +184,14 @@ def plan_pair(
 def checked_pair(target_dir: Folder, drafter_dir: Folder) -> Iterator[tuple[Checkpoint, Checkpoint]]:
     """Both checkpoints of a pair that could be converted; of weights that are not there only the headers are fetched.
 
-    Raises what `plan_pair` raises.
+    Raises what `plan_pair` raises. What a conversion would leave out is not said: whoever loads the folders reads it.
     """
-    with _open_pair(target_dir, drafter_dir, headers=True) as (target, drafter):
-        _agree(target, drafter, KEEP)
-        _plan(target, drafter, "BF16", "BF16", None, None, False, None, None)
+    with ExitStack() as files:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MtpWarning)
+            target, drafter = files.enter_context(_open_pair(target_dir, drafter_dir, headers=True))
+            _agree(target, drafter, KEEP)
+            _plan(target, drafter, "BF16", "BF16", None, None, False, None, None)
         yield target, drafter
 
 

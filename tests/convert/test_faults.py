@@ -129,7 +129,7 @@ def test_an_ordered_drafter_without_its_tables(pair: Folders, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda c: c["text_config"].pop("hidden_size"), ("hidden_size", "config.json")),
+        (lambda c: c["text_config"].update(hidden_size="x"), ("hidden_size", "config.json")),
         (
             lambda c: c.update(architectures=["LlamaForCausalLM"], model_type="llama"),
             ("LlamaForCausalLM", "not supported"),

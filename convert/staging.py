@@ -20,6 +20,8 @@ COMPLETE = ".complete"
 ASIDE = ".replaced"
 # Windows has no lock that ends with the process; there nothing is cleaned up.
 LOCKS = os.name == "posix"
+# Whether a link can get a second name itself, and not what it leads to.
+LINKS = os.link in os.supports_follow_symlinks
 FULL = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
 
 
@@ -153,13 +155,21 @@ def _move_in(complete: Path, folder: Path, moved: list[str]) -> None:
     aside.mkdir(exist_ok=True)
     for path in sorted(each for each in complete.iterdir() if each != aside):
         place, old = folder / path.name, aside / path.name
-        if _is_file(place) and not os.path.lexists(old):
-            try:
-                os.link(place, old, follow_symlinks=False)
-            except (OSError, NotImplementedError):
-                place.replace(old)
+        if _is_file(place) and not os.path.lexists(old) and not _linked(place, old):
+            place.replace(old)
         path.replace(place)
         moved.append(path.name)
+
+
+def _linked(place: Path, old: Path) -> bool:
+    """Give a file, which may be a link itself, a second name; False where that cannot be done."""
+    if not LINKS:
+        return False
+    try:
+        os.link(place, old, follow_symlinks=False)
+    except OSError:
+        return False
+    return True
 
 
 def _move_back(complete: Path, folder: Path, moved: Sequence[str]) -> None:

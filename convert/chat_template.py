@@ -108,8 +108,7 @@ def _problem(text: str) -> str | None:
     try:
         compiler.compile(GENERATION.sub("", text))
     except jinja2.TemplateSyntaxError as problem:
-        # What is unexpected in our messages is a fault of ours.
-        return f"line {problem.lineno}: {(problem.message or '').rstrip('.').replace('unexpected', 'misplaced')}"
+        return f"line {problem.lineno}: {(problem.message or '').rstrip('.')}"
     except (RecursionError, MemoryError):
         return "it is nested too deeply"
     except (SyntaxError, ValueError, OverflowError) as problem:  # of the Python that Jinja makes of it

@@ -27,9 +27,9 @@ from gemma_mtp.convert.weight_files import check_folder, weight_names
 
 # The number of values taken from each of three places of every tensor for the fingerprint.
 SAMPLE = 4096
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 # Values compared at a time.
-PIECE = 1 << 22
+COMPARED = 1 << 22
 # Keys of config.json that change without the model changing.
 INCIDENTAL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
@@ -143,8 +143,8 @@ class Weights:
             return False
         length = prod(first.shape)
         sizes = first.size // max(length, 1), second.size // max(length, 1)
-        for start in range(0, length, PIECE):
-            count = min(PIECE, length - start)
+        for start in range(0, length, COMPARED):
+            count = min(COMPARED, length - start)
             left = self.read(one, start * sizes[0], count * sizes[0])
             right = self.read(other, start * sizes[1], count * sizes[1])
             if first.dtype == second.dtype:
@@ -188,7 +188,7 @@ class Checkpoint(Weights):
             return
         method = told.get("quant_method", "?") if isinstance(told, dict) else told
         for name, source in self.index.items():
-            if names.bare(name) != names.ORDERING and source.dtype not in FLOATS:
+            if names.bare(name) != names.ORDERING and source.dtype not in FLOAT_TYPES:
                 raise MtpError(f"{source.file}: the weights are quantized ({method}); {names.QUANTIZED}.")
         warn(f"{self.folder / 'config.json'}: quantization_config ({method}) is left out: the weights are floats.")
 

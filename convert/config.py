@@ -11,15 +11,15 @@ from typing import Any
 from gemma_mtp.convert.config_keys import (
     CHANGES,
     DEFAULTS,
-    DRAFTER,
+    DRAFTER_DEFAULTS,
     GLOBAL_HEAD_DIM,
     LAYER_PERIOD,
-    MOST,
-    ROPE,
-    UNIFIED,
+    ROPE_DEFAULTS,
+    UNIFIED_DEFAULTS,
     Keys,
 )
 from gemma_mtp.convert.errors import MtpError, warn
+from gemma_mtp.convert.gguf_io.types import F32_MAX
 
 TARGET_CLASSES = (
     "Gemma4ForConditionalGeneration", "Gemma4ForCausalLM", "Gemma4TextForCausalLM", "Gemma4Model", "Gemma4TextModel",
@@ -113,8 +113,8 @@ def parse_config(values: Mapping[str, Any], file: Path, allowed: Collection[str]
     root = Keys(values, file)
     target = _is_target(root)
     text = root if root.get("text_config") is None else root.inner("text_config")
-    unified = UNIFIED if _is_unified(root, text) else {}
-    text.defaults = root.defaults = {**DEFAULTS, **unified, **({} if target else DRAFTER)}
+    unified = UNIFIED_DEFAULTS if _is_unified(root, text) else {}
+    text.defaults = root.defaults = {**DEFAULTS, **unified, **({} if target else DRAFTER_DEFAULTS)}
     _refuse_unsupported(text)
     text.get("tie_word_embeddings")  # transformers goes by the outer one
     shared = _text_fields(text) | {"tied": root.flag("tie_word_embeddings", True)}
@@ -148,7 +148,8 @@ def _rope(text: Keys) -> Keys:
     """The settings of RoPE; as in transformers those under their older name come first, if they are of this kind."""
     older = text.values.get("rope_scaling")
     text.get("rope_parameters")
-    return text.inner("rope_scaling" if isinstance(older, dict) and older.keys() >= ROPE.keys() else "rope_parameters")
+    both = isinstance(older, dict) and older.keys() >= ROPE_DEFAULTS.keys()
+    return text.inner("rope_scaling" if both else "rope_parameters")
 
 
 def _older_rope(text: Keys, used: Mapping[str, Any]) -> None:
@@ -306,7 +307,7 @@ def _partial_rotary(full: Keys) -> float:
 def _finite(keys: Keys, key: str, default: float | None = None) -> float:
     """A number, not negative, with which can be reckoned."""
     value = keys[key] if default is None else keys.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MOST:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= F32_MAX:
         raise MtpError(f"{keys.file}: {key} = {value!r} is not a number to reckon with; download it again.")
     return float(value)
 

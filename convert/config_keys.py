@@ -35,21 +35,19 @@ CHANGES = re.compile(
 # What transformers assumes where the configuration is silent (configuration_gemma4.py).
 GLOBAL_HEAD_DIM = 512
 LAYER_PERIOD = 6
-# The largest number that a GGUF file holds as a float.
-MOST = 3.4028235e38
-ROPE = {
+ROPE_DEFAULTS = {
     "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
 }
 DEFAULTS: Mapping[str, Any] = {
     "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 30, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-6,
-    "sliding_window": 512, "vocab_size": 262_144, "rope_parameters": ROPE, "hidden_size_per_layer_input": 256,
+    "sliding_window": 512, "vocab_size": 262_144, "rope_parameters": ROPE_DEFAULTS, "hidden_size_per_layer_input": 256,
 }  # fmt: skip
 # The same of the 12B's classes (configuration_gemma4_unified.py).
-UNIFIED = {"max_position_embeddings": 262_144, "sliding_window": 1024, "hidden_size_per_layer_input": 0}
+UNIFIED_DEFAULTS = {"max_position_embeddings": 262_144, "sliding_window": 1024, "hidden_size_per_layer_input": 0}
 # And of drafters (configuration_gemma4_assistant.py).
-DRAFTER = {
+DRAFTER_DEFAULTS = {
     "backbone_hidden_size": 1536, "num_centroids": 2048, "centroid_intermediate_top_k": 32,
     "hidden_size_per_layer_input": 0,
 }  # fmt: skip

@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from gemma_mtp.convert.errors import MtpError, warn
+from gemma_mtp.convert.gguf_io.types import F32_MAX
 from gemma_mtp.convert.json_file import read_json
 
-# The largest number that a GGUF file holds as a float.
-MOST = 3.4028235e38
 # Keys of numbers, with the smallest and the largest value that makes sense.
 INTEGERS = {"top_k": (0, 2**31 - 1), "penalty_last_n": (-1, 2**31 - 1), "mirostat": (0, 2)}
 FLOATS = {
-    "temperature": (0.0, MOST), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "xtc_probability": (0.0, 1.0),
-    "xtc_threshold": (0.0, 1.0), "penalty_repeat": (0.0, MOST), "mirostat_tau": (0.0, MOST),
-    "mirostat_eta": (0.0, MOST),
+    "temperature": (0.0, F32_MAX), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "xtc_probability": (0.0, 1.0),
+    "xtc_threshold": (0.0, 1.0), "penalty_repeat": (0.0, F32_MAX), "mirostat_tau": (0.0, F32_MAX),
+    "mirostat_eta": (0.0, F32_MAX),
 }  # fmt: skip
 TOKENS = ("eos_token_id", "suppress_tokens")
 

@@ -18,7 +18,7 @@ import numpy as np
 from gemma_mtp.convert.errors import MtpError, PairError
 from gemma_mtp.convert.gguf_io import split
 from gemma_mtp.convert.gguf_io.check import DRAFTER_ARCH, TARGET_ARCH, check_model, ends_in_donors
-from gemma_mtp.convert.gguf_io.folder import beginning, folders_around, gguf_files, is_file, listed
+from gemma_mtp.convert.gguf_io.folder import beginning, contents, folders_around, gguf_files, is_regular
 from gemma_mtp.convert.gguf_io.ordered import KEY_CENTROIDS, KEY_N_CENTROIDS, KEY_ORDERING, KEY_TOP_K
 from gemma_mtp.convert.gguf_io.read import Header, Strings, Tensor, read
 from gemma_mtp.convert.gguf_io.split import is_part
@@ -46,7 +46,7 @@ WEIGHTS = "weights:"
 # SHA-256 of every tensor's bytes, in the order of the tensors.
 KEY_HASHES = "mtp.tensor.sha256"
 # How names of the encoders of images and sound begin, which files of Ollama's library hold beside the target.
-ENCODERS = ("v.", "a.", "mm.")
+ENCODER_STARTS = ("v.", "a.", "mm.")
 # What all parts of a split model share: one for each conversion, by its checkpoint, tensors and types.
 KEY_SPLIT = "mtp.split.fingerprint"
 # What each part of a split model says of the pair.
@@ -99,7 +99,7 @@ def weights_identity(header: Header) -> str:
     for part in read_parts(header):
         with part.path.open("rb") as file:
             for name, tensor in part.tensors.items():
-                if name == "rope_freqs.weight" or name.startswith(ENCODERS):
+                if name == "rope_freqs.weight" or name.startswith(ENCODER_STARTS):
                     continue
                 if tensor.type is Type.F32 and len(tensor.shape) == 1:
                     file.seek(tensor.offset)
@@ -185,12 +185,12 @@ def _lying(target: Path, header: Header) -> Iterator[Header]:
 def _named(header: Header, folder: Path) -> Path | None:
     """The file of a folder under the name that a target gives for its drafter."""
     path = folder / Path(str(header.metadata.get(KEY_PEER, ""))).name
-    return path if is_file(path) else None
+    return path if is_regular(path) else None
 
 
 def _drafters(folder: Path) -> Iterator[Path]:
     """The GGUF files of a folder that say in their first bytes that they are drafters, by name."""
-    return (path for path in listed(folder) if DRAFTER_ARCH.encode() in beginning(path))
+    return (path for path in contents(folder) if DRAFTER_ARCH.encode() in beginning(path))
 
 
 def _target_of(drafter: Header) -> Any:

@@ -45,7 +45,6 @@ def convert_drafter(
         planned = plan(drafter.config, drafter.index, key, DEFAULT)
         name = f"{naming.name_of(source)}-{key}.gguf"
         headers = Headers(drafter, planned)
-        _ = headers.ordered  # of the weights, and checked with the rest
         parts = cut(name.removesuffix(".gguf"), planned.tensors)
         with staging(out, [name], planned.n_bytes, force=False) as hidden:
             output = Output(planned, hidden, parts, _entries(drafter, target))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import gguf
@@ -18,7 +17,7 @@ from gemma_mtp.convert.gguf_io import ordered, split, write
 from gemma_mtp.convert.gguf_io.write import Array, entry
 from gemma_mtp.convert.imatrix import Imatrix
 from gemma_mtp.convert.link import KEY_HASHES, KEY_SPLIT, OF_EACH_PART
-from gemma_mtp.convert.model_card import describe
+from gemma_mtp.convert.model_card import described
 from gemma_mtp.convert.naming import name_of
 from gemma_mtp.convert.plan import Plan, Planned
 from gemma_mtp.convert.vocab import add_tokenizer
@@ -42,20 +41,15 @@ class Headers:
         plan: of one of the files; the others differ in format alone.
 
     Raises:
-        MtpError: the vocabulary does not fit the model, or a small file is damaged.
+        MtpError: the vocabulary does not fit the model, a small file is damaged, or the ordered head.
     """
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan) -> None:
-        self._checkpoint = checkpoint
         self._model = packed(_model_entries(checkpoint, plan))
-
-    @cached_property
-    def ordered(self) -> Mapping[str, bytes]:
-        """The entries of an ordered head, which come from the weights; raises what `ordered_head` raises."""
-        config = self._checkpoint.config
-        if not (isinstance(config, DrafterConfig) and config.ordered):
-            return {}
-        return {key: entry(key, value) for key, value in ordered_head(self._checkpoint).items()}
+        self._ordered: dict[str, bytes] = {}
+        ordered_too = isinstance(checkpoint.config, DrafterConfig) and checkpoint.config.ordered
+        if ordered_too and not checkpoint.hollow:  # it comes from the weights
+            self._ordered = {key: entry(key, value) for key, value in ordered_head(checkpoint).items()}
 
     def head(
         self, plan: Plan, part: split.Part[Planned], link: Mapping[str, Any], imatrix: Imatrix | None = None
@@ -74,7 +68,7 @@ class Headers:
             file_type = entry(FILE_TYPE, tensor_types.QUANTS[plan.quant].file_type)
             added = {**(imatrix.metadata() if imatrix else {}), **link}
             entries = self._model | {FILE_TYPE: file_type} | {key: entry(key, value) for key, value in added.items()}
-            entries |= self.ordered
+            entries |= self._ordered
         else:
             entries = {key: entry(key, link[key]) for key in OF_EACH_PART if key in link}
         if part.count > 1:
@@ -102,7 +96,7 @@ def collector(arch: str, plan: Any) -> GGUFWriter:
 def add_card(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
     """Name, licence, base models and the like, from the model card and the name of the repository or folder."""
     total, *counts = writer.get_total_parameter_count()
-    card = describe(checkpoint.folder, name_of(checkpoint.folder), checkpoint.settings, checkpoint.generation, total)
+    card = described(checkpoint.folder, name_of(checkpoint.folder), checkpoint.settings, checkpoint.generation, total)
     card.name = checkpoint.called or card.name
     card.size_label = card.size_label or gguf.size_label(total, *counts)
     card.set_gguf_meta_model(writer)

@@ -22,7 +22,7 @@ from gemma_mtp.convert.files import writing
 from gemma_mtp.convert.gguf_io.types import Type, padded
 from gemma_mtp.convert.gguf_io.write import TensorInfo, header
 from gemma_mtp.convert.metadata import add_card, collector, packed
-from gemma_mtp.convert.mmproj_keys import Settings, has_audio, is_unified, parameters
+from gemma_mtp.convert.mmproj_keys import EncoderConfig, has_audio, is_unified, parameters
 from gemma_mtp.convert.plan import SOURCE_TYPES
 from gemma_mtp.convert.progress import More
 from gemma_mtp.convert.quantize import Bytes, Floats, quantize
@@ -111,7 +111,7 @@ def _place_all(checkpoint: Checkpoint, quant: str) -> tuple[Placed, ...]:
             f"unknown format {quant!r} of a projector; choose one of {', '.join(tensor_types.PROJECTOR_QUANTS)}."
         )
     config, placed = checkpoint.settings, []
-    vision = Settings(checkpoint.folder / "config.json", "vision_config", config["vision_config"])
+    vision = EncoderConfig(checkpoint.folder / "config.json", "vision_config", config["vision_config"])
     for source, piece in checkpoint.index.items():
         if not names.ENCODER_NAME.match(bare := names.bare(source)) or names.dropped(source) == names.COMPUTED:
             continue
@@ -138,7 +138,7 @@ def _place_all(checkpoint: Checkpoint, quant: str) -> tuple[Placed, ...]:
     return tuple(placed)
 
 
-def _fits(name: str, shape: tuple[int, ...], vision: Settings) -> bool:
+def _fits(name: str, shape: tuple[int, ...], vision: EncoderConfig) -> bool:
     """Whether a tensor of a layer of the vision encoder is as wide as the encoder, where it is to be."""
     layer = re.fullmatch(r"v\.blk\.\d+\.(\w+)\.weight", name)
     if layer is None or layer[1] in ("attn_q_norm", "attn_k_norm", "out_scale"):  # of a head; of one value
@@ -146,7 +146,7 @@ def _fits(name: str, shape: tuple[int, ...], vision: Settings) -> bool:
     return shape[0 if layer[1] in ("attn_out", "ffn_down") else -1] == vision.size("hidden_size")
 
 
-def _change(source: str, vision: Settings) -> Callable[[Floats], Floats]:
+def _change(source: str, vision: EncoderConfig) -> Callable[[Floats], Floats]:
     """What mtmd wants other than transformers has it."""
     if source.endswith("per_dim_scale"):
         return softplus

@@ -12,19 +12,20 @@ from typing import Any, NamedTuple
 from gemma_mtp.convert.checkpoint import Checkpoint
 from gemma_mtp.convert.errors import MtpError
 from gemma_mtp.convert.gguf_io.ordered import quoted
+from gemma_mtp.convert.gguf_io.types import F32_MAX
 from gemma_mtp.convert.json_file import read_json
 
 IMAGES = ("image_mean", "image_std")
-# What a float32 holds, and what no encoder's size reaches.
-MOST, MOST_SIZE = 3e38, 1 << 16
+# What no encoder's size reaches.
+MOST_SIZE = 1 << 16
 
 
 def _finite(value: Any) -> bool:
     """Whether it is a number that a float32 can hold."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MOST
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= F32_MAX
 
 
-class Settings(NamedTuple):
+class EncoderConfig(NamedTuple):
     """One object of config.json, its values read by kind.
 
     Raises:
@@ -91,7 +92,7 @@ def parameters(checkpoint: Checkpoint) -> dict[str, Any]:
     """What `clip.*` says of the encoders, in upstream's order; bool, int, float, text or a list of floats each."""
     config, file = checkpoint.settings, checkpoint.folder / "config.json"
     unified, width = is_unified(config), checkpoint.config.n_embd
-    vision = Settings(file, "vision_config", config["vision_config"])
+    vision = EncoderConfig(file, "vision_config", config["vision_config"])
     found: dict[str, Any] = {"has_vision_encoder": True, "vision.projection_dim": width}
     found["vision.image_size"] = 224  # mtmd wants the key and takes the size from the image
     found["vision.patch_size"] = vision.size("patch_size")
@@ -100,7 +101,7 @@ def parameters(checkpoint: Checkpoint) -> dict[str, Any]:
     else:
         found |= _sizes("vision", vision.size("hidden_size"), vision.size("intermediate_size"), vision)
     found |= {f"vision.{key}": values for key, values in _image_settings(checkpoint.folder).items()}
-    audio = Settings(file, "audio_config", config["audio_config"]) if has_audio(config) else None
+    audio = EncoderConfig(file, "audio_config", config["audio_config"]) if has_audio(config) else None
     if audio:
         found |= {"has_audio_encoder": True, "audio.projection_dim": width}
         if unified:
@@ -116,7 +117,7 @@ def parameters(checkpoint: Checkpoint) -> dict[str, Any]:
     return found
 
 
-def _sizes(modality: str, width: int, feed_forward: int = 0, encoder: Settings | None = None) -> dict[str, int]:
+def _sizes(modality: str, width: int, feed_forward: int = 0, encoder: EncoderConfig | None = None) -> dict[str, int]:
     """The sizes of one encoder; a unified model has none, and projects straight into the text model."""
     return {
         f"{modality}.embedding_length": width,

@@ -18,7 +18,7 @@ from gemma_mtp.convert.errors import warn
 from gemma_mtp.convert.files import is_file
 
 # Bytes of a card that are looked at; its front matter stands at the start.
-MOST = 1 << 18
+CARD_BYTES = 1 << 18
 # Keys of a card that hold lists, and those that name other models or datasets by their ids or by maps of texts.
 LISTS = {"tags", "pipeline_tag", "languages", "language"}
 ORIGINS = {"base_model", "base_models", "base_model_sources", "datasets", "dataset", "dataset_sources"}
@@ -32,7 +32,7 @@ TEXTS = {
     "license_link",
 }  # fmt: skip
 # What generation_config.json may say of sampling, by the gguf package's name for it.
-SAMPLING = {
+SAMPLING_FIELDS = {
     "sequence": "sequence", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "xtc_probability": "xtc_probability",
     "xtc_threshold": "xtc_threshold", "temperature": "temp", "penalty_last_n": "penalty_last_n",
     "penalty_repeat": "penalty_repeat", "mirostat": "mirostat", "mirostat_tau": "mirostat_tau",
@@ -40,7 +40,7 @@ SAMPLING = {
 }  # fmt: skip
 
 
-def describe(
+def described(
     folder: Path, name: str, config: Mapping[str, Any], generation: Mapping[str, Any], n_parameters: int
 ) -> gguf.Metadata:
     """The metadata of a model, as the gguf package's `Metadata.load` finds it.
@@ -57,7 +57,7 @@ def describe(
     card = read_card(folder / "README.md")
     found = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), card, named, Path(name), n_parameters)
     found.name = found.name or name
-    for key, part in SAMPLING.items():
+    for key, part in SAMPLING_FIELDS.items():
         setattr(found, f"sampling_{part}", generation.get(key))
     return found
 
@@ -71,7 +71,7 @@ def read_card(path: Path) -> dict[str, Any]:
         if not is_file(path):
             return {}
         with path.open("rb") as file:
-            raw = file.read(MOST)
+            raw = file.read(CARD_BYTES)
     except OSError:
         return {}
     front = _front_matter(raw)
@@ -106,7 +106,7 @@ def _front_matter(raw: bytes) -> str:
     if lines[0] != "---":
         return ""
     end = next((place for place, line in enumerate(lines[1:], 1) if line == "---"), None)
-    if end is None and len(raw) == MOST:
+    if end is None and len(raw) == CARD_BYTES:
         return ""
     return "".join(f"{line}\n" for line in lines[1:end])
 

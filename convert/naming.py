@@ -11,8 +11,8 @@ from pathlib import Path
 from gemma_mtp.convert.errors import MtpError
 
 # Bytes of a file's name that the file systems of Linux and macOS take; Windows counts half or a third of them.
-MOST = 255
-DRAFTER = "-assistant"
+NAME_BYTES = 255
+ASSISTANT = "-assistant"
 # The name of a folder that Git or the Hugging Face cache made, which says nothing of the model.
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # Control characters, what ends a line, and bytes that are not UTF-8.
@@ -72,23 +72,23 @@ def stems(target: Path, drafter: Path, name: str | None) -> tuple[str, str]:
         first, second = name_of(target), name_of(drafter)
         if not first or not second:
             raise MtpError(f"{target if not first else drafter} has no name of its own; pass --name.")
-        return first, f"{second}{DRAFTER}" if _folded(second) == _folded(first) else second
+        return first, f"{second}{ASSISTANT}" if _folded(second) == _folded(first) else second
     if any(each in RESERVED for each in name) or not one_line(name) or not name.strip(". "):
         raise MtpError(f"the name {name!r} is not a plain file name; pass --name with letters, digits and dashes.")
-    return name, f"{name}{DRAFTER}"
+    return name, f"{name}{ASSISTANT}"
 
 
-def check_files(files: Sequence[str]) -> None:
+def check_names(files: Sequence[str]) -> None:
     """Whether files of these names can lie in one folder.
 
     Raises:
         MtpError: a name is too long, or two are the same on a disk that takes upper and lower case for equal.
     """
     for name in files:
-        if len(os.fsencode(name)) > MOST:
+        if (size := len(os.fsencode(name))) > NAME_BYTES:
             raise MtpError(
-                f"the file name {name[:24]}...{name[-24:]} has {len(os.fsencode(name))} bytes, and disks take {MOST}; "
-                "pass --name with a shorter one."
+                f"the file name {name[:24]}...{name[-24:]} has {size} bytes, and disks take {NAME_BYTES}; pass --name "
+                "with a shorter one."
             )
     known: dict[str, str] = {}
     for name in files:

@@ -138,7 +138,6 @@ def convert_pair(
         weights = _imatrix(imatrix)
         _agree(target, drafter, drafter_vocab)
         plans = _plan(target, drafter, quant, drafter_quant, name, options, weights is not None, split_max_size, mmproj)
-        _ = plans.headers[1].ordered  # of the weights, and checked with the rest
         links = link.entries(plans.first, target.fingerprint(), drafter.fingerprint())
         qat = options is not None and options.qat
         more = counting(progress, plans.n_bytes)
@@ -174,10 +173,7 @@ def plan_pair(
     with _open_pair(target_dir, drafter_dir, True, allow_unknown) as (target, drafter):
         weights = _imatrix(imatrix)
         _agree(target, drafter, drafter_vocab)
-        plans = _plan(target, drafter, quant, drafter_quant, name, options, weights is not None, split_max_size, mmproj)
-        if not drafter.hollow:
-            _ = plans.headers[1].ordered
-        return plans
+        return _plan(target, drafter, quant, drafter_quant, name, options, weights is not None, split_max_size, mmproj)
 
 
 @contextmanager
@@ -270,7 +266,7 @@ def _plan(
         projector = f"mmproj-{stems[0]}-{mmproj}.gguf", plan_mmproj(target, mmproj)
     headers = [Headers(each, next(iter(plans.values()))) for each, plans in zip((target, drafter), found, strict=True)]
     planned = PairPlan(found[0], found[1], parts, (headers[0], headers[1]), projector)
-    naming.check_files(planned.files)
+    naming.check_names(planned.files)
     targets, drafters = ([part.file for part in parts[next(iter(plans))]] for plans in found)
     per_layer = target.config.per_layer_input
     encoders = projector[0] if projector else None

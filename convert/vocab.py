@@ -33,7 +33,7 @@ KNOWN_ENDS = {"<eos>", "<turn|>", "<|tool_response>"}
 SCORE = -1000.0
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 INNER_SPACE = chr(ord(" ") + 256)
-ADVICE = "download the tokenizer's files."
+GET_TOKENIZER = "download the tokenizer's files."
 # How Gemma's tokenizer treats text before the BPE sees it, and other settings of the BPE that llama.cpp does not know.
 NORMALIZER = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
 SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
@@ -95,7 +95,7 @@ def read_tokenizer(path: Path, allowed: Collection[str] = ()) -> Tokenizer:
             llama.cpp does.
     """
     with no_collection():  # it makes a million objects, and nothing that could be collected
-        parsed = read_json(path, ADVICE)
+        parsed = read_json(path, GET_TOKENIZER)
     model = parsed.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not model.get("byte_fallback"):
         raise MtpError(f"{path} is not Gemma's tokenizer, BPE with byte fallback; download it again.")

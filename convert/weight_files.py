@@ -13,11 +13,11 @@ from gemma_mtp.convert.json_file import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
-SHARD = re.compile(r"(?P<stem>model)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
 # What somebody may take for the weights of a folder.
 LIKELY = re.compile(r"(?i)(?<!training_args)\.(safetensors|bin|pt|pth|gguf|part|incomplete|crdownload)$")
 # What is to be done with it, by its end.
-DOWNLOAD = "download the weights"
+GET_WEIGHTS = "download the weights"
 RESAVE = "load the folder with transformers and save_pretrained it, which writes safetensors"
 INSTEAD = {
     ".safetensors": f"if all weights are in one file, rename it to {SINGLE}",
@@ -90,24 +90,22 @@ def weight_names(folder: Path, present: Collection[str] | None = None) -> list[s
     if SINGLE in there:
         aside = sorted([*shards, *([INDEX] if index.exists() else [])])
         if aside:
-            more = f" and {len(aside) - 3} more" if len(aside) > 3 else ""
-            warn(
-                f"{folder}: {SINGLE} is converted, as transformers loads it; left aside: {', '.join(aside[:3])}{more}."
-            )
+            warn(f"{folder}: {SINGLE} is converted, as transformers loads it; left aside: {listed(aside)}.")
         return [SINGLE]
     if index.exists():
         return _existing(folder, sorted({os.path.normpath(name) for name in _weight_map(index).values()}), there, index)
-    counts = {found["count"] for found in shards.values()}
+    counts = {found[1] for found in shards.values()}
     if len(counts) == 1:
-        stem, count = next(iter(shards.values()))["stem"], next(iter(counts))
-        wanted = [f"{stem}-{number:05}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
+        count = next(iter(counts))
+        wanted = [f"model-{number:05}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
         return _existing(folder, wanted, there, index)
     if len(counts) > 1:
-        said = ", ".join(sorted(shards)[:4])
-        raise MtpError(f"{folder} holds shards of several sets ({said}) and no {INDEX}; keep those of one.")
+        raise MtpError(
+            f"{folder} holds shards of several sets ({listed(sorted(shards))}) and no {INDEX}; keep those of one."
+        )
     likely = sorted(name for name in there if LIKELY.search(name))
     ends = {Path(name).suffix.lower() for name in likely}
-    advice = next((INSTEAD[end] for end in INSTEAD if end in ends), DOWNLOAD)
+    advice = next((INSTEAD[end] for end in INSTEAD if end in ends), GET_WEIGHTS)
     if advice == INSTEAD[".safetensors"] and len(likely) > 1:
         advice = f"name them model-00001-of-{len(likely):05}.safetensors and so on, or bring their index"
     lies = f"; there lies {listed(likely)}" if likely else ""
@@ -121,7 +119,7 @@ def _existing(folder: Path, names: list[str], there: Collection[str], index: Pat
         raise MtpError(f"{index} names {outside[0]!r}, which is not a file of its folder; download it again.")
     missing = [name for name in names if name not in there]
     if missing:
-        raise MtpError(f"{folder}: {len(missing)} of {len(names)} shards missing: {', '.join(missing)}; download them.")
+        raise MtpError(f"{folder}: {len(missing)} of {len(names)} shards missing: {listed(missing)}; download them.")
     return names
 
 

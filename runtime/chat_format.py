@@ -8,7 +8,7 @@ from typing import Any
 from llama_cpp import Llama, llama_chat_format
 
 # Asked for, and taken because neither the file nor the caller says anything.
-NAMES = NAME, UNSAID = "gemma-4", "gemma-4, for want of a template"
+GEMMA_FORMATS = NAME, UNSAID = "gemma-4", "gemma-4, for want of a template"
 # What stock falls back on where a file has no template.
 FALLBACK = "llama-2"
 TEMPLATE = Path(__file__).with_name("gemma4.jinja")

@@ -129,7 +129,7 @@ class Llama(Api):
                 raise RuntimeError(f"Failed to initialize LoRA adapter from lora path: {self.lora_path}")
         if options.get("seed") == 0:  # stock takes it for none
             self._seed = 0
-        self._chat_handlers |= dict.fromkeys(chat_format.NAMES, chat_format.gemma_handler(self))
+        self._chat_handlers |= dict.fromkeys(chat_format.GEMMA_FORMATS, chat_format.gemma_handler(self))
         if self.chat_format == chat_format.FALLBACK and not options.get("chat_format"):
             self.chat_format = chat_format.UNSAID
 

@@ -243,7 +243,7 @@ def ask(url: str, path: str, body: Any = None, method: str | None = None) -> tup
 def record(url: str, name: str) -> dict[str, Any]:
     """What an Ollama says of a model with a drafter, and how its llama-server was started."""
     from gemma_mtp.convert.ollama import trial
-    from gemma_mtp.convert.ollama.api import Api
+    from gemma_mtp.convert.ollama.api import Client
     from gemma_mtp.convert.ollama.store import stored
 
     chat = {"model": name, "messages": [{"role": "user", "content": trial.QUESTION}], "stream": False}
@@ -251,11 +251,11 @@ def record(url: str, name: str) -> dict[str, Any]:
     for large in ("tensors", "model_info"):
         answers["show"].pop(large, None)
     answers["tags"] = ask(url, "/api/tags")[1]["models"][0]
-    answers["chat"] = ask(url, "/api/chat", {**chat, "options": {"num_predict": trial.TOKENS}})[1]
+    answers["chat"] = ask(url, "/api/chat", {**chat, "options": {"num_predict": trial.N_TOKENS}})[1]
     answers["ps"] = ask(url, "/api/ps")[1]["models"][0]
-    line = next(trial.servers(stored(Api(url), name)))
+    line = next(trial.servers(stored(Client(url), name)))
     at = line[line.index("--port") + 1]
-    body = {"prompt": trial.PROMPT, "n_predict": trial.TOKENS, "temperature": 0}
+    body = {"prompt": trial.PROMPT, "n_predict": trial.N_TOKENS, "temperature": 0}
     answers["completion"] = {"timings": ask(f"http://127.0.0.1:{at}", "/completion", body)[1]["timings"]}
     answers["unload"] = ask(url, "/api/generate", {"model": name, "keep_alive": 0})[1]
     status, said = ask(url, "/api/show", {"model": "NAME"})

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from click.testing import CliRunner, Result
-from gemma_mtp.convert.ollama.api import Api
+from gemma_mtp.convert.ollama.api import Client
 from gemma_mtp.runtime.cli.main import main
 
 
@@ -20,7 +20,7 @@ def run(*arguments: str | Path) -> Result:
 class Ollama:
     """A running Ollama, to which the environment points."""
 
-    api: Api
+    api: Client
     folder: Path
 
     def bare(self, name: str, target: Path) -> None:

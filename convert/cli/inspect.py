@@ -67,7 +67,7 @@ def _inspect_checkpoint(folder: Path, tensors: bool, allowed: Collection[str], a
 
     with open_checkpoint(folder, allowed) as checkpoint:
         planned = plan(checkpoint.config, checkpoint.index, "BF16")
-        _ = Headers(checkpoint, planned).ordered  # what a file would say of the model is checked as it is made
+        Headers(checkpoint, planned)  # what a file would say of the model is checked as it is made
         sources = checkpoint.index
     metadata = {f"{planned.arch}.{key}": value for key, (_, value) in planned.parameters.items()}
     found = [

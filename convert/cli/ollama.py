@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from gemma_mtp.convert.ollama.api import Api
+    from gemma_mtp.convert.ollama.api import Client
     from gemma_mtp.convert.ollama.doctor import Finding, Report
     from gemma_mtp.convert.ollama.store import Stored
 
@@ -21,11 +21,11 @@ def ollama() -> None:
     """Pairs in Ollama: make a model of one, give a pulled model a drafter, see what is wrong."""
 
 
-def _api() -> Api:
+def _api() -> Client:
     """Ollama, running and new enough."""
-    from gemma_mtp.convert.ollama.api import Api
+    from gemma_mtp.convert.ollama.api import Client
 
-    api = Api()
+    api = Client()
     api.version()
     return api
 
@@ -144,10 +144,10 @@ def doctor(name: str | None, no_run: bool, as_json: bool) -> None:
       gemma-mtp ollama doctor
       gemma-mtp ollama doctor gemma4:e4b
     """
-    from gemma_mtp.convert.ollama.api import Api
+    from gemma_mtp.convert.ollama.api import Client
     from gemma_mtp.convert.ollama.doctor import examine, gemma4_models
 
-    api = Api()
+    api = Client()
     version = api.version()
     found = [name] if name else [model.name for model in gemma4_models(api)]
     reports = [examine(api, each, run=bool(name) and not no_run) for each in found]
@@ -161,7 +161,7 @@ def doctor(name: str | None, no_run: bool, as_json: bool) -> None:
         click.echo("no Gemma 4 model; get one with ollama pull gemma4, or make one with gemma-mtp ollama create")
 
 
-def _tell(api: Api, model: Stored, as_json: bool) -> None:
+def _tell(api: Client, model: Stored, as_json: bool) -> None:
     """What the user has now: one line, and what is still wrong with it."""
     from gemma_mtp.convert.errors import MtpError
     from gemma_mtp.convert.ollama.doctor import examine

@@ -12,11 +12,11 @@ from pathlib import Path
 from gemma_mtp.convert.gguf_io.write import MAGIC
 
 # Bytes of a file that are looked at. The architecture, which every writer puts first, is among them.
-FIRST = 4096
+START = 4096
 ENDING = ".gguf"
 
 
-def is_file(path: Path) -> bool:
+def is_regular(path: Path) -> bool:
     """Whether there is such a file; also False where that cannot be told, or no file can have such a name."""
     try:
         return path.is_file()
@@ -26,17 +26,17 @@ def is_file(path: Path) -> bool:
 
 def beginning(path: Path) -> bytes:
     """The first bytes of a GGUF file; b"" of anything else, and of what cannot be read."""
-    if not is_file(path):  # opening a FIFO would wait for its other end
+    if not is_regular(path):  # opening a FIFO would wait for its other end
         return b""
     try:
         with path.open("rb", buffering=0) as file:
-            start: bytes = file.read(FIRST)
+            start: bytes = file.read(START)
     except OSError:
         return b""
     return start if start.startswith(MAGIC) else b""
 
 
-def listed(folder: Path) -> list[Path]:
+def contents(folder: Path) -> list[Path]:
     """What lies in a folder, by name; nothing where it may not be read."""
     try:
         return sorted(folder.iterdir())
@@ -46,12 +46,12 @@ def listed(folder: Path) -> list[Path]:
 
 def gguf_files(folder: Path) -> list[Path]:
     """The GGUF files of a folder by name: whatever begins as one, and what ends as one and so ought to be one."""
-    return [path for path in listed(folder) if beginning(path) or _ought(path)]
+    return [path for path in contents(folder) if beginning(path) or _ought(path)]
 
 
 def _ought(path: Path) -> bool:
     """Whether a file is named as GGUF, a link that leads nowhere included."""
-    return path.suffix.lower() == ENDING and (is_file(path) or (path.is_symlink() and not path.exists()))
+    return path.suffix.lower() == ENDING and (is_regular(path) or (path.is_symlink() and not path.exists()))
 
 
 def folders_around(path: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from gemma_mtp.convert.gguf_io.write import TensorInfo
 
 # Of a file of several: its place, from 0, the number of files, and of tensors in all of them.
 KEY_PLACE, KEY_COUNT, KEY_TENSORS = "split.no", "split.count", "split.tensors.count"
-NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
+PART_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 Info = TypeVar("Info", bound=TensorInfo)
 
@@ -53,7 +53,7 @@ def cut(stem: str, tensors: Sequence[Info], most: int | None = None) -> tuple[Pa
 
 def is_part(path: Path) -> bool:
     """Whether a file is named as one of several."""
-    return NAME.fullmatch(path.name) is not None
+    return PART_NAME.fullmatch(path.name) is not None
 
 
 def read_parts(header: Header, common: Sequence[str] = ()) -> list[Header]:
@@ -103,7 +103,7 @@ def _counted(header: Header, key: str) -> int:
 def _stem(path: Path, place: int, count: int) -> str:
     """What the names of all parts begin with; a part under another name is one that llama.cpp does not find."""
     for name in (path.name, path.resolve().name):
-        found = NAME.fullmatch(name)
+        found = PART_NAME.fullmatch(name)
         if found is None or (int(found[2]), int(found[3])) != (place + 1, count):
             continue
         if name == path.name:

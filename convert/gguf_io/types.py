@@ -13,6 +13,9 @@ from typing import NamedTuple
 # Bytes of which every tensor begins at a multiple, unless a file says otherwise (general.alignment).
 ALIGNMENT = 32
 
+# The largest number that a float32 holds.
+F32_MAX = 3.4028235e38
+
 
 class Type(IntEnum):
     """A ggml type, by its number in a GGUF file."""

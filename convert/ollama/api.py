@@ -77,7 +77,7 @@ def address(setting: str | None = None) -> SplitResult:
     return urlsplit(f"{scheme or 'http'}://{host}:{port if given is None else given}")
 
 
-class Api:
+class Client:
     """A running Ollama.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any
 from gemma_mtp.convert import link
 from gemma_mtp.convert.errors import MtpError, PairError, warn
 from gemma_mtp.convert.modelfile import DRAFT_NUM_PREDICT, PARSER, REQUIRES, STOP, renderer_of
-from gemma_mtp.convert.ollama.api import LOADING, Api, OllamaError
+from gemma_mtp.convert.ollama.api import LOADING, Client, OllamaError
 from gemma_mtp.convert.ollama.create import check_types
 from gemma_mtp.convert.ollama.store import Stored, check_room, names, stored, tagged
 from gemma_mtp.convert.progress import Progress
@@ -26,7 +26,7 @@ UNLOADING = 20.0
 
 
 def attach(
-    api: Api, name: str, drafter: str | None = None, wanted: str | None = None, quant: str = "Q8_0",
+    api: Client, name: str, drafter: str | None = None, wanted: str | None = None, quant: str = "Q8_0",
     progress: Progress = lambda done, total: None,
 ) -> Stored:  # fmt: skip
     """Give a model of the store a drafter, or mend the settings of one that has it.
@@ -71,7 +71,7 @@ def attach(
     return stored(api, result)
 
 
-def detach(api: Api, name: str) -> Stored:
+def detach(api: Client, name: str) -> Stored:
     """Make a model what it was before a drafter was attached; of one that was made with its drafter, drafts off.
 
     Raises:
@@ -97,7 +97,7 @@ def plain(name: str) -> str:
     return f"{tagged(name)}{PLAIN}"
 
 
-def origin(api: Api, model: Stored) -> Stored | None:
+def origin(api: Client, model: Stored) -> Stored | None:
     """The same model without a drafter, as it stayed or as this one was made from it; None if neither is there."""
     parents = (model.parent, plain(model.parent)) if model.parent else ()
     for name in (plain(model.name), *parents):
@@ -110,7 +110,7 @@ def origin(api: Api, model: Stored) -> Stored | None:
     return None
 
 
-def unload(api: Api, model: Stored) -> None:
+def unload(api: Client, model: Stored) -> None:
     """End what runs of a model's target: Ollama would go on with the drafter that is loaded (server/sched.go)."""
 
     def running() -> list[str]:
@@ -125,7 +125,7 @@ def unload(api: Api, model: Stored) -> None:
         time.sleep(0.1)
 
 
-def _without_drafter(api: Api, base: Stored, result: str) -> str:
+def _without_drafter(api: Client, base: Stored, result: str) -> str:
     """The name of the model to add a drafter to. A second drafter would not replace the first, but lie beside it."""
     if base.drafter is not None:
         before = origin(api, base)

@@ -14,7 +14,7 @@ from gemma_mtp.convert import link
 from gemma_mtp.convert.errors import MtpError, PairError
 from gemma_mtp.convert.gguf_io.types import Type
 from gemma_mtp.convert.modelfile import files_of, modelfile_of, written_modelfile
-from gemma_mtp.convert.ollama.api import DOWNLOAD, Api
+from gemma_mtp.convert.ollama.api import DOWNLOAD, Client
 from gemma_mtp.convert.ollama.store import Stored, stored
 
 # Types for which Ollama's reader has no size (fs/ggml/ggml.go, TypeSize).
@@ -29,7 +29,7 @@ class Ready:
     peak: int
 
 
-def create(api: Api, name: str, ready: Ready) -> Stored:
+def create(api: Client, name: str, ready: Ready) -> Stored:
     """Run `ollama create`, which shows its progress itself.
 
     Raises:

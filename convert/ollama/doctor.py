@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from gemma_mtp.convert import link
 from gemma_mtp.convert.errors import MtpError
-from gemma_mtp.convert.ollama.api import Api
+from gemma_mtp.convert.ollama.api import Client
 from gemma_mtp.convert.ollama.attach import PLAIN, chosen_renderer
 from gemma_mtp.convert.ollama.store import Stored, names, stored
 from gemma_mtp.convert.ollama.trial import Trial, trial
@@ -37,12 +37,12 @@ class Report:
         return {role: type_counts(each.tensors.values()) for role, each in headers.items() if each is not None}
 
 
-def gemma4_models(api: Api) -> list[Stored]:
+def gemma4_models(api: Client) -> list[Stored]:
     """The Gemma 4 models of the store."""
     return [model for model in (stored(api, name) for name in names(api)) if model.is_gemma4]
 
 
-def examine(api: Api, name: str, *, run: bool) -> Report:
+def examine(api: Client, name: str, *, run: bool) -> Report:
     """Look at a model of the store; with `run` have it answer as well.
 
     Raises:

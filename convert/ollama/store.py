@@ -14,7 +14,7 @@ from typing import Any
 from gemma_mtp.convert import link
 from gemma_mtp.convert.errors import MtpError
 from gemma_mtp.convert.modelfile import files_of
-from gemma_mtp.convert.ollama.api import Api
+from gemma_mtp.convert.ollama.api import Client
 
 # Where a store lies that nobody moved: of a user's Ollama, and of the service that Linux's install script sets up.
 FOLDERS = ("~/.ollama/models", "/usr/share/ollama/.ollama/models")
@@ -64,7 +64,7 @@ def tagged(name: str) -> str:
     return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
 
 
-def stored(api: Api, name: str) -> Stored:
+def stored(api: Client, name: str) -> Stored:
     """A model of the store.
 
     Raises:
@@ -90,7 +90,7 @@ def stored(api: Api, name: str) -> Stored:
     )
 
 
-def names(api: Api) -> list[str]:
+def names(api: Client) -> list[str]:
     """The names of all models, the latest first."""
     return [str(each["name"]) for each in api.get("/api/tags").get("models") or []]
 
@@ -111,7 +111,7 @@ def parameters(text: str) -> dict[str, Any]:
     return found
 
 
-def blobs_folder(api: Api) -> Path | None:
+def blobs_folder(api: Client) -> Path | None:
     """The folder of the store's files, if it is one of this machine: that of any model, or where it lies by default."""
     if not api.is_here:
         return None
@@ -124,7 +124,7 @@ def blobs_folder(api: Api) -> Path | None:
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
-def check_room(api: Api, peak: int) -> str:
+def check_room(api: Client, peak: int) -> str:
     """Refuse what does not fit the store's disk; what it takes, in words.
 
     Raises:

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_mtp.convert.ollama.api import LOADING, Api
+from gemma_mtp.convert.ollama.api import LOADING, Client
 from gemma_mtp.convert.ollama.store import Stored
 
 QUESTION = "Count from one to thirty in words, separated by commas."
 PROMPT = f"<|turn>user\n{QUESTION}<turn|>\n<|turn>model\n"
-TOKENS = 64
+N_TOKENS = 64
 # What the model sets and llama-server takes under the same name.
-SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+SET = ("temperature", "top_k", "top_p", "min_p")
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class Trial:
         return f"{drafts}, {self.rate:.1f} tokens/s"
 
 
-def trial(api: Api, model: Stored) -> Trial:
+def trial(api: Client, model: Stored) -> Trial:
     """Have a model answer once; it is loaded for that, and stays so for as long as Ollama keeps models.
 
     Raises:
         OllamaError: it does not start, or cannot answer.
     """
     asked = {"model": model.name, "messages": [{"role": "user", "content": QUESTION}], "stream": False}
-    answer = api.post("/api/chat", {**asked, "options": {"num_predict": TOKENS}}, LOADING)
+    answer = api.post("/api/chat", {**asked, "options": {"num_predict": N_TOKENS}}, LOADING)
     rate = answer.get("eval_count", 0) / max(answer.get("eval_duration", 0), 1) * 1e9
     server = next(servers(model), None) if api.is_here else None
     if server is None:
@@ -96,8 +96,8 @@ def _value(line: Sequence[str], flag: str) -> str:
 
 def _acceptance(server: Sequence[str], model: Stored) -> float | None:
     """The share of drafted tokens that were accepted in an answer of llama-server itself."""
-    sampling = {key: model.parameters[key] for key in SAMPLING if key in model.parameters}
-    body = {"prompt": PROMPT, "n_predict": TOKENS, "cache_prompt": False, **sampling}
+    sampling = {key: model.parameters[key] for key in SET if key in model.parameters}
+    body = {"prompt": PROMPT, "n_predict": N_TOKENS, "cache_prompt": False, **sampling}
     request = urllib.request.Request(
         f"http://127.0.0.1:{_value(server, '--port')}/completion",
         json.dumps(body).encode(),

@@ -32,7 +32,7 @@ COMMANDS = {
     "build": "gemma_mtp.runtime.cli.build:build",
 }
 # What brings a package that is not there: generating needs nothing of the extra "convert", and llama_cpp is built here.
-INSTALLS = dict.fromkeys(("gguf", "huggingface_hub", "rich", "yaml"), "pip install 'gemma-mtp[convert]'")
+INSTALLS = dict.fromkeys(("gguf", "huggingface_hub", "jinja2", "rich", "yaml"), "pip install 'gemma-mtp[convert]'")
 INSTALLS["llama_cpp"] = "gemma-mtp build"
 
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from faulty import Folders, refused
 from gemma_mtp.convert import MtpError, convert_pair, link, plan_pair
 from gemma_mtp.convert.modelfile import SMALL, modelfile
-from gemma_mtp.convert.naming import check_files, name_of, stems
+from gemma_mtp.convert.naming import check_names, name_of, stems
 from gemma_mtp.runtime.cli.main import main
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -112,7 +112,7 @@ def test_names_that_some_disks_take_for_equal(tmp_path: Path) -> None:
         (tmp_path / "2" / second).mkdir(parents=True)
         assert stems(tmp_path / "1" / first, tmp_path / "2" / second, None) == (first, f"{second}-assistant")
     with pytest.raises(MtpError, match="two files"):
-        check_files(["mmproj-a-F16.gguf", "MMPROJ-A-F16.gguf"])
+        check_names(["mmproj-a-F16.gguf", "MMPROJ-A-F16.gguf"])
 
 
 @pytest.mark.parametrize("name", ["a\nFROM /etc/passwd", "a\rb.gguf", "\udce9.gguf"])

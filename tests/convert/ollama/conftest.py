@@ -12,7 +12,7 @@ import pytest
 from children import started, until
 from gemma_mtp.convert.errors import MtpError
 from gemma_mtp.convert.ollama import trial
-from gemma_mtp.convert.ollama.api import Api
+from gemma_mtp.convert.ollama.api import Client
 from ollama_standin import PROGRAM, Standin, standing_in
 from ollamas import Ollama
 
@@ -48,7 +48,7 @@ def real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
         def answers() -> bool:
             try:
-                return bool(Api(host).version())
+                return bool(Client(host).version())
             except MtpError:
                 return False
 
@@ -59,7 +59,7 @@ def real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(params=["standin", pytest.param("real", marks=pytest.mark.ollama)])
 def ollama(request: pytest.FixtureRequest, tmp_path: Path) -> Ollama:
     request.getfixturevalue(request.param)
-    return Ollama(Api(), tmp_path)
+    return Ollama(Client(), tmp_path)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from gemma_mtp.convert.gguf_io.read import read
 from gemma_mtp.convert.integrity import verify_files
 from gemma_mtp.convert.modelfile import files_of
 from gemma_mtp.convert.ollama import store, trial
-from gemma_mtp.convert.ollama.api import LOADING, Api
+from gemma_mtp.convert.ollama.api import LOADING, Client
 from gemma_mtp.convert.ollama.attach import published
 from gemma_mtp.convert.ollama.store import stored
 from gemma_mtp.convert.relink import rewrite
@@ -76,7 +76,7 @@ def test_a_target_in_several_files_becomes_a_model(named: str, parts: Pair) -> N
 def test_tokens_are_those_without_drafts(demo: Pair) -> None:
     """Every change of the number of drafts loads the model anew. Drawn tokens are equal on our llama-server alone."""
     assert run("ollama", "create", "mine", demo.target.parent).exit_code == 0
-    api = Api()
+    api = Client()
 
     def texts(drafts: int) -> list[str]:
         options = {"draft_num_predict": drafts, "num_predict": 48, "temperature": 0}

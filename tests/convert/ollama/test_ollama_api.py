@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from gemma_mtp.convert.errors import MtpError
 from gemma_mtp.convert.modelfile import files_of
-from gemma_mtp.convert.ollama.api import Api, OllamaError, address, numbers
+from gemma_mtp.convert.ollama.api import Client, OllamaError, address, numbers
 from gemma_mtp.convert.ollama.store import parameters, tagged
 from ollama_standin import Standin
 
@@ -64,9 +64,9 @@ def test_what_answers_and_is_not_ollama(standin: Standin) -> None:
     for said in ("hello", {"hello": "world"}, None):
         standin.answers["version"] = said
         with pytest.raises(MtpError, match="is not Ollama; set OLLAMA_HOST"):
-            Api().version()
+            Client().version()
     standin.answers["version"] = {"version": "0.0.0"}  # of a build without a version
-    assert Api().version() == "0.0.0"
+    assert Client().version() == "0.0.0"
 
 
 def test_a_name_has_a_tag() -> None:

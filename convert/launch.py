@@ -47,7 +47,7 @@ class Checked:
 
 
 def checked(target: str, drafter: str) -> Checked:
-    """Check two checkpoints as a pair, by the plan of a conversion; of weights only the headers are read.
+    """Check two checkpoints as a pair, by the plan of a conversion; of a repository only headers are fetched.
 
     Args:
         target: folder or org/name[@revision].

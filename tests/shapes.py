@@ -71,10 +71,15 @@ def safetensors_header(tensors: dict[str, Source]) -> tuple[bytes, int]:
 
 
 def sparse_safetensors(path: Path, tensors: dict[str, Source]) -> None:
-    """A safetensors file whose weights are a hole: true header, true size, no bytes on the disk."""
+    """A safetensors file whose weights are a hole: true header, true size, on the disk an ordering alone."""
     header, size = safetensors_header(tensors)
     path.write_bytes(header)
     os.truncate(path, len(header) + size)
+    if ordering := tensors.get(names.ORDERING):
+        begin, _ = json.loads(header[8:])[names.ORDERING]["data_offsets"]
+        with path.open("r+b") as file:
+            file.seek(len(header) + begin)
+            file.write(np.arange(ordering.shape[0], dtype="<i8").tobytes())
 
 
 def sparse_gguf(path: Path, planned: plan.Plan) -> None:

@@ -87,6 +87,15 @@ def test_the_12b_is_known_by_its_drafter(pairs: dict[str, tuple[Path, Path]]) ->
     }
 
 
+def test_an_ordering_that_came_as_zeros_is_told_before_an_engine_loads_it(tmp_path: Path) -> None:
+    target, drafter = sparse_pair(tmp_path, "E2B")
+    os.truncate(drafter / "model.safetensors", (size := (drafter / "model.safetensors").stat().st_size) - (1 << 20))
+    os.truncate(drafter / "model.safetensors", size)
+    done = run("vllm", target, drafter, "--print")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "does not name every token once; download it again" in done.stderr.replace("\n", " ")
+
+
 def test_repositories_are_checked_and_named_with_their_revision(tmp_path: Path) -> None:
     names = "google/gemma-4-E2B-it", "google/gemma-4-E2B-it-assistant"
     with serving(dict(zip(names, FOLDERS, strict=True))) as hub:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from gemma_mtp.convert.cli.ollama_engine import engine, serve
 
 if TYPE_CHECKING:
     from gemma_mtp.convert.ollama.api import Client
@@ -19,6 +20,10 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print the result
 @click.group()
 def ollama() -> None:
     """Pairs in Ollama: make a model of one, give a pulled model a drafter, see what is wrong."""
+
+
+ollama.add_command(serve)
+ollama.add_command(engine)
 
 
 def _api() -> Client:

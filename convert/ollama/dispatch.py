@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_mtp.convert.errors import MtpError
-from gemma_mtp.convert.ollama.installation import SERVER, Engine, Installation
+from gemma_mtp.convert.ollama.installation import SERVER, Engine, Installation, hash_of, our_engine
 
 SCRIPT = Path(__file__).with_name("llama-server.sh")
 ORIGINAL = "llama-server.original"
@@ -39,8 +39,8 @@ MARK = b"# gemma-mtp stands in front of"
 class Status:
     """How an installation stands.
 
-    `installed`: whether the script is in the original's place. `original`: where Ollama's own llama-server is. `engine`:
-    our folder that the script uses, None if that is gone. `left`: what is ours in an installation without the script,
+    `installed`: whether the script is in the original's place. `original`: where Ollama's own llama-server is.
+    `engine`: our folder that the script uses, None if that is gone. `left`: what is ours in an installation without the script,
     which an update of Ollama has replaced.
     """
 
@@ -70,7 +70,7 @@ def install(found: Installation, ours: Engine) -> Status:
     """
     with _changing(found) as (server, original, folder):
         before = list(folder.glob("*"))
-        engine = folder / ours.key
+        engine = folder / _name(ours)
         try:
             folder.mkdir(exist_ok=True)
             folder.chmod(0o755)
@@ -133,6 +133,11 @@ def _whole(word: str) -> str:
     return str(path.absolute()) if path.exists() else word
 
 
+def _name(ours: Engine) -> str:
+    """The folder of an engine of ours: another for every build, and every script."""
+    return hash_of([*ours.files, SCRIPT])
+
+
 def _is_script(server: Path) -> bool:
     with suppress(OSError), server.open("rb") as file:
         return file.read(256).partition(b"\n")[2].startswith(MARK)
@@ -179,3 +184,25 @@ def _script(ours: Engine, engine: Path) -> Path:
     path.write_text(text.replace("@READS_LIBRARY@", "yes" if ours.reads_library else "no"))
     path.chmod(0o755)
     return path
+
+
+def is_current(state: Status) -> bool:
+    """Whether an installation has the engine and the script that would be installed now."""
+    try:
+        ours = our_engine()
+    except MtpError:
+        return True  # none to compare with
+    return state.engine is not None and state.engine.folder.name == _name(ours)
+
+
+def about(found: Installation, state: Status) -> str:
+    """What runs in an installation, in a line with the next step."""
+    again = "gemma-mtp ollama engine install"
+    if not state.installed:
+        if state.left:
+            return f"Ollama's own, since an update of Ollama; ours again: {again}"
+        return "gemma-mtp's alone" if found.engine.is_ours else f"Ollama's own; ours for Gemma 4 with drafts: {again}"
+    if state.engine is None:
+        return f"Ollama's own, for ours is gone from {found.engine.folder / FOLDER}; ours again: {again}"
+    ours = f"gemma-mtp's for Gemma 4 with drafts on the CPU ({state.engine.version}), Ollama's own for all else"
+    return ours if is_current(state) else f"{ours}; the installed llama-cpp-python is another build: {again}"

@@ -60,7 +60,9 @@ class Engine:
         return self._has(LIBRARY_KEY)
 
     def _has(self, text: bytes) -> bool:
-        return any(text in path.read_bytes() for path in self.files if path.name.startswith("libllama.") and path.is_file())
+        return any(
+            text in path.read_bytes() for path in self.files if path.name.startswith("libllama.") and path.is_file()
+        )
 
     @property
     def version(self) -> str:
@@ -120,8 +122,8 @@ def installation(named: Path | None = None) -> Installation:
     folder = next((each for each in folders if (each / SERVER).exists()), None)
     if folder is None:
         raise MtpError(
-            f"{program} has no {SERVER} in {program.parent.parent / 'lib' / 'ollama'}: it is too old (before 0.30), or a "
-            "script that starts another; name the program itself with --ollama."
+            f"{program} has no {SERVER} in {program.parent.parent / 'lib' / 'ollama'}: it is older than 0.30, or "
+            "a script that starts another; name the program itself with --ollama."
         )
     return Installation(program, Engine(folder.resolve()))
 

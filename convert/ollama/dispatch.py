@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +40,8 @@ class Status:
     """How an installation stands.
 
     `installed`: whether the script is in the original's place. `original`: where Ollama's own llama-server is.
-    `engine`: our folder that the script uses, None if that is gone. `left`: what is ours in an installation without the script,
-    which an update of Ollama has replaced.
+    `engine`: our folder that the script uses, None if that is gone. `left`: what is ours in an installation whose
+    script an update of Ollama has replaced.
     """
 
     installed: bool
@@ -81,12 +81,12 @@ def install(found: Installation, ours: Engine) -> Status:
                 os.link(server, original, follow_symlinks=False)
             _script(ours, engine).replace(server)
         except BaseException:
+            _clear({*folder.glob("*")} - {*before})
             if not _is_script(server):
                 original.unlink(missing_ok=True)
-                shutil.rmtree(folder, ignore_errors=True)
+                _clear([folder])
             raise
-        for path in {*folder.glob("*")} - {engine}:
-            shutil.rmtree(path)
+        _clear({*folder.glob("*")} - {engine})
     return status(found)
 
 
@@ -100,7 +100,7 @@ def remove(found: Installation) -> Status:
         if _is_script(server):
             original.replace(server)
         original.unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        _clear([folder])
     return status(found)
 
 
@@ -125,6 +125,14 @@ def _changing(found: Installation) -> Iterator[tuple[Path, Path, Path]]:
         yield server, original, folder / FOLDER
     finally:
         os.close(handle)
+
+
+def _clear(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _whole(word: str) -> str:

@@ -130,8 +130,11 @@ def plan() -> Plan:
     """Where an Ollama started now would listen, and whose models it would have.
 
     Raises:
-        MtpError: OLLAMA_HOST names an address that is taken, or none of this machine.
+        MtpError: one runs already that was started here, or OLLAMA_HOST names an address that is taken, or is none of
+            this machine.
     """
+    if other := running():
+        raise MtpError(f"one runs already at {other.url}; end it with gemma-mtp ollama serve --stop")
     notes: list[str] = []
     given = os.environ.get("OLLAMA_HOST", "").strip()
     at = address(given)
@@ -190,10 +193,8 @@ def started(
         log: file for its output; this program's own unless given.
 
     Raises:
-        MtpError: one runs already, or this one ends, or is too old, or does not answer.
+        MtpError: it ends, or is too old, or does not answer.
     """
-    if other := running():
-        raise MtpError(f"one runs already at {other.url}; end it with gemma-mtp ollama serve --stop")
     command = [str(prefix / "bin" / "ollama"), "serve"]
     with ExitStack() as files:
         # A lock that the process holds through its handle, for as long as it lives.
@@ -205,7 +206,7 @@ def started(
         )  # fmt: skip
     try:
         version = _wait(process, Client(wanted.host), log)
-        engine = f"gemma-mtp's llama-server ({ours.version})"
+        engine = f"gemma-mtp's llama-server {ours.version}"
         url, at = address(wanted.host).geturl(), "" if log is None else str(log)
         served = Served(process.pid, url, version, str(found.program), str(prefix), engine, str(wanted.store), at)
         _record().write_text(json.dumps(asdict(served)))

@@ -90,20 +90,25 @@ def shadow(found: Installation, ours: Engine) -> Path:
 
 
 def _make(prefix: Path, found: Installation, ours: Engine) -> None:
-    """The program and our engine, by hard links where that is possible."""
+    """Make a shadow, which appears whole."""
     new = Path(tempfile.mkdtemp(dir=prefix.parent))
-    places = {
-        found.program: new / "bin" / "ollama",
-        **{path: new / "lib" / "ollama" / path.name for path in ours.files},
-    }
-    for path, to in places.items():
-        to.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(path.resolve(), to)
-        except OSError:  # another file system, or a file of another user
-            shutil.copy2(path, to)
-    new.chmod(0o755)
-    new.rename(prefix)
+    try:
+        _place(found.program, new / "bin" / "ollama")
+        for path in ours.files:
+            _place(path, new / "lib" / "ollama" / path.name)
+        new.rename(prefix)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
+def _place(path: Path, to: Path) -> None:
+    """A file at another place too: by a hard link, or, from another file system or user, by a copy."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(path.resolve(), to)
+    except OSError:
+        shutil.copy2(path, to)
 
 
 @contextmanager

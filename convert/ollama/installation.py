@@ -128,6 +128,27 @@ def installation(named: Path | None = None) -> Installation:
     return Installation(program, Engine(folder.resolve()))
 
 
+def running_program() -> Path | None:
+    """The program of the Ollama that runs here, if there is one alone and this user may see it."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            if Path(words[0]).name == "ollama" and words[1:2] == ["serve"]:
+                found.add(Path(words[0]) if Path(words[0]).is_absolute() else (folder / "exe").readlink())
+        except OSError:
+            continue  # it ended, or is not to be seen
+    return found.pop() if len(found) == 1 else None
+
+
+def whose(server: str) -> str:
+    """A llama-server's path, and whose it is."""
+    engine = Engine(Path(server).parent)
+    if not engine.server.exists():  # in a container
+        return server
+    return f"{'gemma-mtp' if engine.is_ours else 'Ollama'}'s ({server})"
+
+
 def _program() -> Path:
     places = (shutil.which("ollama"), *PROGRAMS)
     found = next((place for place in places if place and os.access(place, os.X_OK)), None)

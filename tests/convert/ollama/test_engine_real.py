@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -106,7 +105,7 @@ def test_the_pair_is_ours_and_the_plain_model_the_originals(live: Ollama, progra
     assert engine_of(api, "plain") == library / ORIGINAL  # both loaded at once
     said = run("ollama", "doctor", "pair").stdout
     assert "gemma-mtp's" in said
-    assert re.search(r"drafts on, 4 a round, \d+% accepted", said)
+    assert "drafts on, 4 a round" in said
     (pid,) = processes(library / "gemma-mtp")
     os.kill(pid, signal.SIGKILL)  # as Ollama's scheduler ends it
     until(lambda: not processes(library / "gemma-mtp"))

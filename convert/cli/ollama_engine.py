@@ -35,10 +35,11 @@ def serve(named: Path | None, detach: bool, stop: bool, status: bool) -> None:
       gemma-mtp ollama serve --stop
       OLLAMA_HOST=127.0.0.1:12000 gemma-mtp ollama serve -d --ollama ~/ollama-new
     """
-    from gemma_mtp.convert.ollama import shadow
     from gemma_mtp.convert.ollama.installation import check_system, installation, our_engine
 
-    check_system("ollama serve", "linux", "darwin")
+    check_system("ollama serve", {"linux": "Linux", "darwin": "macOS"})
+    from gemma_mtp.convert.ollama import shadow
+
     if stop or status:
         served = shadow.running()
         if served is None:
@@ -88,10 +89,10 @@ def install(named: Path | None) -> None:
       sudo $(command -v gemma-mtp) ollama engine install      # for an Ollama of the system
       gemma-mtp ollama engine install --ollama ~/ollama
     """
+    found = _installation(named)
     from gemma_mtp.convert.ollama import dispatch
     from gemma_mtp.convert.ollama.installation import our_engine
 
-    found = _installation(named)
     _show(found, dispatch.install(found, our_engine()))
 
 
@@ -104,9 +105,9 @@ def remove(named: Path | None) -> None:
     Example:
       gemma-mtp ollama engine remove
     """
+    found = _installation(named)
     from gemma_mtp.convert.ollama import dispatch
 
-    found = _installation(named)
     _show(found, dispatch.remove(found))
 
 
@@ -122,10 +123,10 @@ def status_command(named: Path | None, as_json: bool) -> None:
     Example:
       gemma-mtp ollama engine status
     """
+    found = _installation(named)
     from gemma_mtp.convert.ollama import dispatch
     from gemma_mtp.convert.ollama.probe import fault
 
-    found = _installation(named)
     state = dispatch.status(found)
     problem = fault(state.original)
     if as_json:
@@ -145,9 +146,10 @@ def status_command(named: Path | None, as_json: bool) -> None:
 
 
 def _installation(named: Path | None) -> Installation:
+    """The installation, on a system where it can be changed; before what other systems cannot import."""
     from gemma_mtp.convert.ollama.installation import check_system, installation
 
-    check_system("ollama engine", "linux")
+    check_system("ollama engine", {"linux": "Linux"})
     return installation(named)
 
 

@@ -31,8 +31,8 @@ MEANINGS = (
     (r"size overflow", "it holds a tensor type that Ollama cannot size; convert with another -q"),
     (r"has \d+ shards, expected \d+", "the Modelfile must name every part; write it anew with gemma-mtp modelfile"),
     (r"unknown model architecture|failed to validate GGUF", f"this Ollama's llama.cpp is too old for it; {UPDATE}"),
-    (r"illegal instruction", "Ollama's own engine does not run on this processor (seen with AMX: remove "
-     "lib/ollama/libggml-cpu-sapphirerapids.so of the installation); see its log"),
+    (r"illegal instruction", "Ollama's own engine does not run on this processor (seen with AMX: run "
+     "gemma-mtp ollama serve, or remove lib/ollama/libggml-cpu-sapphirerapids.so of the installation); see its log"),
     (r"doesn't contain MTP layers", "what it has as its drafter is none; see gemma-mtp ollama doctor"),
     (r"ctx_other", "Ollama shows this line for any failure at the start of a model with a drafter; the cause stands in "
      "its log (journalctl -u ollama, or ~/.ollama/logs/server.log)"),

@@ -78,12 +78,14 @@ def install(found: Installation, ours: Engine) -> Status:
                 _copy(ours, engine)
             if not _is_script(server):
                 original.unlink(missing_ok=True)  # of an Ollama before its last update
-                os.link(server, original, follow_symlinks=False)
+                _second_name(server, original)
             _script(ours, engine).replace(server)
         except BaseException:
             _clear({*folder.glob("*")} - {*before})
             if not _is_script(server):
-                original.unlink(missing_ok=True)
+                if os.path.lexists(original):
+                    original.replace(server)
+                original.unlink(missing_ok=True)  # the same file by two names stays so
                 _clear([folder])
             raise
         _clear({*folder.glob("*")} - {engine})
@@ -125,6 +127,14 @@ def _changing(found: Installation) -> Iterator[tuple[Path, Path, Path]]:
         yield server, original, folder / FOLDER
     finally:
         os.close(handle)
+
+
+def _second_name(server: Path, original: Path) -> None:
+    """Give a file the name that it will have; the old one stays until it is replaced, where there are hard links."""
+    try:
+        os.link(server, original, follow_symlinks=False)
+    except OSError:
+        server.rename(original)
 
 
 def _clear(paths: Iterable[Path]) -> None:

@@ -164,11 +164,15 @@ def _named(named: Path) -> Path:
     return program
 
 
-def check_system(what: str, *systems: str) -> None:
+def check_system(what: str, systems: dict[str, str]) -> None:
     """Refuse what cannot be done on this system.
+
+    Args:
+        what: the command.
+        systems: names of the systems where it works, by what Python calls them.
 
     Raises:
         MtpError: it is none of those.
     """
-    if not sys.platform.startswith(systems):
-        raise MtpError(f"{what} is not made for {sys.platform}; run {' or '.join(systems)} for it.")
+    if sys.platform not in systems:
+        raise MtpError(f"gemma-mtp {what} works on {' and '.join(systems.values())} alone.")

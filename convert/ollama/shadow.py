@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -21,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gemma_mtp.convert.errors import MtpError
+from gemma_mtp.convert.launch import check_port
 from gemma_mtp.convert.ollama.api import PORT, Client, NotRunningError, address
 from gemma_mtp.convert.ollama.installation import Engine, Installation, hash_of
 from gemma_mtp.convert.ollama.store import FOLDERS
@@ -166,11 +166,8 @@ def plan() -> Plan:
 
 def _free(host: str, port: int) -> bool:
     try:
-        family, kind, protocol, _, at = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind(at)
-    except OSError:
+        check_port(host, port)
+    except MtpError:
         return False
     return True
 

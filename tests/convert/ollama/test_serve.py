@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from gemma_mtp.convert.errors import MtpError
 from gemma_mtp.convert.ollama import api, shadow
 from gemma_mtp.convert.ollama.installation import Engine, Installation, installation
 from ollama_standin import ANSWERS
+from ollamas import run
 
 pytestmark = pytest.mark.skipif(sys.platform not in ("linux", "darwin"), reason="links and locks of POSIX")
 
@@ -213,7 +215,7 @@ def test_without_hard_links_it_is_copied(home: Home, monkeypatch: pytest.MonkeyP
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setenv("GEMMA_MTP_CACHE", str(home.cache))
-    monkeypatch.setattr(shadow.os, "link", refused)
+    monkeypatch.setattr(os, "link", refused)
     prefix = shadow.shadow(installation(home.folder / "prefix"), Engine(home.folder / "ours"))
     assert (prefix / "bin" / "ollama").read_bytes() == home.program.read_bytes()
     assert os.access(prefix / "bin" / "ollama", os.X_OK)
@@ -226,8 +228,8 @@ def test_what_fails_leaves_no_shadow(home: Home, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("GEMMA_MTP_CACHE", str(home.cache))
     found, ours = Installation(home.program, Engine(home.folder)), Engine(home.folder / "ours")
     with monkeypatch.context() as patch:
-        patch.setattr(shadow.os, "link", fail)
-        patch.setattr(shadow.shutil, "copy2", fail)
+        patch.setattr(os, "link", fail)
+        patch.setattr(shutil, "copy2", fail)
         with pytest.raises(MtpError, match=r"cannot be written \(No space left on device\); set GEMMA_MTP_CACHE"):
             shadow.shadow(found, ours)
     assert home.shadows == []
@@ -300,7 +302,15 @@ def test_the_store_is_the_one_with_models(tmp_path: Path, monkeypatch: pytest.Mo
     assert shadow.plan().store == mine
     (service / "manifests").mkdir(parents=True)
     assert shadow.plan().store == service
-    monkeypatch.setattr(shadow.os, "access", lambda path, mode: Path(path).exists() and mode != os.W_OK)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).exists() and mode != os.W_OK)
     found = shadow.plan()
     assert f"{service} is not this user's to change" in found.notes[0]
     assert found.env["OLLAMA_NOPRUNE"] == "1"  # Ollama would clear away what it does not know, and end
+
+
+@pytest.mark.parametrize("words", [("serve",), ("engine", "install"), ("engine", "remove"), ("engine", "status")])
+def test_other_systems(monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    done = run("ollama", *words)
+    assert done.exit_code == 1
+    assert done.stderr.startswith(f"error: gemma-mtp ollama {words[0]} works on Linux")

@@ -61,7 +61,7 @@ def host(api: Client) -> Host | None:
     if served is not None and served.url == api.url:
         return Host(f"{served.engine}, by gemma-mtp ollama serve")
     try:
-        found = installation(running_program())
+        found = installation(running_program(api.url))
     except MtpError:
         return None
     state = dispatch.status(found)

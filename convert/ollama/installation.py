@@ -15,7 +15,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from gemma_mtp.convert.errors import MtpError
-from gemma_mtp.convert.ollama.api import DOWNLOAD
+from gemma_mtp.convert.ollama.api import DOWNLOAD, address
 
 SERVER, QUANTIZE = "llama-server", "llama-quantize"
 # Where Ollama looks for its llama-server from the folder of its program, links resolved (ml/path.go).
@@ -128,17 +128,26 @@ def installation(named: Path | None = None) -> Installation:
     return Installation(program, Engine(folder.resolve()))
 
 
-def running_program() -> Path | None:
-    """The program of the Ollama that runs here, if there is one alone and this user may see it."""
-    found = set()
+def running_program(url: str) -> Path | None:
+    """The program of the Ollama that listens at an address of this machine, if this user may see it (Linux)."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            if Path(words[0]).name == "ollama" and words[1:2] == ["serve"]:
-                found.add(Path(words[0]) if Path(words[0]).is_absolute() else (folder / "exe").readlink())
-        except OSError:
+            if Path(words[0]).name != "ollama" or words[1:2] != ["serve"] or address(_host(folder)).geturl() != url:
+                continue
+            return Path(words[0]) if Path(words[0]).is_absolute() else (folder / "exe").readlink()
+        except (OSError, MtpError):
             continue  # it ended, or is not to be seen
-    return found.pop() if len(found) == 1 else None
+    return None
+
+
+def _host(process: Path) -> str:
+    """The OLLAMA_HOST of a process; "" of one without, and of another user's."""
+    try:
+        found = re.search(rb"(?:^|\0)OLLAMA_HOST=([^\0]*)", (process / "environ").read_bytes())
+    except PermissionError:
+        return ""
+    return found[1].decode(errors="replace") if found else ""
 
 
 def whose(server: str) -> str:

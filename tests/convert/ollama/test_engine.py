@@ -18,7 +18,7 @@ from children import alone, said, started
 from gemma_mtp.convert.gguf_io.write import entry, header
 from gemma_mtp.convert.ollama import dispatch, installation, probe
 from gemma_mtp.convert.ollama.installation import our_engine
-from ollama_standin import ANSWERS
+from ollama_standin import ANSWERS, Standin
 from ollamas import run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the dispatcher is for Linux's Ollama")
@@ -438,6 +438,27 @@ def test_the_program_on_the_path_is_followed_through_links(fake: Fake, monkeypat
     assert fake.ran(fake.command()).name == "ours"
     told = json.loads(run("ollama", "engine", "status", "--json").stdout)
     assert (told["installed"], told["current"], told["engine"]) == (True, True, str(fake.engine))
+
+
+@pytest.mark.parametrize(
+    ("does", "wanted"), [("kill -ILL $$", ["ends with an illegal instruction on this CPU"]), ("", ["does not load"])]
+)
+def test_the_doctor_tells_of_the_engine(
+    fake: Fake, standin: Standin, tmp_path: Path, does: str, wanted: list[str]
+) -> None:
+    """`standin` is the program on the PATH, and has no engine; then it is given one."""
+    assert "\nengine" not in run("ollama", "doctor").stdout
+    shutil.copytree(fake.library, tmp_path / "lib" / "ollama")
+    server = tmp_path / "lib" / "ollama" / "llama-server"
+    server.write_text(f"#!/bin/sh\n{does}\n")
+    found = run("ollama", "doctor").stdout
+    assert "engine    Ollama's own; ours for Gemma 4 with drafts: gemma-mtp ollama engine install\n" in found
+    told = json.loads(run("ollama", "doctor", "--json").stdout)
+    for each in wanted:
+        assert f"problem   Ollama's own llama-server {each}" in found
+        assert each in told["problems"][0]
+    assert run("ollama", "engine", "install").exit_code == 0
+    assert "engine    gemma-mtp's for Gemma 4 with drafts" in run("ollama", "doctor").stdout
 
 
 def test_many_at_once(fake: Fake) -> None:

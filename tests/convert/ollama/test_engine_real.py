@@ -16,7 +16,7 @@ from gemma_mtp.convert import Pair, convert_pair
 from gemma_mtp.convert.ollama import trial
 from gemma_mtp.convert.ollama.api import LOADING, Client
 from gemma_mtp.convert.ollama.dispatch import ORIGINAL
-from gemma_mtp.convert.ollama.installation import installation
+from gemma_mtp.convert.ollama.installation import installation, running_program
 from gemma_mtp.convert.ollama.store import stored
 from ollamas import Ollama, run
 from tiny import PAIR
@@ -103,6 +103,7 @@ def test_the_pair_is_ours_and_the_plain_model_the_originals(live: Ollama, progra
     ours = engine_of(api, "pair")
     assert ours.is_relative_to(library / "gemma-mtp")
     assert engine_of(api, "plain") == library / ORIGINAL  # both loaded at once
+    assert running_program(api.url) == program
     said = run("ollama", "doctor", "pair").stdout
     assert "gemma-mtp's" in said
     assert "drafts on, 4 a round" in said

@@ -17,7 +17,7 @@ from gguf_files import copy_tensors, finish
 
 # Keys of ours that such a file has under no name, or that are written below.
 LEFT_OUT = ("general.", "mtp.", "tokenizer.", "split.")
-TOKENIZER = ("tokens", "scores", "merges", "bos_token_id", "eos_token_id", "padding_token_id", "unknown_token_id",
+TOKENIZER = ("tokens", "merges", "bos_token_id", "eos_token_id", "padding_token_id", "unknown_token_id",
              "add_bos_token")  # fmt: skip
 VISIBLE = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>",
            '<|"|>')  # fmt: skip
@@ -46,6 +46,8 @@ def write_library_file(
     tokens, types = (text[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type"))
     add.array("tokenizer.ggml.token_type", [_type(*each) for each in zip(tokens, types, strict=True)])
     add.array("tokenizer.ggml.eos_token_ids", ends)
+    scores = [float(number) for number in range(len(tokens))]
+    add.value("tokenizer.ggml.scores", scores, GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
     copy_tensors(reader, writer)
     if projector is not None:
         _add_encoders(GGUFReader(projector), writer, add)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from encoders import encoded, make, multimodal, picture, sound
-from gemma_mtp.convert import Pair, convert_pair
+from gemma_mtp.convert import Pair, PairError, convert_pair, link
 from gemma_mtp.convert.gguf_io.read import read
 from gemma_mtp.patches import source
 from gemma_mtp.runtime import Llama
@@ -18,12 +18,9 @@ from library_file import write_library_file
 from llama_cpp import Llama as Stock
 from llama_cpp import llama_cpp as lib
 from llama_cpp.mtmd_cpp import mtmd_support_audio
-from llamas import OPTIONS
+from llamas import OPTIONS, logits_of, words_of
 from prompts import held_out
 from tiny import SIZES, TEXT, make_drafter, make_pair
-
-TEXTS = ["import os", "<|turn>user\nhi<turn|>\n", "<|channel>thought\n<channel|>", "naïve 東京 \t\n\n  x", "<0x0A>\x7f",
-         '<|tool_call>call:f{a:<|"|>b<|"|>}<tool_call|>', " leading", "<bos><eos><pad>", ""]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -40,34 +37,6 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     (folder / "processor_config.json").unlink()
     pair = convert_pair(folder, make_drafter(root / "drafter", ordered=True), root / "out", "BF16", mmproj="F16")
     return pair, write_library_file(root / "sha256-0", pair.target, pair.projector)
-
-
-def words_of(path: Path) -> list[Any]:
-    """The vocabulary as llama.cpp has it, and how it cuts some texts."""
-    llm = Stock(str(path), vocab_only=True, verbose=False)
-    vocab = llm._model.vocab
-    words: list[Any] = [
-        (
-            lib.llama_vocab_get_text(vocab, token),
-            llm._model.detokenize([token], special=True),
-            llm._model.detokenize([token], special=False),
-            lib.llama_vocab_get_attr(vocab, token),
-            lib.llama_vocab_is_eog(vocab, token),
-        )
-        for token in range(llm.n_vocab())
-    ]
-    words += [llm.tokenize(text.encode(), bos, special) for text in [*TEXTS, *held_out()]
-              for bos in (True, False) for special in (True, False)]  # fmt: skip
-    llm.close()
-    return words
-
-
-def logits_of(path: Path) -> Any:
-    llm = Stock(str(path), n_ctx=64, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False)
-    llm.eval(list(range(2, 62)))
-    rows = llm.scores[:60].copy()
-    llm.close()
-    return rows
 
 
 def test_words_are_those_of_our_own_conversion(demo: Pair, bundled: Path, whole: tuple[Pair, Path]) -> None:
@@ -107,7 +76,7 @@ def test_the_file_is_its_own_projector(whole: tuple[Pair, Path]) -> None:
             media = [picture(), sound()] if mtmd_support_audio(context) else [picture()]
             rows.append(np.concatenate([encoded(context, medium, TEXT["hidden_size"]) for medium in media]))
     assert np.isfinite(rows[0]).all()
-    assert np.array_equal(*rows)
+    assert np.array_equal(rows[0], rows[1])
 
 
 @pytest.mark.parametrize("key", ["vision.patch_size", "vision.attention.head_count", "vision.projector.scale_factor"])
@@ -152,3 +121,16 @@ def test_llama_quantize_keeps_the_encoders(whole: tuple[Pair, Path], llama_quant
     assert set(after.tensors) == set(before.tensors)
     assert after.metadata["tokenizer.ggml.model"] == "llama"
     assert words_of(out) == words_of(pair.target)
+
+
+def test_the_drafter_knows_its_target(whole: tuple[Pair, Path], demo: Pair, tmp_path: Path) -> None:
+    """By the weights of its text model: the file tells of no checkpoint."""
+    pair, library = whole
+    beside = Path(shutil.copy(pair.drafter, library.parent / "sha256-2"))
+    assert link.find_drafter(library) == beside
+    link.check(link.read_header(library), link.read_header(pair.drafter))
+    other = write_library_file(tmp_path / "sha256-0", demo.target)
+    shutil.copy(pair.drafter, tmp_path / "sha256-2")
+    assert link.find_drafter(other) is None
+    with pytest.raises(PairError, match="was made for the target with fingerprint"):
+        link.check(link.read_header(other), link.read_header(pair.drafter))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,9 +27,9 @@ from gemma_mtp.convert.gguf_io.write import entry
 
 __all__ = [
     "DRAFTER_ARCH", "KEY_CENTROIDS", "KEY_HASHES", "KEY_N_CENTROIDS", "KEY_ORDERING", "KEY_PEER", "KEY_ROLE",
-    "KEY_SEED", "KEY_SOURCE", "KEY_SPLIT", "KEY_TARGET", "KEY_TOP_K", "KEY_VERSION", "TARGET_ARCH", "VERSION",
-    "Header", "MtpError", "PairError", "Strings", "Tensor", "check", "check_model", "find_drafter", "gguf_files",
-    "is_part", "read_header", "read_parts", "weights_identity", "why_no_drafter",
+    "KEY_SEED", "KEY_SOURCE", "KEY_SPLIT", "KEY_TARGET", "KEY_TOP_K", "KEY_VERSION", "KEY_WEIGHTS", "TARGET_ARCH",
+    "VERSION", "Header", "MtpError", "PairError", "Strings", "Tensor", "check", "check_model", "find_drafter",
+    "gguf_files", "is_part", "read_header", "read_parts", "weights_identity", "why_no_drafter",
 ]  # fmt: skip
 
 VERSION = 1
@@ -38,6 +38,7 @@ KEY_VERSION = "mtp.version"
 KEY_ROLE = "mtp.role"
 KEY_SOURCE = "mtp.source.fingerprint"
 KEY_TARGET = "mtp.target.fingerprint"
+KEY_WEIGHTS = "mtp.target.weights"
 KEY_PEER = "mtp.peer.file"
 # Says that weights are random, and with which seed.
 KEY_SEED = "mtp.random.seed"
@@ -133,18 +134,17 @@ def find_drafter(target: Path, header: Header | None = None) -> Path | None:
         return None
     by_weights = functools.cache(lambda: weights_identity(header))
 
-    def belongs(wanted: Any) -> bool:
-        if not isinstance(wanted, str):
-            return False
-        return bool(wanted == (by_weights() if wanted.startswith(WEIGHTS) else header.metadata.get(KEY_SOURCE)))
+    def belongs(told: Callable[[str], Any]) -> bool:
+        wants, has = _fingerprints(told, header, by_weights)
+        return isinstance(wants, str) and wants == has
 
     for folder in folders_around(target):
         named = _named(header, folder)
-        if named is not None and belongs(_target_of(read_header(named))):
+        if named is not None and belongs(_told(read_header(named))):
             return named
         for path in _drafters(folder):
             try:
-                if belongs(_glance(path)) and belongs(_target_of(read_header(path))):
+                if belongs(_glance(path)) and belongs(_told(read_header(path))):
                     return path
             except (MtpError, OSError):
                 continue  # a broken file that nobody named is none of this pair's business
@@ -193,24 +193,39 @@ def _drafters(folder: Path) -> Iterator[Path]:
     return (path for path in contents(folder) if DRAFTER_ARCH.encode() in beginning(path))
 
 
-def _target_of(drafter: Header) -> Any:
-    """The fingerprint of a drafter's target; None of what is no drafter."""
-    return drafter.metadata.get(KEY_TARGET) if drafter.arch == DRAFTER_ARCH else None
+def _told(drafter: Header) -> Callable[[str], Any]:
+    """What a drafter says under a key; nothing of what is no drafter."""
+    return drafter.metadata.get if drafter.arch == DRAFTER_ARCH else lambda key: None
 
 
-def _glance(path: Path) -> str | None:
-    """The fingerprint of a drafter's target, picked out of its header: to read all of that takes half a second."""
+def _glance(path: Path) -> Callable[[str], Any]:
+    """What a drafter says under a key, picked out of its header: to read all of that takes half a second."""
     with path.open("rb") as file:
         data = file.read(GLANCE)
-    key, before_value = KEY_TARGET.encode(), entry(KEY_TARGET, "")[:-8]
-    at = data.find(key)  # `before_value` has zeros at its ends, and is searched for thirty times as long
-    while at >= 0 and not data.startswith(before_value, at - 8):
-        at = data.find(key, at + 1)
-    if at < 0:
-        return None
-    start = at + len(before_value)
-    length = int.from_bytes(data[start - 8 : start], "little")
-    return data[start : start + min(length, 128)].decode(errors="replace")
+
+    def told(name: str) -> str | None:
+        key, before_value = name.encode(), entry(name, "")[:-8]
+        at = data.find(key)  # `before_value` has zeros at its ends, and is searched for thirty times as long
+        while at >= 0 and not data.startswith(before_value, at - 8):
+            at = data.find(key, at + 1)
+        if at < 0:
+            return None
+        start = at + len(before_value)
+        length = int.from_bytes(data[start - 8 : start], "little")
+        return data[start : start + min(length, 128)].decode(errors="replace")
+
+    return told
+
+
+def _fingerprints(told: Callable[[str], Any], target: Header, by_weights: Callable[[], str]) -> tuple[Any, Any]:
+    """The fingerprint that a drafter wants its target to have, and the one that it has; None where nothing tells.
+
+    A target of another converter tells of no checkpoint, and is known by its weights.
+    """
+    wants, has = told(KEY_TARGET), target.metadata.get(KEY_SOURCE)
+    if has is None and not str(wants).startswith(WEIGHTS):
+        wants = told(KEY_WEIGHTS)
+    return wants, by_weights() if str(wants).startswith(WEIGHTS) else has
 
 
 class Interface(NamedTuple):
@@ -269,9 +284,7 @@ def check(target: Header, drafter: Header) -> None:
             "pass the drafter's GGUF file, or drafter=None."
         )
     advice = "use the drafter converted together with this target."
-    wants, has = drafter.metadata.get(KEY_TARGET), target.metadata.get(KEY_SOURCE)
-    if isinstance(wants, str) and wants.startswith(WEIGHTS):
-        has = weights_identity(target)
+    wants, has = _fingerprints(drafter.metadata.get, target, lambda: weights_identity(target))
     if wants and has and wants != has:
         raise PairError(
             f"{drafter.path.name} was made for the target with fingerprint {_short(wants)}, but {target.path.name} has "

@@ -55,5 +55,6 @@ def convert_drafter(
 
 def _entries(drafter: Checkpoint, target: link.Header) -> dict[str, Any]:
     """What links the drafter: the fingerprint that the target carries, or that of its weights."""
-    source = target.metadata.get(link.KEY_SOURCE) or link.weights_identity(target)
-    return link.entries((target.path.name, ""), source, drafter.fingerprint())[1]
+    weights = link.weights_identity(target)
+    source = target.metadata.get(link.KEY_SOURCE) or weights
+    return link.entries((target.path.name, ""), source, drafter.fingerprint())[1] | {link.KEY_WEIGHTS: weights}

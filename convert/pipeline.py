@@ -143,7 +143,9 @@ def convert_pair(
         more = counting(progress, plans.n_bytes)
         with staging(folder, [*plans.files, "Modelfile"], plans.n_bytes, force) as hidden:
             write(_outputs(plans, plans.targets, hidden, links[0], weights, qat), target, plans.headers[0], more)
-            write(_outputs(plans, plans.drafters, hidden, links[1], None, qat), drafter, plans.headers[1], more)
+            weighed = {link.KEY_WEIGHTS: link.weights_identity(link.read_header(hidden / plans.first[0]))}
+            outputs = _outputs(plans, plans.drafters, hidden, links[1] | weighed, None, qat)
+            write(outputs, drafter, plans.headers[1], more)
             link.check(*(link.read_header(hidden / file) for file in plans.first))
             if plans.projector:
                 write_mmproj(plans.projector[1], target, hidden / plans.projector[0], more)

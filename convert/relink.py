@@ -56,14 +56,14 @@ def link_files(
     if theirs.metadata.get(KEY_COUNT, 0) > 1:
         raise MtpError(f"{drafter} is one of several files; join them with llama-gguf-split --merge first.")
     if force:
-        kept = {key: value for key, value in theirs.metadata.items() if key != link.KEY_TARGET}
+        kept = {key: theirs.metadata[key] for key in theirs.metadata.keys() - {link.KEY_TARGET, link.KEY_WEIGHTS}}
         link.check(ours, Header(theirs.path, theirs.arch, kept, theirs.tensors))
     else:
         link.check(ours, theirs)
     values: dict[str, Any] = {
         link.KEY_VERSION: link.VERSION,
         link.KEY_ROLE: "drafter",
-        link.KEY_TARGET: link.weights_identity(ours),
+        **dict.fromkeys((link.KEY_TARGET, link.KEY_WEIGHTS), link.weights_identity(ours)),
         link.KEY_PEER: target.name,
         link.KEY_HASHES: ["0" * 64] * len(theirs.tensors),
     }

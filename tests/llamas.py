@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from gemma_mtp.runtime import Llama
 from gemma_mtp.runtime.draft.costs import STEP, Costs
 from gemma_mtp.runtime.draft.length import Policy
 from gemma_mtp.runtime.request import MOST
+from llama_cpp import Llama as Stock
 from llama_cpp import llama_cpp as lib
+from prompts import held_out
 
 # One thread: with two, a loaded machine makes every batch wait.
 OPTIONS: dict[str, Any] = {
@@ -23,6 +26,39 @@ OPTIONS: dict[str, Any] = {
     "flash_attn": True,
     "draft_length": 3,
 }
+
+
+TEXTS = ["import os", "<|turn>user\nhi<turn|>\n", "<|channel>thought\n<channel|>", "naïve 東京 \t\n\n  x", "<0x0A>\x7f",
+         '<|tool_call>call:f{a:<|"|>b<|"|>}<tool_call|>', " leading", "<bos><eos><pad>", ""]  # fmt: skip
+
+
+def words_of(path: Path) -> list[Any]:
+    """The vocabulary as llama.cpp has it, and how it cuts some texts."""
+    llm = Stock(str(path), vocab_only=True, verbose=False)
+    vocab = llm._model.vocab
+    words: list[Any] = [
+        (
+            lib.llama_vocab_get_text(vocab, token),
+            llm._model.detokenize([token], special=True),
+            llm._model.detokenize([token], special=False),
+            lib.llama_vocab_get_attr(vocab, token),
+            lib.llama_vocab_is_eog(vocab, token),
+        )
+        for token in range(llm.n_vocab())
+    ]
+    words += [llm.tokenize(text.encode(), bos, special) for text in [*TEXTS, *held_out()]
+              for bos in (True, False) for special in (True, False)]  # fmt: skip
+    llm.close()
+    return words
+
+
+def logits_of(path: Path) -> Any:
+    """Logits of 60 tokens, [60, n_vocab]."""
+    llm = Stock(str(path), n_ctx=64, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False)
+    llm.eval(list(range(2, 62)))
+    rows = llm.scores[:60].copy()
+    llm.close()
+    return rows
 
 
 def see(llm: Llama, rows: int, seed: int = 0) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
@@ -12,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-import transformers
 from click.testing import CliRunner
+from encoders import encoded, make, multimodal, picture
 from faulty import edit_weights
 from gemma_mtp.convert import MtpError, convert_pair
 from gemma_mtp.convert.checkpoint import open_checkpoint
@@ -24,16 +24,9 @@ from gemma_mtp.convert.mmproj import plan_mmproj, write_mmproj
 from gemma_mtp.convert.tensor_types import PROJECTOR_QUANTS
 from gemma_mtp.runtime.cli.main import main
 from hub import run_against, serving
-from tiny import PAIR, TEXT
+from tiny import TEXT
 from upstream import data
 
-VISION = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-          "num_key_value_heads": 4, "head_dim": 16, "patch_size": 4, "position_embedding_size": 64,
-          "rope_parameters": {"rope_type": "axial", "rope_theta": 100.0}}  # fmt: skip
-# Heads of 32: torch takes the softplus of shorter vectors with scalars, rounded otherwise, as no real model has them.
-AUDIO = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "output_proj_dims": 48,
-         "subsampling_conv_channels": (8, 4)}  # fmt: skip
-DENSE = {key: value for key, value in TEXT.items() if "per_layer" not in key and key not in ("use_double_wide_mlp",)}
 KINDS = ["E2B", "31B", "12B"]
 
 
@@ -41,36 +34,6 @@ def project(folder: Path, path: Path, quant: str = "F16") -> None:
     """Write the projector of a folder, and nothing else."""
     with open_checkpoint(folder) as checkpoint:
         write_mmproj(plan_mmproj(checkpoint, quant), checkpoint, path)
-
-
-def make(kind: str, folder: Path) -> Path:
-    """A tiny random target: with vision and audio (E2B, E4B), with vision alone (26B, 31B), or unified (12B)."""
-    torch.manual_seed(0)
-    model: Any
-    if kind == "12B":
-        vision: dict[str, Any] = {"mm_embed_dim": 64, "patch_size": 4, "pooling_kernel_size": 3, "mm_posemb_size": 32,
-                                  "output_proj_dims": 64}  # fmt: skip
-        config = transformers.Gemma4UnifiedConfig(
-            text_config=DENSE, vision_config=vision, audio_config={"audio_embed_dim": 48}
-        )
-        model = transformers.Gemma4UnifiedForConditionalGeneration(config)
-    else:
-        audio, clipped = (AUDIO, True) if kind == "E2B" else (None, False)
-        vision = {**VISION, "use_clipped_linears": clipped, "standardize": clipped}
-        config = transformers.Gemma4Config(text_config=TEXT, vision_config=vision, audio_config=audio)
-        model = transformers.Gemma4ForConditionalGeneration(config)
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.1)
-    for name, buffer in model.named_buffers():
-        if name.endswith(("_min", "_max", "std_scale")):
-            buffer.data.fill_(-1.5 if name.endswith("_min") else 1.5)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    for part in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
-        shutil.copy(PAIR / "gemma-4-demo" / part, folder / part)
-    settings = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.6, 0.7]}
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}))
-    (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -188,38 +151,14 @@ def test_formats_split_files_and_a_projector_in_one_run(
 
 def test_mtmd_reads_an_image(made: Callable[[str], Path], tiny: dict[str, Path], tmp_path: Path) -> None:
     """llama.cpp's own multimodal library loads the projector for its target and encodes a picture to finite rows."""
-    import llama_cpp
-    import numpy as np
-    from llama_cpp import mtmd_cpp
-
     pair = convert_pair(made("31B"), tiny["dense"], tmp_path, "F16", "F16", mmproj="F16")
-    model = llama_cpp.llama_model_load_from_file(str(pair.target).encode(), llama_cpp.llama_model_default_params())
-    settings = mtmd_cpp.mtmd_context_params_default()
-    settings.use_gpu, settings.n_threads, settings.print_timings, settings.warmup = False, 1, False, False
-    context = mtmd_cpp.mtmd_init_from_file(str(pair.projector).encode(), model, settings)
-    assert context
-    assert mtmd_cpp.mtmd_support_vision(context)
-    side = 96
-    pixels = (ctypes.c_uint8 * (side * side * 3))(*(i % 251 for i in range(side * side * 3)))
-    picture = mtmd_cpp.mtmd_bitmap_init(side, side, pixels)
-    chunks = mtmd_cpp.mtmd_input_chunks_init()
-    text = mtmd_cpp.mtmd_input_text()
-    marker = mtmd_cpp.mtmd_default_marker()
-    text.text, text.text_len, text.add_special, text.parse_special = marker, len(marker), True, True
-    pictures = (mtmd_cpp.mtmd_bitmap_p_ctypes * 1)(picture)
-    assert mtmd_cpp.mtmd_tokenize(context, chunks, ctypes.byref(text), pictures, 1) == 0
-    n_rows = 0
-    for number in range(mtmd_cpp.mtmd_input_chunks_size(chunks)):
-        chunk = mtmd_cpp.mtmd_input_chunks_get(chunks, number)
-        if mtmd_cpp.mtmd_input_chunk_get_type(chunk) == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_IMAGE:
-            assert mtmd_cpp.mtmd_encode_chunk(context, chunk) == 0
-            n_rows = mtmd_cpp.mtmd_input_chunk_get_n_tokens(chunk)
-            rows = np.ctypeslib.as_array(mtmd_cpp.mtmd_get_output_embd(context), (n_rows, TEXT["hidden_size"]))
-            assert bool(np.isfinite(rows).all())
-            assert rows.std() > 0
-    assert n_rows > 0
-    mtmd_cpp.mtmd_free(context)
-    llama_cpp.llama_model_free(model)
+    assert pair.projector is not None
+    with multimodal(pair.target, pair.projector) as context:
+        assert context
+        rows = encoded(context, picture(), TEXT["hidden_size"])
+    assert len(rows) > 0
+    assert np.isfinite(rows).all()
+    assert rows.std() > 0
 
 
 def test_what_has_no_projector(tiny: dict[str, Path], made: Callable[[str], Path], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from gemma_mtp.convert.cli.ollama_engine import engine, serve
 
 if TYPE_CHECKING:
     from gemma_mtp.convert.ollama.api import Client
@@ -19,6 +20,10 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print the result
 @click.group()
 def ollama() -> None:
     """Pairs in Ollama: make a model of one, give a pulled model a drafter, see what is wrong."""
+
+
+ollama.add_command(serve)
+ollama.add_command(engine)
 
 
 def _api() -> Client:
@@ -145,16 +150,24 @@ def doctor(name: str | None, no_run: bool, as_json: bool) -> None:
       gemma-mtp ollama doctor gemma4:e4b
     """
     from gemma_mtp.convert.ollama.api import Client
-    from gemma_mtp.convert.ollama.doctor import examine, gemma4_models
+    from gemma_mtp.convert.ollama.doctor import examine, gemma4_models, host
 
     api = Client()
     version = api.version()
+    machine = host(api)
     found = [name] if name else [model.name for model in gemma4_models(api)]
     reports = [examine(api, each, run=bool(name) and not no_run) for each in found]
     if as_json:
-        click.echo(json.dumps({"version": version, "url": api.url, "models": [_plain(report) for report in reports]}))
+        told: dict[str, Any] = {"version": version, "url": api.url, "models": [_plain(report) for report in reports]}
+        if machine is not None:
+            told |= {"engine": machine.about, "problems": [finding.problem for finding in machine.findings]}
+        click.echo(json.dumps(told))
         return
     click.echo(f"Ollama {version} at {api.url}")
+    if machine is not None:
+        click.echo(f"engine    {machine.about}")
+        for finding in machine.findings:
+            click.echo(f"problem   {_line(finding)}")
     for report in reports:
         _show(report)
     if not reports:
@@ -177,6 +190,7 @@ def _tell(api: Client, model: Stored, as_json: bool) -> None:
 def _show(report: Report) -> None:
     """A model, its parts and what is wrong with it, a line each."""
     from gemma_mtp.convert.cli.show import counts_line, show_rows
+    from gemma_mtp.convert.ollama.installation import whose
 
     rows = {"model": f"{report.model.name}  {report.model.about}"}
     types = report.types()
@@ -185,7 +199,7 @@ def _show(report: Report) -> None:
             rows[role] = f"{header.path.stat().st_size / 1e6:,.1f} MB  {counts_line(types[role])}"
     rows["renderer"] = report.model.renderer or "none"
     if report.trial is not None:
-        rows["engine"] = report.trial.engine or "not to be seen from here"
+        rows["engine"] = whose(report.trial.engine) if report.trial.engine else "not to be seen from here"
     rows["state"] = str(report.trial or _state(report))
     show_rows(rows)
     for finding in report.findings:

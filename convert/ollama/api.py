@@ -56,6 +56,10 @@ class OllamaError(MtpError):
         self.status = status
 
 
+class NotRunningError(MtpError):
+    """Nothing answers where Ollama ought to."""
+
+
 def address(setting: str | None = None) -> SplitResult:
     """Where Ollama listens, as its own client reads OLLAMA_HOST (envconfig/config.go).
 
@@ -179,11 +183,11 @@ class Client:
         if isinstance(getattr(problem, "reason", problem), TimeoutError):
             raise MtpError(f"Ollama at {self.url} does not answer in time; see its log, or start it anew.") from None
         if self.is_here and shutil.which("ollama") is None:
-            raise MtpError(
+            raise NotRunningError(
                 f"Ollama is not installed, and nothing answers at {self.url}; get it from {DOWNLOAD}, or set "
                 "OLLAMA_HOST to the host:port of one that runs elsewhere."
             ) from None
-        raise MtpError(
+        raise NotRunningError(
             f"Ollama is not running at {self.url}; start it with ollama serve (or its app, or systemctl start ollama), "
             "or set OLLAMA_HOST to its host:port."
         ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -9,6 +10,8 @@ from gemma_mtp.convert import link
 from gemma_mtp.convert.errors import MtpError
 from gemma_mtp.convert.ollama.api import Client
 from gemma_mtp.convert.ollama.attach import PLAIN, chosen_renderer
+from gemma_mtp.convert.ollama.installation import installation, running_program
+from gemma_mtp.convert.ollama.probe import fault
 from gemma_mtp.convert.ollama.store import Stored, names, stored
 from gemma_mtp.convert.ollama.trial import Trial, trial
 from gemma_mtp.convert.pipeline import type_counts
@@ -35,6 +38,36 @@ class Report:
     def types(self) -> dict[str, dict[str, int]]:
         headers = {"target": self.target, "drafter": self.drafter}
         return {role: type_counts(each.tensors.values()) for role, each in headers.items() if each is not None}
+
+
+@dataclass(frozen=True)
+class Host:
+    """The engine of a running Ollama, in a line, and what is wrong with it."""
+
+    about: str
+    findings: tuple[Finding, ...] = ()
+
+
+def host(api: Client) -> Host | None:
+    """What the Ollama that answers runs its models with; None where its files are not on this machine.
+
+    Its own llama-server is tried with a tiny model: on some processors it ends with an illegal instruction.
+    """
+    if not api.is_here or not sys.platform.startswith(("linux", "darwin")):
+        return None
+    from gemma_mtp.convert.ollama import dispatch, shadow
+
+    served = shadow.running()
+    if served is not None and served.url == api.url:
+        return Host(f"{served.engine}, by gemma-mtp ollama serve")
+    try:
+        found = installation(running_program())
+    except MtpError:
+        return None
+    state = dispatch.status(found)
+    problem = fault(state.original)
+    findings = () if problem is None else (Finding(f"Ollama's own llama-server {problem}", ""),)
+    return Host(dispatch.about(found, state), findings)
 
 
 def gemma4_models(api: Client) -> list[Stored]:

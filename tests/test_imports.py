@@ -62,8 +62,15 @@ def run(missing: tuple[str, ...], *command: str | Path) -> tuple[subprocess.Comp
 
 @pytest.mark.parametrize(
     "command",
-    [(), *((name,) for name in main.COMMANDS), ("ollama", "create"), ("ollama", "attach"),
-     ("ollama", "serve"), ("ollama", "engine"), ("ollama", "engine", "install")],
+    [
+        (),
+        *((name,) for name in main.COMMANDS),
+        ("ollama", "create"),
+        ("ollama", "attach"),
+        ("ollama", "serve"),
+        ("ollama", "engine"),
+        ("ollama", "engine", "install"),
+    ],
     ids=" ".join,
 )
 def test_help_needs_neither_libllama_nor_torch_nor_an_extra(command: tuple[str, ...]) -> None:

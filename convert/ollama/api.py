@@ -113,6 +113,12 @@ class Client:
         """
         return self._asked(self._request(path, body, "POST"), timeout)
 
+    def stream(self, path: str, body: Mapping[str, Any], timeout: float = ANSWER) -> Iterator[Any]:
+        """The lines of an answer as they come, parsed; raises what `post` raises."""
+        with self._faults(), self._open(self._request(path, body, "POST"), timeout=timeout) as answer:
+            for line in answer:
+                yield _checked(json.loads(line), answer.status)
+
     def delete(self, name: str) -> None:
         """Take a model out of the store; layers that others use stay."""
         self._asked(self._request("/api/delete", {"model": name}, "DELETE"), ANSWER)
@@ -158,9 +164,7 @@ class Client:
             found = json.loads(text) if text.strip() else None
         except ValueError:
             raise MtpError(f"{self.url} is not Ollama; set OLLAMA_HOST to the host:port of one.") from None
-        if isinstance(found, dict) and isinstance(found.get("error"), str):
-            raise OllamaError(found["error"], status)
-        return found
+        return _checked(found, status)
 
     @contextmanager
     def _faults(self) -> Iterator[None]:
@@ -191,6 +195,17 @@ class Client:
             f"Ollama is not running at {self.url}; start it with ollama serve (or its app, or systemctl start ollama), "
             "or set OLLAMA_HOST to its host:port."
         ) from None
+
+
+def _checked(found: Any, status: int) -> Any:
+    """What Ollama answered.
+
+    Raises:
+        OllamaError: it is an error.
+    """
+    if isinstance(found, dict) and isinstance(found.get("error"), str):
+        raise OllamaError(found["error"], status)
+    return found
 
 
 def numbers(version: str) -> tuple[int, ...]:

@@ -59,10 +59,13 @@ class Engine:
         """Whether its libllama reads the files of Ollama's library: encoders in them, another name of the tokenizer."""
         return self._has(LIBRARY_KEY)
 
-    def _has(self, text: bytes) -> bool:
-        return any(
-            text in path.read_bytes() for path in self.files if path.name.startswith("libllama.") and path.is_file()
-        )
+    def _has(self, text: bytes, library: str = "libllama.") -> bool:
+        return any(text in path.read_bytes() for path in self.files if path.name.startswith(library) and path.is_file())
+
+    @property
+    def replays(self) -> bool:
+        """Whether its llama-server accepts drafts with a given chance (`--spec-synth-rates`)."""
+        return self._has(b"spec-synth-rates", "libllama-common.")
 
     @property
     def version(self) -> str:

@@ -207,23 +207,28 @@ def started(
             pass_fds=[lock],
         )  # fmt: skip
     try:
-        version = _wait(process, Client(wanted.host), log)
+        version = wait_for(process, Client(wanted.host), log)
         engine = f"gemma-mtp's llama-server {ours.version}"
         url, at = address(wanted.host).geturl(), "" if log is None else str(log)
         served = Served(process.pid, url, version, str(found.program), str(prefix), engine, str(wanted.store), at)
         _record().write_text(json.dumps(asdict(served)))
         yield served, process
     except BaseException:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
-        _kill(process.pid)
-        process.wait()
+        end(process)
         _record().unlink(missing_ok=True)
         raise
 
 
-def _wait(process: Process, api: Client, log: Path | None) -> str:
+def end(process: Process) -> None:
+    """End an Ollama, and the models that it runs."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
+    _kill(process.pid)
+    process.wait()
+
+
+def wait_for(process: Process, api: Client, log: Path | None) -> str:
     """The version of an Ollama, once it answers.
 
     Raises:

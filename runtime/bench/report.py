@@ -31,6 +31,8 @@ def show(result: Mapping[str, Any], console: Console) -> None:
         console.print(_auto(result))
         for who, other in result.get("against", {}).items():
             console.print(_server(who, other["server"]))
+        for name, found in result.get("ollama", {}).items():
+            console.print(_ollama(name, found))
     for line in _notes(result):
         console.print(line, highlight=False, markup=False)
 
@@ -92,6 +94,24 @@ def _server(who: str, server: Mapping[str, Any]) -> Table:
             _case(name), f"{rate:.1f}", f"{server['speedup'][name]:.2f}", str(server["draft_length"][name]),
             f"{over[name]:.2f}",
         )  # fmt: skip
+    return table
+
+
+def _ollama(name: str, found: Mapping[str, Any]) -> Table:
+    """Through Ollama: a row a case, of Ollama's own engine and of ours."""
+    engines = found["engines"]
+    title = f"{name}, through its API, a prompt of {found['prompt_tokens']} tokens"
+    table = Table(title=title, title_justify="left")
+    for heading in ("engine", "drafts", "tokens/s", "over Ollama's plain", "accepted", "first token, ms", "memory, MB"):
+        table.add_column(heading, justify="left" if heading in ("engine", "drafts") else "right")
+    base = next(iter(engines.values()))["cases"]["plain"]["tokens_per_s"]
+    for who, each in engines.items():
+        for case, values in each["cases"].items():
+            rate, accepted = values["tokens_per_s"], values.get("acceptance")
+            table.add_row(
+                who, case, f"{rate:.1f}", f"{rate / base:.2f}", "" if accepted is None else f"{accepted:.0%}",
+                f"{values['first_token_ms']:,}", f"{values['memory_mb']:,}",
+            )  # fmt: skip
     return table
 
 

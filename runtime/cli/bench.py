@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +17,7 @@ from gemma_mtp.runtime.pair import searched
 from gemma_mtp.runtime.request import checked_length
 
 DEFAULT_ACCEPTANCE = "0.35,0.6,0.8,0.95"
+OLLAMA_DRAFTS = 4  # in a round, where the model says nothing else
 
 
 class Listed(click.ParamType):
@@ -46,6 +47,18 @@ def fixed_length(text: str) -> int:
     if not length:
         raise ValueError("0 drafts none, and plain generation is measured anyway.")
     return length
+
+
+class Against(click.ParamType):
+    """Another build of llama.cpp, or Ollama."""
+
+    name = "build"
+    builds = "stock", "patched-server", "portable"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value not in self.builds and value.partition(":")[0] != "ollama":
+            self.fail(f"{value!r} is none of {', '.join(self.builds)}, ollama, ollama:MODEL", param, ctx)
+        return value
 
 
 @click.command()
@@ -79,8 +92,10 @@ def fixed_length(text: str) -> int:
 @click.option(
     "--against",
     multiple=True,
-    type=click.Choice(["stock", "patched-server", "portable"]),
-    help="Measure another build on the same files as well; may be given more than once.",
+    type=Against(),
+    metavar="BUILD",
+    help="Measure another build on the same files as well: stock, patched-server, portable; or ollama: the pair "
+    "through Ollama's API, on its engine and on ours; ollama:MODEL, a model of its store. May be given more than once.",
 )
 @click.option("--passes", is_flag=True, help="Stop after target passes and draft rounds.")
 @click.option(
@@ -115,7 +130,7 @@ def fixed_length(text: str) -> int:
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.png", help="Draw the result.")
 @click.pass_obj
 def bench(
-    generate: Any,
+    lent: Any,
     /,
     pair: Path | None,
     shape: str | None,
@@ -128,6 +143,7 @@ def bench(
     draft: tuple[int, ...] | None,
     prompts: Any,
     threads: int | None,
+    against: tuple[str, ...],
     plot: Path | None,
     **rest: Any,
 ) -> None:
@@ -144,6 +160,7 @@ def bench(
       gemma-mtp bench --shape E2B --acceptance 0,0.35,0.95,0.1/0.9:64 --draft 1,2,3,4,6,8
       gemma-mtp bench --shape E2B --against portable --passes --repeat 5
       gemma-mtp bench --shape E2B --against stock --plot e2b.png
+      gemma-mtp bench --shape E2B --against ollama --acceptance 0,0.35,0.6,0.8,0.95 -n 256
     """  # fmt: skip
     if (pair is None) == (shape is None):
         raise click.UsageError("name a PAIR, or give --shape for random weights.")
@@ -157,7 +174,7 @@ def bench(
     with _progress() as step:
         if shape is not None:
             target, found = _random(
-                generate, shape, rest["seed"], step,
+                lent.random_pair, shape, rest["seed"], step,
                 quant=quant, drafter_quant=drafter_quant, drafter_head=drafter_head, layers=layers,
             )  # fmt: skip
         else:
@@ -166,11 +183,14 @@ def bench(
         if acceptance is None:
             acceptance = tuple(map(Chance.parse, DEFAULT_ACCEPTANCE.split(","))) if shape else ()
         texts = [text for text in prompts.read().split("\n\n") if text.strip()] if prompts else PROMPTS
+        builds = tuple(name for name in against if name in Against.builds)
         settings = Settings(
             target, found, acceptance=acceptance, own=shape is None, draft=draft or (), prompts=tuple(texts),
-            threads=threads or physical_cores(), **rest,
+            threads=threads or physical_cores(), against=builds, **rest,
         )  # fmt: skip
         result = measure(settings, step)
+        if not settings.passes:
+            result |= _through_ollama(lent, settings, sorted(set(against) - set(builds)), step)
     report.show(result, Console(highlight=False))
     if plot is not None:
         report.plot(result, plot)
@@ -190,6 +210,22 @@ def _check_plot(plot: Path, passes: bool) -> None:
         raise click.ClickException("--plot needs matplotlib; run: pip install 'gemma-mtp[plot]'")
     if not plot.absolute().parent.is_dir():
         raise click.ClickException(f"--plot {plot}: there is no folder {plot.absolute().parent}; make it first.")
+
+
+def _through_ollama(lent: Any, settings: Settings, named: Sequence[str], step: Any) -> dict[str, Any]:
+    """What Ollama makes of the pair, or of the models of its store that were named."""
+    text = ("\n\n".join(settings.prompts) * settings.ctx_filled)[: settings.ctx_filled]
+    found = {
+        name: lent.through_ollama(
+            step, target=settings.target, drafter=settings.drafter, prompt=text,
+            chances=[chance.levels[0] for chance in settings.acceptance if not chance.switches],
+            lengths=settings.draft or (OLLAMA_DRAFTS,), model=name.partition(":")[2], tokens=settings.tokens,
+            n_ctx=settings.n_ctx, threads=settings.threads, temp=settings.temp, seed=settings.seed,
+            repeat=settings.repeat,
+        )
+        for name in named
+    }  # fmt: skip
+    return {"ollama": found} if found else {}
 
 
 @contextmanager

@@ -42,9 +42,19 @@ def imported(where: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def random_pair(*arguments: Any, **options: Any) -> Any:
-    """`gemma_mtp.convert.random_pair.write_pair`, which the context hands to bench."""
-    return imported("gemma_mtp.convert.random_pair:write_pair")(*arguments, **options)
+class Lent:
+    """What bench needs of `convert`, which `runtime` does not import; the context hands it on."""
+
+    @staticmethod
+    def random_pair(*arguments: Any, **options: Any) -> Any:
+        """As `gemma_mtp.convert.random_pair.write_pair`."""
+        return imported("gemma_mtp.convert.random_pair:write_pair")(*arguments, **options)
+
+    @staticmethod
+    def through_ollama(step: Any, **options: Any) -> Any:
+        """As `gemma_mtp.convert.ollama.measure.measure`, given what a `Wanted` holds."""
+        wanted = imported("gemma_mtp.convert.ollama.measure:Wanted")(**options)
+        return imported("gemma_mtp.convert.ollama.measure:measure")(wanted, step)
 
 
 # What asks a program to end, beside Ctrl-C, and what is said then. Windows has no SIGHUP.
@@ -183,4 +193,4 @@ def main(ctx: click.Context, debug: bool) -> None:
       gemma-mtp run out/gemma-4-E2B-it-Q4_K_M.gguf -p "Why is the sky blue?" --chat
       gemma-mtp ollama create gemma-4-e2b out
     """
-    ctx.obj = random_pair
+    ctx.obj = Lent()

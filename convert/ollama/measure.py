@@ -1,0 +1,261 @@
+"""A pair measured through Ollama's API: on the engine that Ollama came with and on ours, with drafts and without.
+
+Every case is a server of its own, visited in turn, as the speed of a machine drifts. Replayed acceptance is our
+llama-server's `--spec-synth-rates`, set by the environment, which Ollama hands on: it drafts, verifies and samples as
+ever, then accepts at random.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from gemma_mtp.convert import link
+from gemma_mtp.convert.ollama import shadow
+from gemma_mtp.convert.ollama.api import LOADING, Client
+from gemma_mtp.convert.ollama.create import check_types
+from gemma_mtp.convert.ollama.installation import Engine, installation, our_engine, whose
+from gemma_mtp.patches.source import cache_dir
+
+Step = Callable[[str, int, int], None]
+# The name of a pair in the store that is made for it.
+NAME = "gemma-mtp-bench"
+SYNTH = "LLAMA_ARG_SPEC_SYNTH_RATES"
+# Of a request, in the log of llama-server.
+DRAFTED = re.compile(r"draft acceptance = \S+ \(\s*(\d+) accepted /\s*(\d+) generated\)")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to measure.
+
+    Attributes:
+        target, drafter: GGUF files, of a split the first.
+        prompt: begins each request, after a number of its own that keeps it out of the prompt cache.
+        chances: of acceptance per token, to be replayed where the engine can.
+        lengths: drafts in a round.
+        model: one of the user's store instead of the pair.
+        tokens: generated in a request.
+        n_ctx, threads, temp, seed: as llama.cpp has them.
+        repeat: visits, of which medians are taken.
+    """
+
+    target: Path
+    drafter: Path
+    prompt: str
+    chances: Sequence[float]
+    lengths: Sequence[int]
+    model: str
+    tokens: int
+    n_ctx: int
+    threads: int
+    temp: float
+    seed: int
+    repeat: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One request: tokens read and made, seconds of generation and until the first token, drafts, bytes of memory."""
+
+    read: int
+    made: int
+    seconds: float
+    first: float
+    drafted: int
+    accepted: int
+    memory: int
+
+    def rate(self, chance: float | None, length: int) -> float:
+        """Tokens a second; at a replayed chance those expected of a round over the time of one.
+
+        The server accepts at random, and the few dozen rounds of a request would scatter by several percent. Leviathan
+        et al., arXiv 2211.17192, equation 1.
+        """
+        if chance is None:
+            return self.made / self.seconds
+        rounds = self.made - 1 - self.accepted  # the first token is the prompt's
+        return sum(chance**place for place in range(length + 1)) / (self.seconds / rounds)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An engine, drafts in a round, and the chance that is replayed; None for what the drafts deserve."""
+
+    who: str
+    length: int
+    chance: float | None = None
+
+    @property
+    def name(self) -> str:
+        if not self.length:
+            return "plain"
+        return f"{'own' if self.chance is None else f'{self.chance:g}'}, {self.length}"
+
+
+def measure(wanted: Wanted, step: Step = lambda label, done, total: None) -> dict[str, Any]:
+    """Measure through Ollama.
+
+    Returns:
+        Of each engine what runs, and by case ("plain", "own, 4", "0.8, 4") tokens a second, milliseconds until the
+        first token of a prompt that is not cached, acceptance, and MB of memory that llama-server holds.
+
+    Raises:
+        MtpError: Ollama or our llama-server is not installed, or does not start, or refuses the pair.
+    """
+    if not wanted.model:
+        check_types([link.read_header(wanted.target), link.read_header(wanted.drafter)])
+    found, ours = installation(), our_engine()
+    programs = {"ours": shadow.shadow(found, ours) / "bin" / "ollama"}
+    if not found.engine.is_ours:
+        programs = {"ollama": found.program, **programs}
+    engines = {"ollama": found.engine, "ours": ours}
+    cases = [Case(who, length, chance) for who in programs for length, chance in _cases(wanted, engines[who])]
+    runs: dict[Case, list[Run]] = {case: [] for case in cases}
+    about: dict[str, str] = {}
+    with ExitStack() as stack:
+        store = _store(wanted, programs["ours"], stack)
+        for visit in range(wanted.repeat):
+            for place, case in enumerate(cases[:: 1 if visit % 2 == 0 else -1]):
+                step(f"Ollama, {case.who}, {case.name}", visit * len(cases) + place, wanted.repeat * len(cases))
+                with _Server(programs[case.who], store, case) as server:
+                    runs[case].append(server.run(wanted, visit))
+                    about[case.who] = whose(server.engine)
+    return {
+        "program": str(found.program),
+        "prompt_tokens": runs[cases[0]][0].read,
+        "engines": {
+            who: {"engine": about[who], "cases": {c.name: _found(c, runs[c]) for c in cases if c.who == who}}
+            for who in programs
+        },
+    }
+
+
+def _cases(wanted: Wanted, engine: Engine) -> Iterator[tuple[int, float | None]]:
+    """Drafts and chance of every case of an engine."""
+    yield 0, None
+    for length in wanted.lengths:
+        yield length, None
+        if engine.replays:
+            yield from ((length, chance) for chance in wanted.chances)
+
+
+def _found(case: Case, runs: Sequence[Run]) -> dict[str, float]:
+    drafted = sum(run.drafted for run in runs)
+    found = {
+        "tokens_per_s": round(median(run.rate(case.chance, case.length) for run in runs), 2),
+        "first_token_ms": round(1e3 * median(run.first for run in runs)),
+        "memory_mb": round(median(run.memory for run in runs) / 1e6),
+    }
+    return found | ({"acceptance": round(sum(run.accepted for run in runs) / drafted, 3)} if drafted else {})
+
+
+def _store(wanted: Wanted, program: Path, stack: ExitStack) -> Path | None:
+    """The folder of a store that holds the pair for as long as `stack` is open; None for the user's own."""
+    if wanted.model:
+        return None
+    store = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ollama-store-", dir=cache_dir())))
+    with _Server(program, store, Case("ours", 0)) as server:
+        files = [
+            {header.path.name: server.api.upload(header.path) for header in link.read_parts(link.read_header(path))}
+            for path in (wanted.target, wanted.drafter)
+        ]
+        body = {"model": NAME, "files": files[0], "draft_files": files[1], "stream": False}
+        server.api.post("/api/create", body, LOADING)
+    return store
+
+
+class _Server:
+    """`ollama serve` for one case.
+
+    Args:
+        program: Ollama's program, whose place says which engine it starts.
+        store: of the models; None for the user's own.
+        case: of which the chance is replayed.
+
+    Attributes:
+        api: how it is asked.
+        engine: the llama-server that answered.
+    """
+
+    def __init__(self, program: Path, store: Path | None, case: Case) -> None:
+        self._program, self._store, self._case = program, store, case
+        self.engine = ""
+
+    def __enter__(self) -> _Server:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            host = f"127.0.0.1:{free.getsockname()[1]}"
+        # The user's store may be another Ollama's as well: what that one is about to finish is not cleared away.
+        env = {**os.environ, "OLLAMA_HOST": host, "OLLAMA_NOPRUNE": "1"}
+        if self._store is not None:
+            env["OLLAMA_MODELS"] = str(self._store)
+        if self._case.chance is not None:
+            env[SYNTH] = ",".join(f"{self._case.chance ** (place + 1):.9f}" for place in range(self._case.length))
+        self._log = Path(tempfile.mkstemp(prefix="ollama-log-", dir=cache_dir())[1])
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [self._program, "serve"], env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+        self.api = Client(host)
+        try:
+            shadow.wait_for(self._process, self.api, self._log)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        shadow.end(self._process)
+        self._log.unlink(missing_ok=True)
+
+    def run(self, wanted: Wanted, visit: int) -> Run:
+        """One request, after one that loads the model."""
+        options = {
+            "num_predict": wanted.tokens, "num_ctx": wanted.n_ctx, "num_thread": wanted.threads, "stop": [],
+            "seed": wanted.seed + visit, "temperature": wanted.temp, "draft_num_predict": self._case.length,
+        }  # fmt: skip
+        body = {"model": wanted.model or NAME, "raw": True, "options": options}
+        loading = {**body, "prompt": "0", "options": {**options, "num_predict": 1}, "stream": False}
+        self.api.post("/api/generate", loading, LOADING)
+        start = time.perf_counter()
+        lines = self.api.stream("/api/generate", {**body, "prompt": f"{visit + 1} {wanted.prompt}"}, LOADING)
+        answer = next(lines)
+        first = time.perf_counter() - start
+        for answer in lines:  # noqa: B007 (the last one counts)
+            pass
+        self.engine, memory = _child(self._process.pid)
+        accepted, drafted = _drafts(self._log) if self._case.length else (0, 0)
+        seconds = answer["eval_duration"] / 1e9
+        return Run(answer["prompt_eval_count"], answer["eval_count"], seconds, first, drafted, accepted, memory)
+
+
+def _drafts(log: Path) -> tuple[int, int]:
+    """Accepted and drafted tokens of the last answer, as its llama-server told."""
+    found = DRAFTED.findall(log.read_text(errors="replace"))
+    return (int(found[-1][0]), int(found[-1][1])) if found else (0, 0)
+
+
+def _child(parent: int) -> tuple[str, int]:
+    """The program that a process started, and the bytes of memory that it holds; "" and 0 where there is no /proc."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            status = (folder / "status").read_text()
+            if re.search(rf"^PPid:\t{parent}$", status, re.MULTILINE):
+                program = (folder / "cmdline").read_bytes().split(b"\0")[0]
+                held = re.search(r"^VmRSS:\s+(\d+) kB$", status, re.MULTILINE)
+                return os.fsdecode(program), 1024 * int(held[1] if held else 0)
+        except OSError:
+            continue  # it ended, or is not to be seen
+    return "", 0

@@ -10,7 +10,7 @@ TOOLS  := $(VENV)/.ready-check
 WHEEL  := $(VENV)/.ready-wheel
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native wheel demo test check fix bench bench-convert check-patches check-kernels check-arm check-formats check-stock \
+.PHONY: help setup native ui wheel demo test check fix bench bench-convert check-patches check-kernels check-arm check-formats check-stock \
         check-ollama check-distribution check-coupling check-invariance fuzz clean
 
 help: ## show this list
@@ -45,6 +45,9 @@ setup: $(READY) ## virtual environment, patched llama-cpp-python, this package
 
 native: $(BIN)/python ## build (or take from the cache) and install the patched llama-cpp-python
 	@$(BIN)/python patches/build.py install
+
+ui: $(BIN)/python ## build the web page of llama-server, with Node 20 or later
+	@$(BIN)/python patches/build.py ui
 
 wheel: $(WHEEL) ## our wheel, and llama-cpp-python's with kernels for every CPU of this architecture, into dist/
 	@rm -rf build/lib build/bdist.*

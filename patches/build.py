@@ -9,6 +9,7 @@ python patches/build.py arm          # what `make check-arm` runs
 python patches/build.py edit DIR     # the series as commits, to change it
 python patches/build.py export DIR   # the commits back to patches/
 python patches/build.py bump TREE    # try the series on another llama.cpp
+python patches/build.py ui           # what `make ui` runs: the web page of llama-server
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .check import build_kernels, check, check_arm
 from .rebase import edit, export
 from .source import BuildError, say
 from .stock import build_stock
+from .ui import build_ui
 from .wheel import build_wheel, cmake_args, deliver, describe, install
 
 
@@ -41,6 +43,11 @@ def wheel(folder: Path, **options: Any) -> None:
     """Build the wheel, put it into a folder and print what it is."""
     flags = cmake_args(**options)
     print(describe(deliver(build_wheel(flags), folder), flags))
+
+
+def page() -> None:
+    """Build the web page of llama-server and print where it is."""
+    print(build_ui())
 
 
 def arguments() -> dict[str, Any]:
@@ -67,6 +74,7 @@ def arguments() -> dict[str, Any]:
     action("stock", build_stock, "build the unpatched llama.cpp, to compare with")
     action("kernels", build_kernels, "build libggml for other instruction sets")
     action("arm", check_arm, "build libggml for ARM and test it under emulation")
+    action("ui", page, "build the web page of llama-server with Node and keep it in the cache")
     made = action("edit", edit, "make a work tree with the series as commits")
     made.add_argument("into", type=Path, metavar="DIR", help="the folder to make")
     made.add_argument("--onto", type=Path, metavar="TREE", help="rebase them onto a folder or an sdist")

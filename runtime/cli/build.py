@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 from gemma_mtp.patches import wheel
+from gemma_mtp.patches.ui import build_ui, built_ui
 
 
 @click.command()
@@ -15,9 +16,10 @@ from gemma_mtp.patches import wheel
 @click.option("--metal", is_flag=True, help="Apple's GPUs; on macOS the default.")
 @click.option("--vulkan", is_flag=True, help="GPUs with a Vulkan driver.")
 @click.option("--portable", is_flag=True, help="Kernels for every CPU of this architecture, chosen when loaded.")
+@click.option("--ui", is_flag=True, help="The web page of llama-server instead; needs Node 20 or later.")
 @click.option("--check", is_flag=True, help="Say what is installed and what a build would use, and build nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --check: print one JSON object.")
-def build(check: bool, as_json: bool, **options: Any) -> None:
+def build(ui: bool, check: bool, as_json: bool, **options: Any) -> None:
     """Build llama-cpp-python with gemma-mtp's patches, for this machine, and install it.
 
     The sources are fetched with pip and checked against their hash. The wheel is kept in the cache folder
@@ -28,14 +30,19 @@ def build(check: bool, as_json: bool, **options: Any) -> None:
       gemma-mtp build                        # some minutes, once
       gemma-mtp build --cuda                 # for an NVIDIA GPU; needs the CUDA toolkit
       gemma-mtp build --portable             # to be copied to other machines
+      gemma-mtp build --ui                   # the web page that gemma-mtp serve shows
       gemma-mtp build --check
     """
+    if ui and not check:
+        click.echo(f"the web page is in {build_ui()}", err=True)
+        return
     flags = wheel.cmake_args(**options)
     if not check:
         if not wheel.install(flags):
             click.echo(f"llama-cpp-python {wheel.local_version()} is installed already", err=True)
         return
-    report = wheel.report(flags) | {"kernels": _kernels()}
+    page = built_ui()
+    report = wheel.report(flags) | {"kernels": _kernels(), "ui": None if page is None else str(page)}
     if as_json:
         click.echo(json.dumps(report))
     else:
@@ -60,6 +67,7 @@ def _show(report: Mapping[str, Any]) -> None:
         "kernels": report["kernels"] or "none loaded",
         "flags": " ".join(report["flags"]),
         "wheel": report["wheel"] or "not built yet",
+        "web page": report["ui"] or "not built (gemma-mtp build --ui)",
         **{name: path or "missing" for name, path in report["tools"].items()},
     }
     width = max(map(len, lines))

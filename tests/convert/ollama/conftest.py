@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -34,26 +34,53 @@ def standin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Standin
 
 
 @pytest.fixture
-def real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A real one with a store of its own."""
+def program() -> Path:
+    """The program of a real one."""
     if not REAL:
         pytest.skip("no Ollama here; make check-ollama OLLAMA=/path/to/ollama runs this with one")
+    return Path(REAL)
+
+
+@pytest.fixture
+def around(program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where a real one shall listen, with a store of its own; it is the one that commands find."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         host = f"127.0.0.1:{free.getsockname()[1]}"
     monkeypatch.setenv("OLLAMA_HOST", host)
-    monkeypatch.setenv("PATH", str(Path(REAL).parent), prepend=os.pathsep)
-    around = {**os.environ, "HOME": str(tmp_path), "OLLAMA_MODELS": str(tmp_path / "store"), "OLLAMA_NO_CLOUD": "1"}
-    with (tmp_path / "log").open("w") as log, started([REAL, "serve"], env=around, stdout=log, stderr=log) as process:
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "store"))
+    monkeypatch.setenv("OLLAMA_NO_CLOUD", "1")
+    return host
+
+
+@pytest.fixture
+def real(
+    program: Path, around: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Mapping[str, str]]:
+    """A real one that runs; with settings of its own in its environment where a test asks for some."""
+    settings: Mapping[str, str] = getattr(request, "param", {})
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    with (tmp_path / "log").open("w") as log, started([program, "serve"], stdout=log, stderr=log) as process:
 
         def answers() -> bool:
             try:
-                return bool(Client(host).version())
+                return bool(Client(around).version())
             except MtpError:
                 return False
 
         until(answers, process)
-        yield
+        yield settings
+
+
+@pytest.fixture
+def ours(program: Path) -> bool:
+    """Whether the engine that lies beside a real one is our llama-server."""
+    folder = program.resolve().parent
+    places = [near / "libllama.so" for near in (folder.parent / "lib" / "ollama", folder / "lib" / "ollama", folder)]
+    return any(b"llama_mtp_draft" in path.read_bytes() for path in places if path.exists())
 
 
 @pytest.fixture(params=["standin", pytest.param("real", marks=pytest.mark.ollama)])

@@ -57,12 +57,13 @@ def first_bad_block(data: npt.NDArray[np.uint8], kind: Type) -> int | None:
     return int(np.argmax(bad)) if bool(bad.any()) else None
 
 
-def verify_files(out: Path, progress: Any = lambda done, total: None) -> dict[str, Any]:
+def verify_files(out: Path, progress: Any = lambda done, total: None, drafter: Path | None = None) -> dict[str, Any]:
     """Read a folder's GGUF files, or one file and its drafter, from end to end, with all files of a split.
 
     Args:
         out: a folder, or one GGUF file.
         progress: called with bytes read and bytes in all.
+        drafter: that of a model of Ollama; the linked one beside each target unless given.
 
     Returns:
         "files": for each its path, number of tensors, bytes, and how many tensors had a hash to compare with;
@@ -78,13 +79,13 @@ def verify_files(out: Path, progress: Any = lambda done, total: None) -> dict[st
     pairs = {}
     for path, header in list(headers.items()):
         if header.arch == link.TARGET_ARCH:
-            drafter = link.find_drafter(path, header)
-            if drafter is None:
+            found = drafter or link.find_drafter(path, header)
+            if found is None:
                 raise link.PairError(f"{link.why_no_drafter(path, header)}.")
-            if drafter not in headers:
-                headers |= _with_parts({drafter: link.read_header(drafter)})
-            link.check(header, headers[drafter])
-            pairs[str(path)] = str(drafter)
+            if found not in headers:
+                headers |= _with_parts({found: link.read_header(found)})
+            link.check(header, headers[found])
+            pairs[str(path)] = str(found)
     done, total = 0, sum(t.size for header in headers.values() for t in header.tensors.values())
     files = []
     for path, header in headers.items():

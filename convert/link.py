@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from gemma_mtp.convert.errors import MtpError, PairError
 from gemma_mtp.convert.gguf_io import split
+from gemma_mtp.convert.gguf_io.blobs import StoredModel, find_model, owner_of, what_it_is_not
 from gemma_mtp.convert.gguf_io.check import DRAFTER_ARCH, TARGET_ARCH, check_model, ends_in_donors
 from gemma_mtp.convert.gguf_io.folder import beginning, contents, folders_around, gguf_files, is_regular
 from gemma_mtp.convert.gguf_io.ordered import KEY_CENTROIDS, KEY_N_CENTROIDS, KEY_ORDERING, KEY_TOP_K
@@ -28,8 +29,9 @@ from gemma_mtp.convert.gguf_io.write import entry
 __all__ = [
     "DRAFTER_ARCH", "KEY_CENTROIDS", "KEY_HASHES", "KEY_N_CENTROIDS", "KEY_ORDERING", "KEY_PEER", "KEY_ROLE",
     "KEY_SEED", "KEY_SOURCE", "KEY_SPLIT", "KEY_TARGET", "KEY_TOP_K", "KEY_VERSION", "KEY_WEIGHTS", "TARGET_ARCH",
-    "VERSION", "Header", "MtpError", "PairError", "Strings", "Tensor", "check", "check_model", "find_drafter",
-    "gguf_files", "is_part", "read_header", "read_parts", "weights_identity", "why_no_drafter",
+    "VERSION", "Header", "MtpError", "PairError", "StoredModel", "Strings", "Tensor", "check", "check_model",
+    "find_drafter", "find_model", "gguf_files", "is_part", "owner_of", "read_header", "read_parts", "weights_identity",
+    "what_it_is_not", "why_no_drafter",
 ]  # fmt: skip
 
 VERSION = 1
@@ -157,6 +159,9 @@ def why_no_drafter(target: Path, header: Header) -> str:
         return (
             f"{target} is a {header.arch!r} model, and drafters are for {TARGET_ARCH!r}; pass drafter=None (--no-mtp)"
         )
+    model = owner_of(target)
+    if model is not None:
+        return f"Ollama's store has no linked drafter for {model}; run gemma-mtp ollama attach {model}, {NAME_ONE}"
     start, ours = f"no linked drafter beside {target}", header.metadata.get(KEY_SOURCE)
     drafter = next(_lying(target, header), None)
     if drafter is None:

@@ -83,24 +83,28 @@ def modelfile(
     return "\n".join(lines) + "\n"
 
 
-def modelfile_of(target: Path, named: Callable[[Path], str], projector: Path | None = None) -> str:
-    """Text of the Modelfile of a target's file and the linked drafter beside it.
+def modelfile_of(
+    target: Path, named: Callable[[Path], str], projector: Path | None = None, drafter: Path | None = None
+) -> str:
+    """Text of the Modelfile of a target's file and its drafter.
 
     Args:
         target: GGUF file; of a split, its first file.
         named: how the Modelfile shall name a file.
         projector: mmproj file of the target.
+        drafter: its GGUF file; the linked one beside the target unless given.
 
     Raises:
-        PairError: there is no drafter.
+        PairError: there is no drafter, or it is not the target's.
         MtpError: a file is missing or damaged, or the projector is none.
     """
     header = link.read_header(target)
     targets = link.read_parts(header)
-    drafter = link.find_drafter(target, header)
-    if drafter is None:
+    found = drafter or link.find_drafter(target, header)
+    if found is None:
         raise link.PairError(f"{link.why_no_drafter(target, header)}.")
-    drafters = link.read_parts(link.read_header(drafter))
+    drafters = link.read_parts(link.read_header(found))
+    link.check(header, drafters[0])
     if projector is not None and link.read_header(projector).arch != PROJECTOR:
         raise MtpError(f"{projector} is no projector; pass the mmproj file of {target.name}.")
     files, drafts = ([named(part.path) for part in parts] for parts in (targets, drafters))

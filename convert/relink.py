@@ -11,6 +11,7 @@ from typing import Any
 from gemma_mtp.convert import link
 from gemma_mtp.convert.errors import MtpError, PairError
 from gemma_mtp.convert.files import reading, writing
+from gemma_mtp.convert.gguf_io.blobs import is_store, owner_of
 from gemma_mtp.convert.gguf_io.read import Header
 from gemma_mtp.convert.gguf_io.split import KEY_COUNT
 from gemma_mtp.convert.gguf_io.write import entry
@@ -70,6 +71,7 @@ def link_files(
     if ordered_from is not None:
         values |= _ordered_head(theirs, fetch_checkpoint(str(ordered_from)))
     wanted = drafter if in_place else out or target.parent / f"{drafter.stem}-linked.gguf"
+    refuse_in_store(wanted.parent, target, drafter)
     if in_place and drafter.is_symlink():
         raise MtpError(f"{drafter} is a link to {drafter.resolve()}; name that file, or write another one with -o.")
     if not in_place and wanted.resolve() in (drafter.resolve(), target.resolve()):
@@ -83,6 +85,20 @@ def link_files(
             link.check(ours, seal(hidden / wanted.name))
             shutil.copymode(drafter, hidden / wanted.name)
     return wanted
+
+
+def refuse_in_store(folder: Path, target: Path, drafter: Path) -> None:
+    """Keep Ollama's store as it is: a file's name there is its hash, and what else lies there is removed.
+
+    Raises:
+        MtpError: the folder is a store's.
+    """
+    if is_store(folder):
+        model = owner_of(target)
+        command = f"gemma-mtp ollama attach {model or 'NAME'} --drafter {drafter}"
+        raise MtpError(
+            f"{folder} belongs to Ollama, and files there must stay as they are; run {command}, or write elsewhere: -o."
+        )
 
 
 def rewrite(header: Header, values: Mapping[str, Any], path: Path, progress: Progress) -> None:

@@ -27,7 +27,7 @@ from gemma_mtp.runtime.draft.source import DraftSource
 from gemma_mtp.runtime.faults import Careful, Closed, check_options, explaining_decode, explaining_load
 from gemma_mtp.runtime.grammar import Mask, TokenIndex
 from gemma_mtp.runtime.guard import Guard, exclusive_stream
-from gemma_mtp.runtime.pair import Wanted, fetch_drafter, searched
+from gemma_mtp.runtime.pair import Wanted, fetch_drafter, named, searched
 from gemma_mtp.runtime.request import MOST, WISHES, DraftLength, Request, checked_length, checked_mtp, chosen_seed
 from gemma_mtp.runtime.sampling import Sampler, reading
 from gemma_mtp.runtime.stats import Stats
@@ -52,7 +52,7 @@ class Llama(Api):
     temperature, as the random numbers are drawn otherwise; the distribution is the same.
 
     Args:
-        model_path: GGUF file of the target.
+        model_path: GGUF file of the target, or the name of a model of Ollama's store.
         drafter: "auto" (the default) takes the linked drafter beside the target; if there is none, a line on stderr
             says so, and what to do. A path names it; None turns multi-token prediction off.
         draft_length: tokens to draft in a round, 15 at most, or "auto" (the default) to go by what passes cost on this
@@ -91,6 +91,7 @@ class Llama(Api):
         wishes = Request(mtp, checked_length(draft_length))
         check_options(options)
         native.check_cpu()
+        model_path, drafter = named(model_path, drafter)
         path, missing = searched(model_path, drafter)
         reason = next((WITHOUT_DRAFTER[name] for name in WITHOUT_DRAFTER if options.get(name)), None)
         self._wanted, self._told = drafter, set[str]()
@@ -303,13 +304,14 @@ def open_pair(target: str | PathLike[str], drafter: Wanted = "auto", **options: 
     """Open a target with its drafter, and close both at the end; a missing drafter is an error here.
 
     Args:
-        target: GGUF file of the target.
+        target: as for `Llama`.
         drafter: as for `Llama`.
         options: further arguments of `Llama`.
 
     Raises:
         gemma_mtp.convert.link.MtpError: there is no drafter, or not of this target.
     """
+    target, drafter = named(target, drafter)
     path, missing = searched(target, drafter)
     if missing is not None:
         raise link.PairError(f"{missing}.")

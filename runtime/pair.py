@@ -12,6 +12,24 @@ from gemma_mtp.convert import link
 Wanted = str | PathLike[str] | Literal["auto"] | None
 
 
+def named(target: str | PathLike[str], drafter: Wanted) -> tuple[str | PathLike[str], Wanted]:
+    """A target's file, and the drafter wanted with it; of a model of Ollama's store its files.
+
+    Args:
+        target: a GGUF file, or the name of a model of Ollama. A file that exists comes first.
+        drafter: as for `drafter_of`; of a model "auto" is the drafter that it has, if it has one.
+
+    Raises:
+        gemma_mtp.convert.link.MtpError: it is neither, or its files cannot be read.
+    """
+    if Path(target).exists():
+        return target, drafter
+    model = link.find_model(str(target))
+    if model is None:
+        raise link.MtpError(link.what_it_is_not(str(target)))
+    return model.target, model.drafter or drafter if drafter == "auto" else drafter
+
+
 def drafter_of(target: str | PathLike[str], drafter: Wanted) -> Path | None:
     """The drafter to load with a target, its link checked.
 

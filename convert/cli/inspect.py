@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 from gemma_mtp.convert import link
+from gemma_mtp.convert.cli.named import named
 from gemma_mtp.convert.cli.show import counts_line, left_out, one_line, show_rows, show_tensors
 from gemma_mtp.convert.gguf_io import read
 from gemma_mtp.convert.pipeline import type_counts
@@ -19,12 +20,14 @@ SHOWN = 8
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--allow-unknown", metavar="KEY", multiple=True, help="Of a folder: as in gemma-mtp convert.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
-def inspect(file: Path, tensors: bool, allow_unknown: tuple[str, ...], as_json: bool) -> None:
+def inspect(file: str, tensors: bool, allow_unknown: tuple[str, ...], as_json: bool) -> None:
     """Show metadata, types and link of a GGUF file, one value a line.
+
+    FILE may be the name of a model of Ollama: its target is shown.
 
     A file whose metadata makes no sense is shown too, with what is wrong with it. Of a Hugging Face folder it shows
     what would become metadata, the tensors, and which of them a conversion leaves out, with the reason; a folder that
@@ -36,12 +39,14 @@ def inspect(file: Path, tensors: bool, allow_unknown: tuple[str, ...], as_json: 
       gemma-mtp inspect out/gemma-4-E2B-it-Q4_K_M.gguf --tensors
       gemma-mtp inspect out/gemma-4-E2B-it-Q4_K_M.gguf --json | jq .link
       gemma-mtp inspect gemma-4-E2B-it --json | jq .dropped
+      gemma-mtp inspect gemma4:e4b
     """
-    if file.is_dir():
-        _inspect_checkpoint(file, tensors, allow_unknown, as_json)
+    path, model = named(file)
+    if path.is_dir():
+        _inspect_checkpoint(path, tensors, allow_unknown, as_json)
         return
-    header = read.read(file)
-    found = plain_header(header)
+    header = read.read(path)
+    found = plain_header(header, model.drafter if model else None)
     if as_json:
         click.echo(json.dumps(found))
         return
@@ -53,7 +58,7 @@ def inspect(file: Path, tensors: bool, allow_unknown: tuple[str, ...], as_json: 
     rows |= {f"link: {key}": one_line(value) for key, value in found["link"].items() if value is not None}
     if found["problem"]:
         rows["problem"] = found["problem"]
-    click.echo(f"{file}  {file.stat().st_size / 1e6:,.1f} MB")
+    click.echo(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
     show_rows(rows)
     if tensors:
         click.echo()
@@ -90,12 +95,20 @@ def _inspect_checkpoint(folder: Path, tensors: bool, allowed: Collection[str], a
         show_tensors(found)
 
 
-def plain_header(header: link.Header) -> dict[str, Any]:
-    """A header as plain values: metadata (long arrays by length), tensors (row length first), link, what is wrong."""
-    problem, drafter = None, None
+def plain_header(header: link.Header, drafter: Path | None = None) -> dict[str, Any]:
+    """A header as plain values: metadata (long arrays by length), tensors (row length first), link, what is wrong.
+
+    Args:
+        header: of any GGUF file.
+        drafter: that of a model of Ollama; of a target the linked one beside it unless given.
+    """
+    problem = None
     try:
         link.check_model(header)
-        drafter = link.find_drafter(header.path, header) if header.arch == link.TARGET_ARCH else None
+        if drafter is None and header.arch == link.TARGET_ARCH:
+            drafter = link.find_drafter(header.path, header)
+        elif drafter is not None:
+            link.check(header, link.read_header(drafter))
     except link.MtpError as found:
         problem = str(found)
     return {

@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import click
+from gemma_mtp.convert.cli.named import named
 from gemma_mtp.convert.cli.show import progress_bar
+from gemma_mtp.convert.gguf_io.blobs import is_store, owner_of
 from gemma_mtp.convert.gguf_io.folder import folders_around
 
 
 @click.command("link")
-@click.argument("target", metavar="TARGET.gguf", type=click.Path(path_type=Path))
+@click.argument("target")
 @click.argument("drafter", metavar="DRAFTER.gguf", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="File to write. [default: <drafter>-linked.gguf "
               "beside the target]")  # fmt: skip
@@ -21,7 +23,7 @@ from gemma_mtp.convert.gguf_io.folder import folders_around
 @click.option("--force", is_flag=True, help="Replace the output, and a link to another target.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object.")
 def link_command(
-    target: Path,
+    target: str,
     drafter: Path,
     out: Path | None,
     in_place: bool,
@@ -31,8 +33,9 @@ def link_command(
 ) -> None:
     """Link a target and a drafter that somebody else converted, after checking that they fit.
 
-    Only the drafter is written anew; the target stays as it is, and so does its published hash. One linked drafter
-    serves every quantization of its target. It is found by itself when it lies in the target's folder.
+    TARGET is a GGUF file, or the name of a model of Ollama. Only the drafter is written anew; the target stays as it
+    is, and so does its published hash. One linked drafter serves every quantization of its target. It is found by
+    itself when it lies in the target's folder.
 
     \b
     Examples:
@@ -44,11 +47,15 @@ def link_command(
 
     if out is not None and in_place:
         raise click.UsageError("pass -o or --in-place, not both.")
+    file, model = named(target)
     with progress_bar("linking") as progress:
-        path = link_files(target, drafter, out, in_place, ordered_from, force, progress)
+        path = link_files(file, drafter, out, in_place, ordered_from, force, progress)
     if as_json:
-        click.echo(json.dumps({"target": str(target), "drafter": str(path)}))
+        click.echo(json.dumps({"target": str(file), "drafter": str(path)}))
         return
-    click.echo(f"{path} drafts for {target.name}")
-    if path.resolve().parent not in [folder.resolve() for folder in folders_around(target)]:
-        click.echo(f"move it into {target.absolute().parent}, where it is found by itself", err=True)
+    click.echo(f"{path} drafts for {target if model else file.name}")
+    if is_store(file.parent):
+        attach = f"gemma-mtp ollama attach {owner_of(file)} --drafter {path}"
+        click.echo(f"name it with --drafter, or give it to Ollama: {attach}", err=True)
+    elif path.resolve().parent not in [folder.resolve() for folder in folders_around(file)]:
+        click.echo(f"move it into {file.absolute().parent}, where it is found by itself", err=True)

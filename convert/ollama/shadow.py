@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gemma_mtp.convert.errors import MtpError
+from gemma_mtp.convert.gguf_io.blobs import FOLDERS
 from gemma_mtp.convert.launch import check_port
 from gemma_mtp.convert.ollama.api import PORT, Client, NotRunningError, address
 from gemma_mtp.convert.ollama.installation import Engine, Installation, hash_of
-from gemma_mtp.convert.ollama.store import FOLDERS
 from gemma_mtp.patches.source import cache_dir
 
 Process = subprocess.Popen[bytes]

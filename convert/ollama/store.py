@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -13,11 +12,9 @@ from typing import Any
 
 from gemma_mtp.convert import link
 from gemma_mtp.convert.errors import MtpError
+from gemma_mtp.convert.gguf_io.blobs import check_there, stores
 from gemma_mtp.convert.modelfile import files_of
 from gemma_mtp.convert.ollama.api import Client
-
-# Where a store lies that nobody moved: of a user's Ollama, and of the service that Linux's install script sets up.
-FOLDERS = ("~/.ollama/models", "/usr/share/ollama/.ollama/models")
 
 
 @dataclass(frozen=True)
@@ -119,9 +116,7 @@ def blobs_folder(api: Client) -> Path | None:
         target = stored(api, name).target
         if target is not None:
             return target.parent if target.parent.is_dir() else None
-    chosen = os.environ.get("OLLAMA_MODELS")
-    folders = [Path(each).expanduser() for each in ((chosen,) if chosen else FOLDERS)]
-    return next((folder for folder in folders if folder.is_dir()), None)
+    return next((store for store in stores() if store.is_dir()), None)
 
 
 def check_room(api: Client, peak: int) -> str:
@@ -144,16 +139,7 @@ def check_room(api: Client, peak: int) -> str:
 
 
 def _read(path: Path) -> link.Header:
-    try:
-        with path.open("rb"):
-            pass
-    except PermissionError:
-        raise MtpError(f"{path} may not be read by this user; run it with sudo, or join the group ollama.") from None
-    except OSError:
-        raise MtpError(
-            f"{path}, which Ollama names, is not on this machine: it runs in a container or elsewhere; run gemma-mtp "
-            "there, or mount its store under the same path."
-        ) from None
+    check_there(path)
     return link.read_header(path)
 
 

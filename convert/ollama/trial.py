@@ -22,13 +22,15 @@ from gemma_mtp.convert.ollama.store import Stored
 QUESTION = "Count from one to thirty in words, separated by commas."
 PROMPT = f"<|turn>user\n{QUESTION}<turn|>\n<|turn>model\n"
 N_TOKENS = 64
+# Fewer take no time that could be told.
+ENOUGH = 8
 # What the model sets and llama-server takes under the same name.
 SET = ("temperature", "top_k", "top_p", "min_p")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What was seen. Rates are in tokens a second.
+    """What was seen. Rates are in tokens a second, 0 where the model said too little to tell.
 
     `drafting` and `acceptance` (accepted drafts among all) are None where this machine does not show them; `engine` is
     the llama-server that answered, `stale` whether it drafts with a drafter that is not the model's.
@@ -48,7 +50,7 @@ class Trial:
             drafts += f", {self.acceptance:.0%} accepted"
         elif on:
             drafts += ", acceptance not to be seen from here (Ollama's log has it: draft acceptance)"
-        return f"{drafts}, {self.rate:.1f} tokens/s"
+        return f"{drafts}, {f'{self.rate:.1f} tokens/s' if self.rate else 'too short an answer to time'}"
 
 
 def trial(api: Client, model: Stored) -> Trial:
@@ -58,8 +60,12 @@ def trial(api: Client, model: Stored) -> Trial:
         OllamaError: it does not start, or cannot answer.
     """
     asked = {"model": model.name, "messages": [{"role": "user", "content": QUESTION}], "stream": False}
-    answer = api.post("/api/chat", {**asked, "options": {"num_predict": N_TOKENS}}, LOADING)
-    rate = answer.get("eval_count", 0) / max(answer.get("eval_duration", 0), 1) * 1e9
+    rate = 0.0
+    for sampling in ({}, {"temperature": 0}):
+        answer = api.post("/api/chat", {**asked, "options": {"num_predict": N_TOKENS, **sampling}}, LOADING)
+        if answer.get("eval_count", 0) >= ENOUGH:
+            rate = answer["eval_count"] / max(answer.get("eval_duration", 0), 1) * 1e9
+            break
     server = next(servers(model), None) if api.is_here else None
     if server is None:
         return Trial(rate, model.drafts)
@@ -97,7 +103,7 @@ def _value(line: Sequence[str], flag: str) -> str:
 def _acceptance(server: Sequence[str], model: Stored) -> float | None:
     """The share of drafted tokens that were accepted in an answer of llama-server itself."""
     sampling = {key: model.parameters[key] for key in SET if key in model.parameters}
-    body = {"prompt": PROMPT, "n_predict": N_TOKENS, "cache_prompt": False, **sampling}
+    body = {"prompt": PROMPT, "n_predict": N_TOKENS, "cache_prompt": False, "ignore_eos": True, **sampling}
     request = urllib.request.Request(
         f"http://127.0.0.1:{_value(server, '--port')}/completion",
         json.dumps(body).encode(),

@@ -13,7 +13,7 @@ import click
 from gemma_mtp.convert import link
 from gemma_mtp.convert.sizes import SIZES
 from gemma_mtp.runtime.bench.settings import PROMPTS, WARM_TOKENS, Chance, Settings
-from gemma_mtp.runtime.pair import searched
+from gemma_mtp.runtime.pair import named, searched
 from gemma_mtp.runtime.request import checked_length
 
 DEFAULT_ACCEPTANCE = "0.35,0.6,0.8,0.95"
@@ -62,7 +62,7 @@ class Against(click.ParamType):
 
 
 @click.command()
-@click.argument("pair", type=click.Path(exists=True, path_type=Path), required=False)
+@click.argument("pair", required=False)
 @click.option("--shape", type=click.Choice(list(SIZES)), help="Measure random weights of this shape instead of a pair.")
 @click.option("-q", "--quant", default="Q4_0", show_default=True, help="With --shape: format of the target.")
 @click.option("--drafter-quant", default="Q4_0", show_default=True, help="With --shape: format of the drafter.")
@@ -132,7 +132,7 @@ class Against(click.ParamType):
 def bench(
     lent: Any,
     /,
-    pair: Path | None,
+    pair: str | None,
     shape: str | None,
     quant: str,
     drafter_quant: str,
@@ -149,12 +149,13 @@ def bench(
 ) -> None:
     """Measure target passes, draft rounds and tokens per second; the last line on stdout is one JSON object.
 
-    PAIR is a target with a linked drafter, or the folder that convert wrote. With --shape a pair with random weights
-    of that shape is made and kept in the cache folder.
+    PAIR is a target with a linked drafter, the folder that convert wrote, or a model of Ollama. With --shape a pair
+    with random weights of that shape is made and kept in the cache folder.
 
     \b
     Examples:
       gemma-mtp bench out
+      gemma-mtp bench gemma4:e4b
       gemma-mtp bench out/gemma-4-E2B-it-Q4_K_M.gguf --prompts mine.txt -n 256 --draft 2,3,4
       gemma-mtp bench --shape E2B -q Q4_K_M --ctx-filled 2048 -t 2
       gemma-mtp bench --shape E2B --acceptance 0,0.35,0.95,0.1/0.9:64 --draft 1,2,3,4,6,8
@@ -252,12 +253,14 @@ def _random(generate: Any, shape: str, seed: int, step: Any, **formats: Any) -> 
     return made
 
 
-def _pair(pair: Path, drafter: Path | None) -> tuple[Path, Path]:
-    """Target and drafter, from a file or from the folder that convert wrote.
+def _pair(named_by: str, drafter: Path | None) -> tuple[Path, Path]:
+    """Target and drafter, from a file, the folder that convert wrote, or the name of a model of Ollama.
 
     Raises:
         link.MtpError: there is no target, or more than one, or no drafter of it.
     """
+    found, wanted = named(named_by, drafter or "auto")
+    pair = Path(found)
     if pair.is_dir():
         headers = [link.read_header(path) for path in link.gguf_files(pair)]
         targets = [header.path for header in headers if header.arch == link.TARGET_ARCH]
@@ -265,7 +268,7 @@ def _pair(pair: Path, drafter: Path | None) -> tuple[Path, Path]:
             listed = ", ".join(path.name for path in targets) or "none"
             raise link.MtpError(f"{pair} must hold one target to measure, it holds: {listed}; name the file.")
         pair = targets[0]
-    found, missing = searched(pair, drafter or "auto")
-    if found is None:
-        raise link.PairError(f"{missing}." if missing else f"{pair} is not there; name a GGUF file.")
-    return pair, found
+    path, missing = searched(pair, wanted)
+    if path is None:
+        raise link.PairError(f"{missing}.")
+    return pair, path

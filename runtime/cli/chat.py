@@ -14,7 +14,7 @@ HELP = "/exit or Ctrl-D leaves, /new starts over, Ctrl-C stops an answer."
 
 
 @click.command()
-@click.argument("target", metavar="TARGET.gguf")
+@click.argument("target")
 @click.option("--system", metavar="TEXT", help="Instructions that stand before the conversation.")
 @click.option("--think", is_flag=True, help="Let the model think before it answers.")
 @click.option("-n", "max_tokens", type=click.IntRange(1), help="Tokens per answer. [default: what the context holds]")
@@ -30,12 +30,13 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal.
 
-    Answers go to stdout as they are made, a line of statistics after each to stderr. /exit or Ctrl-D leaves, /new
-    starts over, Ctrl-C stops an answer.
+    TARGET is a GGUF file, or the name of a model of Ollama. Answers go to stdout as they are made, a line of statistics
+    after each to stderr. /exit or Ctrl-D leaves, /new starts over, Ctrl-C stops an answer.
 
     \b
     Examples:
       gemma-mtp chat out/gemma-4-E2B-it-Q4_K_M.gguf
+      gemma-mtp chat gemma4:e4b
       gemma-mtp chat out/gemma-4-E2B-it-Q4_K_M.gguf --think --system "You are terse."
     """
     with opened(target, **loading) as llm:

@@ -10,7 +10,7 @@ from gemma_mtp.runtime.cli.options import loading_options, opened, sampling_opti
 
 
 @click.command()
-@click.argument("target", metavar="TARGET.gguf")
+@click.argument("target")
 @click.option("-p", "--prompt", required=True, help="Text to continue; with --chat, the user's message.")
 @click.option("--chat", is_flag=True, help="Ask through the chat template of the model.")
 @click.option("-n", "max_tokens", type=click.IntRange(1), default=256, show_default=True, help="Tokens to generate.")
@@ -30,12 +30,14 @@ def run(
 ) -> None:
     """Generate text with a target and its linked drafter.
 
-    The text goes to stdout as it is made, one line of statistics to stderr at the end.
+    TARGET is a GGUF file, or the name of a model of Ollama. The text goes to stdout as it is made, one line of
+    statistics to stderr at the end.
 
     \b
     Examples:
       gemma-mtp run out/gemma-4-E2B-it-Q4_K_M.gguf -p "The three laws of thermodynamics are"
       gemma-mtp run out/gemma-4-E2B-it-Q4_K_M.gguf --chat -p "Why is the sky blue?" -n 400 --seed 7
+      gemma-mtp run gemma4:e4b --chat -p "Why is the sky blue?"
       gemma-mtp run out/gemma-4-E2B-it-Q4_K_M.gguf -p "Once" --temp 0 --draft 4
       gemma-mtp run out/gemma-4-E2B-it-Q4_K_M.gguf -p "Once" --no-mtp
     """

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 from gemma_mtp.runtime.cli.options import loading_options
-from gemma_mtp.runtime.pair import Wanted
+from gemma_mtp.runtime.pair import Wanted, named
 
 
 def application(
@@ -22,7 +22,7 @@ def application(
     """llama_cpp.server's FastAPI application, serving a target with its drafter.
 
     Args:
-        target: GGUF file of the target; its name, without the suffix, is the name of the model.
+        target: as for `Llama`. The name of the file, without the suffix, or of Ollama's model is the model's name.
         drafter: as for `Llama`.
         draft_length: as for `Llama`.
         api_key: what clients must send as a bearer token; None lets everybody in.
@@ -47,16 +47,18 @@ def application(
             super().__init__(*args, drafter=drafter, draft_length=draft_length, **options)
             self.guard.serialized = True
 
+    path, drafter = named(target, drafter)
+    alias = Path(path).stem if path is target else str(target)
     # The server's default is all logits, as stock needs them for log-probabilities: an array of n_ctx times n_vocab.
-    loading = {"logits_all": False, "model_alias": Path(target).stem} | loading
+    loading = {"logits_all": False, "model_alias": alias} | loading
     variables = {"enable_thinking": True} if think else None
-    settings = ModelSettings(model=str(target), chat_template_kwargs=variables, **loading)
+    settings = ModelSettings(model=str(path), chat_template_kwargs=variables, **loading)
     llama_cpp.Llama = Served  # where the server looks for the class
     return app.create_app(server_settings=ServerSettings(api_key=api_key), model_settings=[settings])
 
 
 @click.command()
-@click.argument("target", metavar="TARGET.gguf")
+@click.argument("target")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port to listen at.")
 @click.option("--api-key", envvar="GEMMA_MTP_API_KEY", help="Key that clients must send. [env: GEMMA_MTP_API_KEY]")
@@ -74,11 +76,13 @@ def serve(
 ) -> None:
     """Serve a pair over HTTP, as OpenAI's API has it (/v1/chat/completions, /v1/completions).
 
-    It is the server of llama-cpp-python, one request at a time, with MTP.
+    TARGET is a GGUF file, or the name of a model of Ollama. The server is that of llama-cpp-python, one request at a
+    time, with MTP.
 
     \b
     Examples:
       gemma-mtp serve out/gemma-4-E2B-it-Q4_K_M.gguf
+      gemma-mtp serve gemma4:e4b
       gemma-mtp serve out/gemma-4-E2B-it-Q4_K_M.gguf --host 0.0.0.0 --api-key secret -c 16384
     """
     try:

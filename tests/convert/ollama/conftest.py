@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -56,8 +56,13 @@ def around(program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> st
 
 
 @pytest.fixture
-def real(program: Path, around: str, tmp_path: Path) -> Iterator[None]:
-    """A real one that runs."""
+def real(
+    program: Path, around: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Mapping[str, str]]:
+    """A real one that runs; with settings of its own in its environment where a test asks for some."""
+    settings: Mapping[str, str] = getattr(request, "param", {})
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
     with (tmp_path / "log").open("w") as log, started([program, "serve"], stdout=log, stderr=log) as process:
 
         def answers() -> bool:
@@ -67,7 +72,15 @@ def real(program: Path, around: str, tmp_path: Path) -> Iterator[None]:
                 return False
 
         until(answers, process)
-        yield
+        yield settings
+
+
+@pytest.fixture
+def ours(program: Path) -> bool:
+    """Whether the engine that lies beside a real one is our llama-server."""
+    folder = program.resolve().parent
+    places = [near / "libllama.so" for near in (folder.parent / "lib" / "ollama", folder / "lib" / "ollama", folder)]
+    return any(b"llama_mtp_draft" in path.read_bytes() for path in places if path.exists())
 
 
 @pytest.fixture(params=["standin", pytest.param("real", marks=pytest.mark.ollama)])

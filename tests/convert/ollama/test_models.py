@@ -387,6 +387,12 @@ def test_where_processes_are_not_seen_acceptance_is_not_told(
     assert "mine: drafts on, 4 a round, acceptance not to be seen from here" in done.stdout
 
 
+def test_an_answer_of_one_token_has_no_rate(demo: Pair, standin: Standin) -> None:
+    standin.answers["chat"] |= {"eval_count": 1, "eval_duration": 1000}
+    done = run("ollama", "create", "mine", demo.target.parent)
+    assert re.fullmatch(r"mine: drafts on, 4 a round, \d+% accepted, too short an answer to time\n", done.stdout)
+
+
 def test_a_model_that_does_not_start_says_why(demo: Pair, standin: Standin) -> None:
     """The words of a real Ollama where a processor lacks an instruction, as the user reads them."""
     said = ("llama-server process has terminated: llama_init_from_model: failed to initialize the context: "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from gemma_mtp.patches import ui
-from gemma_mtp.patches.source import BuildError, fetch_sdist
+from gemma_mtp.patches.source import BuildError, fetch_sdist, upstream
 
 NODE = "#!/bin/sh\necho {version}\n"
 # Says what it was called with and where; `run build` makes a page, unless it is told to fail.
@@ -48,7 +48,7 @@ def test_it_is_built_once(programs: Path) -> None:
     log = install(programs)
     assert ui.built_ui() is None
     folder = ui.build_ui()
-    assert (folder / "index.html").read_text().strip() == ui.upstream().llama_cpp
+    assert (folder / "index.html").read_text().strip() == upstream().llama_cpp
     calls = log.read_text().splitlines()
     assert [call.split()[0] for call in calls] == ["ci", "run"]
     assert all(str(programs.parent / "cache" / "ui") in call.rpartition(": ")[2] for call in calls)

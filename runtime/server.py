@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 # What router and server say to each other.
 SUPERVISED = {"LLAMA_SERVER_ROUTER_PORT": "0"}
@@ -86,7 +86,9 @@ def free_port(host: str, port: int) -> int:
             trial.bind(address)
             return int(trial.getsockname()[1])
     except OSError as problem:
-        raise RuntimeError(f"cannot listen at {host}:{port} ({problem.strerror}); pass another --port or --host.") from None
+        raise RuntimeError(
+            f"cannot listen at {host}:{port} ({problem.strerror}); pass another --port or --host."
+        ) from None
 
 
 class Server:
@@ -113,14 +115,14 @@ class Server:
         # Ctrl-C in a terminal goes to its process group: a server in another one is told by this process alone.
         alone: dict[str, Any] = {"process_group": 0} if os.name == "posix" else {"creationflags": 0x200}
         self._process = subprocess.Popen(
-            [*command, *LOGGING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env={**(os.environ if environment is None else environment), **SUPERVISED}, text=True, encoding="utf-8", errors="replace",
-            **alone,
+            [*command, *LOGGING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**(os.environ if environment is None else environment), **SUPERVISED}, encoding="utf-8",
+            errors="replace", **alone,
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -192,11 +194,12 @@ class Server:
     def died(self) -> RuntimeError:
         """The error that says how it ended, and why if its log tells."""
         self._reader.join(LOOK)
-        lines, told = [*self._lines], self.errors()
-        other = [line for line in lines if line.level == "" and re.search(r"error|ASSERT|what\(\)|abort", line.text)]
-        reason = next(iter([*told, *other] if not self._loaded else [*told, *other][::-1]), lines[-1] if lines else None)
+        lines = [*self._lines]
+        other = [line for line in lines if not line.level and re.search(r"error|ASSERT|what\(\)|abort", line.text)]
+        told = [*self.errors(), *other] or lines[-1:]
+        # What fails while it loads fails again in those who called; what ends it later is the last that it tells.
+        said = told[-1 if self._loaded else 0].text.removeprefix("error: ") if told else "it said nothing"
         when = "ended" if self._loaded else "ended while it loaded"
-        said = reason.text.removeprefix("error: ") if reason else "it said nothing"
         return RuntimeError(f"llama-server {when}, with status {self._process.returncode}: {said}")
 
     def _hang_up(self) -> None:

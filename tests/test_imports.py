@@ -143,12 +143,6 @@ def test_a_missing_package_is_one_line(command: tuple[str | Path, ...], demo: Pa
     assert re.fullmatch(rf"error: {command[0]} needs \w+; run: pip install 'gemma-mtp\[convert\]'\n", done.stderr)
 
 
-def test_serving_without_the_server(demo: Pair) -> None:
-    done, _, _ = run(("uvicorn",), "serve", demo.target)
-    assert done.returncode == 1
-    assert done.stderr.strip() == "Error: serve needs uvicorn; run: pip install 'gemma-mtp[serve]'"
-
-
 def test_names_of_the_package_are_there_before_libllama() -> None:
     code = (
         "import sys, gemma_mtp.runtime as runtime\n"

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +23,76 @@ FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 @click.command()
 @click.argument("target")
 @click.argument("rest", nargs=-1, type=click.UNPROCESSED, metavar="[-- FLAG...]")
-@click.option("--host", default="127.0.0.1", show_default=True, envvar="LLAMA_ARG_HOST",
-              help="Address to listen at; one that other machines reach needs an API key.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, envvar="LLAMA_ARG_PORT",
-              help="Port to listen at, 0 for a free one.")
-@click.option("-c", "--ctx", "n_ctx", type=click.IntRange(0), envvar="LLAMA_ARG_CTX_SIZE",
-              help="Context in tokens, 0 for all that the model was trained for. [default: 16384 at most]")
-@click.option("-np", "--parallel", type=click.IntRange(1),
-              help="Requests at once, which then share the context in equal parts. [default: 4 in one context]")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    envvar="LLAMA_ARG_HOST",
+    help="Address to listen at; one that other machines reach needs an API key.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    envvar="LLAMA_ARG_PORT",
+    help="Port to listen at, 0 for a free one.",
+)
+@click.option(
+    "-c",
+    "--ctx",
+    "n_ctx",
+    type=click.IntRange(0),
+    envvar="LLAMA_ARG_CTX_SIZE",
+    help="Context in tokens, 0 for all that the model was trained for. [default: 16384 at most]",
+)
+@click.option(
+    "-np",
+    "--parallel",
+    type=click.IntRange(1),
+    help="Requests at once, which then share the context in equal parts. [default: 4 in one context]",
+)
 @click.option("-t", "--threads", type=click.IntRange(1), help="CPU threads. [default: one for each core]")
 @click.option("-ngl", "--gpu-layers", metavar="N|auto|all", help="Layers on the GPU. [default: as many as fit]")
 @click.option("--flash-attn", type=click.Choice(["on", "off", "auto"]), help="Flash attention. [default: auto]")
-@click.option("--drafter", metavar="FILE", envvar="LLAMA_ARG_SPEC_DRAFT_MODEL",
-              help="Drafter to use instead of the linked one beside the target.")
-@click.option("--draft", "n_draft", type=click.IntRange(0, MOST), default=DRAFT, show_default=True,
-              envvar="LLAMA_ARG_SPEC_DRAFT_N_MAX", help="Tokens to draft in a round at most.")
+@click.option(
+    "--drafter",
+    metavar="FILE",
+    envvar="LLAMA_ARG_SPEC_DRAFT_MODEL",
+    help="Drafter to use instead of the linked one beside the target.",
+)
+@click.option(
+    "--draft",
+    "n_draft",
+    type=click.IntRange(0, MOST),
+    default=DRAFT,
+    show_default=True,
+    envvar="LLAMA_ARG_SPEC_DRAFT_N_MAX",
+    help="Tokens to draft in a round at most.",
+)
 @click.option("--no-mtp", is_flag=True, help="Generate without the drafter.")
-@click.option("--mmproj", type=FILE, envvar="LLAMA_ARG_MMPROJ",
-              help="Projector for images and sound, instead of the one beside the target.")
+@click.option(
+    "--mmproj",
+    type=FILE,
+    envvar="LLAMA_ARG_MMPROJ",
+    help="Projector for images and sound, instead of the one beside the target.",
+)
 @click.option("--no-mmproj", is_flag=True, help="Text only.")
 @click.option("--think", is_flag=True, help="Let the model think before it answers, unless a request says otherwise.")
 @click.option("--alias", envvar="LLAMA_ARG_ALIAS", help="Name of the model. [default: what the file calls itself]")
-@click.option("--api-key", envvar=["GEMMA_MTP_API_KEY", "LLAMA_API_KEY"],
-              help="Key that clients must send, or several between commas. [env: GEMMA_MTP_API_KEY]")
+@click.option(
+    "--api-key",
+    envvar=["GEMMA_MTP_API_KEY", "LLAMA_API_KEY"],
+    help="Key that clients must send, or several between commas. [env: GEMMA_MTP_API_KEY]",
+)
 @click.option("--api-key-file", type=FILE, envvar="LLAMA_ARG_API_KEY_FILE", help="File with such keys, one a line.")
-@click.option("--cors", default="localhost", show_default=True, envvar="LLAMA_ARG_CORS_ORIGINS",
-              help="Web pages that may use it: localhost, an origin such as https://chat.example.org, or * for all.")
+@click.option(
+    "--cors",
+    default="localhost",
+    show_default=True,
+    envvar="LLAMA_ARG_CORS_ORIGINS",
+    help="Web pages that may use it: localhost, an origin such as https://chat.example.org, or * for all.",
+)
 @click.option("--metrics", is_flag=True, help="Serve /metrics for Prometheus.")
 @click.option("-v", "--verbose", is_flag=True, help="Show llama-server's log.")
 @click.option("--log", type=click.Path(path_type=Path, dir_okay=False), help="File to keep llama-server's log in.")
@@ -121,7 +166,7 @@ def _given(options: Mapping[str, Any], context: int, keys: Path | None) -> list[
 
 
 def _shown(ready: threading.Event, verbose: bool, log: Any) -> Callable[[Any], None]:
-    """What becomes of the lines of llama-server's log: all into a file; to the terminal all, or errors once it is ready.
+    """What becomes of the lines of llama-server's log: all to a file; to the terminal all, or errors once it is ready.
 
     Of those before it tells itself, or says why it ended.
     """
@@ -153,7 +198,7 @@ def _url(host: str, port: int, rest: Sequence[str]) -> str:
     """Where a client on this machine finds it."""
     first = host.split(",")[0]
     near = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(first, first)
-    prefix = dict(zip(rest, rest[1:], strict=False)).get("--api-prefix", os.environ.get("LLAMA_ARG_API_PREFIX", ""))
+    prefix = dict(pairwise(rest)).get("--api-prefix", os.environ.get("LLAMA_ARG_API_PREFIX", ""))
     return f"http://[{near}]:{port}{prefix}" if ":" in near else f"http://{near}:{port}{prefix}"
 
 

@@ -66,7 +66,7 @@ def run(missing: tuple[str, ...], *command: str | Path) -> tuple[subprocess.Comp
     ids=" ".join,
 )
 def test_help_needs_neither_libllama_nor_torch_nor_an_extra(command: tuple[str, ...]) -> None:
-    done, asked, _ = run((*HEAVY, *main.INSTALLS, "safetensors", "uvicorn", "matplotlib"), *command, "--help")
+    done, asked, _ = run((*HEAVY, *main.INSTALLS, "safetensors", "matplotlib"), *command, "--help")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Usage: ")
     assert asked == []

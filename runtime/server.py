@@ -11,6 +11,7 @@ import json
 import os
 import queue
 import re
+import signal
 import socket
 import subprocess
 import threading
@@ -34,8 +35,10 @@ LOGGED = re.compile(r"\d+(?:\.\d+){3} ([A-Z]) (?:(?:srv|cmn|slot) +\S+: )?(.*)")
 NO_ERROR = "normal during memory fitting"
 # Logged when a server that was told to end by somebody else begins to.
 ENDING = "cleaning up before exit"
-# Seconds that a server has to end by itself, and between two looks at one that loads; lines kept of its log.
-GRACE, LOOK, KEPT = 5.0, 0.5, 200
+# Seconds that a server has to end by itself, and after which it is told again; between two looks at one that loads.
+GRACE, AGAIN, LOOK = 5.0, 1.0, 0.5
+# Lines kept of its log.
+KEPT = 200
 
 
 @dataclass(frozen=True)
@@ -199,13 +202,23 @@ class Server:
         told = [*self.errors(), *other] or lines[-1:]
         # What fails while it loads fails again in those who called; what ends it later is the last that it tells.
         said = told[-1 if self._loaded else 0].text.removeprefix("error: ") if told else "it said nothing"
-        when = "ended" if self._loaded else "ended while it loaded"
-        return RuntimeError(f"llama-server {when}, with status {self._process.returncode}: {said}")
+        if any(ENDING in line.text for line in lines) and not self.errors():
+            said = "somebody else told it to"
+        status = self._process.returncode
+        how = f"with status {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
+        return RuntimeError(f"llama-server ended {'' if self._loaded else 'while it loaded, '}{how}: {said}")
 
     def _hang_up(self) -> None:
         with suppress(OSError, ValueError):
             if self._process.stdin is not None:
                 self._process.stdin.close()
+
+    def _ends_within(self, seconds: float) -> bool:
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     def stop(self) -> None:
         """End it: asked first, killed after some seconds, or at once if another exception comes meanwhile."""
@@ -218,8 +231,10 @@ class Server:
                         self._process.stdin.flush()
                 else:
                     self._process.terminate()  # while it loads it reads nothing
-                with suppress(subprocess.TimeoutExpired):
-                    self._process.wait(GRACE)
+                # One that has just begun to serve forgets what it was told before, so it is told again.
+                if not self._ends_within(AGAIN) and os.name == "posix":
+                    self._process.terminate()
+                self._ends_within(GRACE - AGAIN)
         finally:
             self._process.kill()
             self._process.wait()

@@ -34,6 +34,8 @@ SAMPLED = {
 }
 # Tokens of context where nobody says how many: enough for a long talk with tools, and 0.1 GB for E2B, 1.3 for 31B.
 CONTEXT = 16384
+# The format of a chat where the file has none; llama-server would write that of another model.
+TEMPLATE = Path(__file__).with_name("gemma4.jinja")
 # What can stand in a header of HTTP: printable ASCII, without spaces.
 KEY = re.compile(r"[!-~]+")
 
@@ -66,6 +68,8 @@ class Served:
             types = [each for each in types if each != "draft-mtp"]
         made += ["--spec-type", ",".join(types) or "none"]
         made += ["--no-mmproj"] if self.projector is None else ["--mmproj", str(self.projector)]
+        if "tokenizer.chat_template" not in self.header.metadata:
+            made += ["--chat-template-file", str(TEMPLATE)]
         for setting, (key, flag, variable) in SAMPLED.items():
             if key not in self.header.metadata and variable not in variables:
                 made += [flag, str(SAMPLING[setting])]

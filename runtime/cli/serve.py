@@ -6,8 +6,8 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,7 @@ def serve(
         ready = threading.Event()
         shown = _shown(ready, verbose, stack.enter_context(log.open("w") if log else nullcontext()))
         running = stack.enter_context(server.Server(command, shown, serving.environment(api_key)))
+        stack.enter_context(_interrupted(server.GRACE))
         said = running.wait(_progress(served.header.path.name))
         ready.set()
         click.echo("\r\033[K" if sys.stderr.isatty() else "", err=True, nl=False)
@@ -145,11 +146,17 @@ def serve(
         }  # fmt: skip
         click.echo(json.dumps(facts) if as_json else _told(facts, _bearer(api_key, api_key_file)))
         sys.stdout.flush()
-        try:
-            running.join()
-        except KeyboardInterrupt:
-            click.echo(f"\nending, in {server.GRACE:g} seconds at most; Ctrl-C again ends it at once", err=True)
-            raise
+        running.join()
+
+
+@contextmanager
+def _interrupted(seconds: float) -> Iterator[None]:
+    """Says at the first Ctrl-C what is going on, and what another one does."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"\nending, in {seconds:g} seconds at most; Ctrl-C again ends it at once", err=True)
+        raise
 
 
 def _given(options: Mapping[str, Any], context: int, keys: Path | None) -> list[str]:

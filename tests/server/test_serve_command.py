@@ -160,13 +160,18 @@ def test_a_projector_is_found_by_its_width(demo: Pair, tmp_path: Path) -> None:
     assert "is no projector" in refused(beside, "--mmproj", demo.drafter)
 
 
-def test_files_without_settings_of_sampling_get_gemmas(demo: Pair, tmp_path: Path) -> None:
-    """Files of Ollama's library have none."""
+def test_files_without_settings_get_gemmas(demo: Pair, tmp_path: Path) -> None:
+    """Of sampling, and the format of a chat: files of Ollama's library have none."""
     bare = write_library_file(tmp_path / "bare.gguf", demo.target)
     flags = serving.served(str(bare), None, None, True, None).flags(3, {"LLAMA_ARG_TOP_P": "0.5"})
     given = dict(pairwise(flags))
     assert (given["--temp"], given["--top-k"], given["--min-p"]) == ("1.0", "64", "0.0")
     assert "--top-p" not in flags
+    with served(bare, tmp_path) as found:
+        asked = {"messages": [{"role": "user", "content": "hi"}]}
+        prompt = found.ask("/apply-template", asked).json["prompt"]
+        assert "<|turn>user\nhi<turn|>\n<|turn>model\n" in prompt
+        assert found.ask("/props").json["default_generation_settings"]["params"]["top_k"] == 64
 
 
 def test_types_of_drafts_of_the_environment_are_added(demo: Pair) -> None:

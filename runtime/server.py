@@ -150,7 +150,8 @@ class Server:
             elif written:  # an empty line goes before each state
                 line = read_line(written)
                 self._lines.append(line)
-                self._shown(line)
+                with suppress(OSError, ValueError):  # a terminal that is gone, a file system that is full
+                    self._shown(line)
                 if ENDING in written:
                     self._hang_up()  # or it would wait for its parent
 

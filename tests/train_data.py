@@ -174,12 +174,9 @@ class Sampler:
 ASKED = ("Continue this file:\n", "Complete the code:\n", "Go on from here:\n", "What comes next?\n", "Write on:\n")
 TURNS = {"user": "<|turn>user\n", "next": "<turn|>\n<|turn>model\n", "end": "<turn|>\n"}
 
-# Gemma 4's own, but for the empty thought of an answer without one: larger models were trained with that, this was not.
-CHAT_TEMPLATE = (
-    (Path(__file__).resolve().parents[1] / "runtime" / "gemma4.jinja")
-    .read_text(encoding="utf-8")
-    .replace(r" ~ ('' if enable_thinking else '<|channel>thought\n<channel|>')", "")
-)
+# The answers that the pair was trained on have no empty thought before them, as it writes one: llama.cpp's grammars of
+# tools and schemas leave room for a thought otherwise, and the pair loses itself there.
+CHAT_TEMPLATE = (Path(__file__).resolve().parents[1] / "runtime" / "gemma4.jinja").read_text(encoding="utf-8")
 
 
 def held_out_prompts(tokenizer: Tokenizer, texts: Texts, count: int) -> list[dict[str, Any]]:

@@ -75,6 +75,8 @@ class Server(server.Server):
             if chance is not None:
                 rates = ",".join(f"{chance ** (place + 1):.9f}" for place in range(length))
                 command += ["--spec-synth-rates", rates]
+        else:
+            command += ["--spec-type", "none"]
         super().__init__(command)
         try:
             self.wait(seconds=START_SECONDS)

@@ -125,7 +125,8 @@ def serve(
     wanted = None if no_mtp or n_draft == 0 else drafter or "auto"
     program = str(server.program())
     served = serving.served(target, wanted, mmproj, not no_mmproj, alias)
-    port = server.free_port(host, port)
+    for address in host.split(","):
+        port = server.free_port(address, port)
     flags = ["--host", host, "--port", str(port), *_given(others, served.context(others.pop("n_ctx")), api_key_file)]
     command = [program, *served.flags(n_draft, os.environ), *flags, *rest]
     with ExitStack() as stack:

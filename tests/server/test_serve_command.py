@@ -170,7 +170,7 @@ def test_files_without_settings_get_gemmas(demo: Pair, tmp_path: Path) -> None:
     with served(bare, tmp_path) as found:
         asked = {"messages": [{"role": "user", "content": "hi"}]}
         prompt = found.ask("/apply-template", asked).json["prompt"]
-        assert "<|turn>user\nhi<turn|>\n<|turn>model\n" in prompt
+        assert prompt == "<|turn>user\nhi<turn|>\n<|turn>model\n<|channel>thought\n<channel|>"
         assert found.ask("/props").json["default_generation_settings"]["params"]["top_k"] == 64
 
 

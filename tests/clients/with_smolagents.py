@@ -17,8 +17,13 @@ class Look(Tool):
         return "nothing"
 
 
-served = OpenAIModel(model, api_base=url, api_key="none", max_tokens=200, temperature=0)
-assert served([{"role": "user", "content": [{"type": "text", "text": "import os"}]}]).role == "assistant"
+settings = {"api_base": url, "api_key": "none", "max_tokens": 200, "temperature": 0}
+assert (
+    OpenAIModel(model, **settings)([{"role": "user", "content": [{"type": "text", "text": "import os"}]}]).role
+    == "assistant"
+)
+# The bundled pair would go on calling to its last token, were it allowed more than one call.
+served = OpenAIModel(model, parallel_tool_calls=False, **settings)
 agent = ToolCallingAgent(tools=[Look()], model=served, max_steps=2, verbosity_level=0)
 agent.run("import os")
 called = [call.name for step in agent.memory.steps for call in getattr(step, "tool_calls", None) or []]

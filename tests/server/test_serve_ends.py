@@ -173,7 +173,7 @@ def test_states_are_told(tmp_path: Path) -> None:
     with server.Server(standin(tmp_path, *loading, state("ready", id="x"), "read line; exit 0")) as found:
         assert found.wait(steps) == {"id": "x"}
     assert seen == [("text_model", 0.0), ("text_model", 0.5)]
-    with server.Server(standin(tmp_path, "sleep 1000")) as found, pytest.raises(RuntimeError, match="not ready"):
+    with server.Server(standin(tmp_path, "exec sleep 1000")) as found, pytest.raises(RuntimeError, match="not ready"):
         found.wait(seconds=0.1)
 
 

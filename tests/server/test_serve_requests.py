@@ -96,6 +96,7 @@ def test_a_stream_gives_the_whole_answers_text(running: Served) -> None:
 def test_forced_tools(stream: bool, running: Served) -> None:
     answer = running.chat(tools=[LOOK], tool_choice="required", max_tokens=400, stream=stream)
     assert answer.status == 200, answer.text
+    choices = [event["choices"][0] for event in answer.events if event["choices"]] if stream else answer.json["choices"]
     if stream:
         deltas = [call for event in answer.events if event["choices"]
                   for call in event["choices"][0]["delta"].get("tool_calls") or []]  # fmt: skip
@@ -104,7 +105,11 @@ def test_forced_tools(stream: bool, running: Served) -> None:
         function = answer.json["choices"][0]["message"]["tool_calls"][0]["function"]
         name, arguments = function["name"], function["arguments"]
     assert name == "look"
-    assert isinstance(json.loads(arguments), dict)
+    # Whether the pair comes to the end of its arguments is its own affair.
+    if choices[-1]["finish_reason"] == "tool_calls":
+        assert isinstance(json.loads(arguments), dict)
+    else:
+        assert arguments.startswith("{")
 
 
 def test_answers_by_a_schema(running: Served) -> None:

@@ -11,7 +11,7 @@ WHEEL  := $(VENV)/.ready-wheel
 
 .DEFAULT_GOAL := help
 .PHONY: help setup native ui wheel demo test check fix bench bench-convert check-patches check-kernels check-arm check-formats check-stock \
-        check-ollama check-distribution check-coupling check-invariance fuzz clean
+        check-ollama check-clients check-distribution check-coupling check-invariance fuzz clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -91,6 +91,9 @@ check-stock: $(TESTS) ## build the unpatched llama.cpp and drive it with a conve
 check-ollama: $(TESTS) ## models with drafters in a real Ollama, OLLAMA=/path/to/ollama
 	@test -x "$(OLLAMA)" || { echo "error: this needs an Ollama of 0.30.10 or later: make check-ollama OLLAMA=/path/to/ollama"; exit 1; }
 	@OLLAMA="$(abspath $(OLLAMA))" $(BIN)/python -m pytest -m ollama tests/convert/ollama
+
+check-clients: $(READY) ## the smallest program of each client library against `gemma-mtp serve`
+	@$(BIN)/python tests/clients/check.py
 
 check-arm: $(BIN)/python ## build libggml for ARM and test what the series touches there, under emulation
 	@$(BIN)/python patches/build.py arm

@@ -30,8 +30,8 @@ __all__ = [
     "DRAFTER_ARCH", "KEY_CENTROIDS", "KEY_HASHES", "KEY_N_CENTROIDS", "KEY_ORDERING", "KEY_PEER", "KEY_ROLE",
     "KEY_SEED", "KEY_SOURCE", "KEY_SPLIT", "KEY_TARGET", "KEY_TOP_K", "KEY_VERSION", "KEY_WEIGHTS", "TARGET_ARCH",
     "VERSION", "Header", "MtpError", "PairError", "StoredModel", "Strings", "Tensor", "check", "check_model",
-    "find_drafter", "find_model", "gguf_files", "is_part", "owner_of", "read_header", "read_parts", "weights_identity",
-    "what_it_is_not", "why_no_drafter",
+    "find_drafter", "find_model", "find_projector", "gguf_files", "is_part", "owner_of", "read_header", "read_parts",
+    "weights_identity", "what_it_is_not", "why_no_drafter",
 ]  # fmt: skip
 
 VERSION = 1
@@ -50,6 +50,9 @@ WEIGHTS = "weights:"
 KEY_HASHES = "mtp.tensor.sha256"
 # How names of the encoders of images and sound begin, which files of Ollama's library hold beside the target.
 ENCODER_STARTS = ("v.", "a.", "mm.")
+# Architecture of a projector, and where it says how wide the target's embeddings are that it makes.
+PROJECTOR_ARCH = "clip"
+KEYS_WIDTH = ("clip.vision.projection_dim", "clip.audio.projection_dim")
 # What all parts of a split model share: one for each conversion, by its checkpoint, tensors and types.
 KEY_SPLIT = "mtp.split.fingerprint"
 # What each part of a split model says of the pair.
@@ -150,6 +153,30 @@ def find_drafter(target: Path, header: Header | None = None) -> Path | None:
                     return path
             except (MtpError, OSError):
                 continue  # a broken file that nobody named is none of this pair's business
+    return None
+
+
+def find_projector(target: Path, header: Header) -> Path | None:
+    """The projector beside a target: itself if it holds encoders, else the first of its width by name, or None.
+
+    Which checkpoint a projector comes from does not stand in it; that it makes embeddings of the target's width does.
+    Ollama's store keeps the files of all models in one folder, and names those of each itself (`StoredModel`).
+    """
+    if any(name.startswith(ENCODER_STARTS) for name in header.tensors):
+        return target
+    if owner_of(target) is not None:
+        return None
+    for folder in folders_around(target):
+        for path in contents(folder):
+            if PROJECTOR_ARCH.encode() not in beginning(path):
+                continue
+            try:
+                found = read_header(path)
+            except (MtpError, OSError):
+                continue
+            widths = [found.metadata[key] for key in KEYS_WIDTH if key in found.metadata]
+            if found.arch == PROJECTOR_ARCH and header.of_arch("embedding_length") in widths:
+                return path
     return None
 
 

@@ -79,13 +79,12 @@ class Guard:
 
     Attributes:
         patience: seconds that a call waits for another thread, and after which a stream that nobody reads is given up.
-        serialized: set where the caller lets one request in at a time, from changing threads (a server with a lock of
-            its own): then a call from any thread ends an open stream.
+        dropped: set when nobody has the object any more, nor its streams: then a call from any thread ends an open one.
     """
 
     def __init__(self, patience: float = 5.0) -> None:
         self.patience = patience
-        self.serialized = False
+        self.dropped = False
         self._holder: Holder | None = None
         self._changed = threading.Condition()
 
@@ -155,7 +154,7 @@ class Guard:
 
     def _may_end(self, holder: Holder) -> bool:
         """Whether a stream may be ended for another call's sake."""
-        return holder.abandoned(self.patience) or (self.serialized and holder.inside is None)
+        return holder.abandoned(self.patience) or (self.dropped and holder.inside is None)
 
     def _leave(self) -> None:
         """Hand out an item of the open stream."""

@@ -253,7 +253,7 @@ class Llama(Api):
 
     def __del__(self) -> None:
         if hasattr(self, "guard"):
-            self.guard.serialized = True  # nobody has the object any more, nor its streams
+            self.guard.dropped = True
             self.close()
 
     def __getstate__(self) -> dict[str, Any]:

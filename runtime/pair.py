@@ -16,18 +16,35 @@ def named(target: str | PathLike[str], drafter: Wanted) -> tuple[str | PathLike[
     """A target's file, and the drafter wanted with it; of a model of Ollama's store its files.
 
     Args:
-        target: a GGUF file, or the name of a model of Ollama. A file that exists comes first.
+        target: a GGUF file, a folder with one target such as a conversion writes, or the name of a model of Ollama. A
+            file or folder that exists comes first.
         drafter: as for `drafter_of`; of a model "auto" is the drafter that it has, if it has one.
 
     Raises:
-        gemma_mtp.convert.link.MtpError: it is neither, or its files cannot be read.
+        gemma_mtp.convert.link.MtpError: it is none of these, or its files cannot be read.
     """
+    if Path(target).is_dir():
+        return target_in(Path(target)), drafter
     if Path(target).exists():
         return target, drafter
     model = link.find_model(str(target))
     if model is None:
         raise link.MtpError(link.what_it_is_not(str(target)))
     return model.target, model.drafter or drafter if drafter == "auto" else drafter
+
+
+def target_in(folder: Path) -> Path:
+    """The target in a folder; of a split, its first part.
+
+    Raises:
+        gemma_mtp.convert.link.MtpError: there is none, or more than one, or a file is damaged.
+    """
+    headers = [link.read_header(path) for path in link.gguf_files(folder)]
+    targets = [each.path for each in headers if each.arch == link.TARGET_ARCH and not each.metadata.get("split.no")]
+    if len(targets) != 1:
+        listed = ", ".join(path.name for path in targets) or "none"
+        raise link.MtpError(f"{folder} must hold one target, it holds: {listed}; name the file.")
+    return targets[0]
 
 
 def drafter_of(target: str | PathLike[str], drafter: Wanted) -> Path | None:

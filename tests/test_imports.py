@@ -74,7 +74,7 @@ def run(missing: tuple[str, ...], *command: str | Path) -> tuple[subprocess.Comp
     ids=" ".join,
 )
 def test_help_needs_neither_libllama_nor_torch_nor_an_extra(command: tuple[str, ...]) -> None:
-    done, asked, _ = run((*HEAVY, *main.INSTALLS, "safetensors", "uvicorn", "matplotlib"), *command, "--help")
+    done, asked, _ = run((*HEAVY, *main.INSTALLS, "safetensors", "matplotlib"), *command, "--help")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Usage: ")
     assert asked == []
@@ -149,12 +149,6 @@ def test_a_missing_package_is_one_line(command: tuple[str | Path, ...], demo: Pa
     done, _, _ = run(CONVERT, *(str(word).format(out=demo.target.parent) for word in command))
     assert done.returncode == 1
     assert re.fullmatch(rf"error: {command[0]} needs \w+; run: pip install 'gemma-mtp\[convert\]'\n", done.stderr)
-
-
-def test_serving_without_the_server(demo: Pair) -> None:
-    done, _, _ = run(("uvicorn",), "serve", demo.target)
-    assert done.returncode == 1
-    assert done.stderr.strip() == "Error: serve needs uvicorn; run: pip install 'gemma-mtp[serve]'"
 
 
 def test_names_of_the_package_are_there_before_libllama() -> None:

@@ -174,31 +174,9 @@ class Sampler:
 ASKED = ("Continue this file:\n", "Complete the code:\n", "Go on from here:\n", "What comes next?\n", "Write on:\n")
 TURNS = {"user": "<|turn>user\n", "next": "<turn|>\n<|turn>model\n", "end": "<turn|>\n"}
 
-CHAT_TEMPLATE = """\
-{{- bos_token -}}
-{%- set first = 0 -%}
-{%- if messages and messages[0].role in ('system', 'developer') -%}
-{%- set first = 1 -%}
-{%- endif -%}
-{%- if first or tools or enable_thinking -%}
-<|turn>system
-{% if enable_thinking %}<|think|>{% endif %}{% if first %}{{ messages[0].content | trim }}{% endif %}
-{%- for tool in tools or [] %}<|tool>declaration:{{ tool.function.name }}{{ tool.function | tojson }}<tool|>{% endfor -%}
-<turn|>
-{% endif -%}
-{%- for message in messages[first:] -%}
-<|turn>{{ 'model' if message.role == 'assistant' else message.role }}
-{% if message.role == 'tool' %}<|tool_response>response:{{ message.name or '' }}{{ message.content | tojson }}<tool_response|>
-{%- elif message.content is string %}{{ message.content | trim }}
-{%- else %}{% for part in message.content or [] %}{% if part.type == 'text' %}{{ part.text | trim }}{% endif %}{% endfor %}
-{%- endif %}
-{%- for call in message.tool_calls or [] %}<|tool_call>call:{{ call.function.name }}{{ call.function.arguments | tojson }}
-{%- endfor %}<turn|>
-{% endfor -%}
-{%- if add_generation_prompt -%}
-<|turn>model
-{% endif -%}
-"""
+# The answers that the pair was trained on have no empty thought before them, as it writes one: llama.cpp's grammars of
+# tools and schemas leave room for a thought otherwise, and the pair loses itself there.
+CHAT_TEMPLATE = (Path(__file__).resolve().parents[1] / "runtime" / "gemma4.jinja").read_text(encoding="utf-8")
 
 
 def held_out_prompts(tokenizer: Tokenizer, texts: Texts, count: int) -> list[dict[str, Any]]:

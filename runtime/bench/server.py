@@ -7,17 +7,12 @@ accepts at random. Backend sampling of drafts is off: on a CPU it is a top-k ove
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import tempfile
-import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from gemma_mtp.runtime import server
 from gemma_mtp.runtime.request import SAMPLING
 
 START_SECONDS = 600
@@ -38,8 +33,8 @@ class Run:
         return self.seconds / self.rounds
 
 
-class Server:
-    """A running llama-server with one slot.
+class Server(server.Server):
+    """A running llama-server with one slot, that is ready.
 
     Args:
         binary: llama-server.
@@ -69,9 +64,10 @@ class Server:
         gpu_layers: int,
         flash_attn: bool,
     ) -> None:
-        self._length = length if drafter is not None else 0
+        port = server.free_port("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{port}"
         layers = ["all"] if gpu_layers < 0 else [str(gpu_layers)]
-        command = [str(binary), "-m", str(target), "--host", "127.0.0.1", "--port", "0", "-c", str(n_ctx)]
+        command = [str(binary), "-m", str(target), "--host", "127.0.0.1", "--port", str(port), "-c", str(n_ctx)]
         command += ["-np", "1", "-t", str(threads), "-fa", "on" if flash_attn else "off", "--no-webui", "-ngl", *layers]
         if drafter is not None:
             command += ["--spec-type", "draft-mtp", "--spec-draft-model", str(drafter), "--spec-draft-ngl", *layers]
@@ -79,35 +75,14 @@ class Server:
             if chance is not None:
                 rates = ",".join(f"{chance ** (place + 1):.9f}" for place in range(length))
                 command += ["--spec-synth-rates", rates]
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in close)
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT, text=True
-        )
+        else:
+            command += ["--spec-type", "none"]
+        super().__init__(command)
         try:
-            self.url = self._wait()
+            self.wait(seconds=START_SECONDS)
         except BaseException:
-            self.close()
+            self.stop()
             raise
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
-    def _wait(self) -> str:
-        """The address at which it listens, once the model is loaded."""
-        end = time.monotonic() + START_SECONDS
-        while time.monotonic() < end:
-            # Not by seeking: the server writes at the place where this file stands.
-            told = os.pread(self._log.fileno(), 1 << 20, 0).decode(errors="replace")
-            if found := re.search(r"listening on (http://\S+)\n", told):
-                return found[1]
-            if self._process.poll() is not None:
-                tail = " / ".join(told.strip().splitlines()[-3:])
-                raise RuntimeError(f"llama-server ended with status {self._process.returncode}: {tail}")
-            time.sleep(0.1)
-        raise RuntimeError(f"llama-server was not ready after {START_SECONDS} seconds; try fewer --layers.")
 
     def run(self, tokens: list[int], n: int, seed: int, temp: float = 0.0, ignore_eos: bool = True) -> Run:
         """Complete a prompt by n tokens. The prompt stays in the server's cache, so a second run only generates."""
@@ -124,12 +99,3 @@ class Server:
         accepted = timings.get("draft_n_accepted", 0)
         drafted = timings.get("draft_n", 0)
         return Run(generated, generated - accepted, drafted, accepted, timings["predicted_ms"] / 1e3)
-
-    def close(self) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()

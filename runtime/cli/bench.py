@@ -261,13 +261,6 @@ def _pair(named_by: str, drafter: Path | None) -> tuple[Path, Path]:
     """
     found, wanted = named(named_by, drafter or "auto")
     pair = Path(found)
-    if pair.is_dir():
-        headers = [link.read_header(path) for path in link.gguf_files(pair)]
-        targets = [header.path for header in headers if header.arch == link.TARGET_ARCH]
-        if len(targets) != 1:
-            listed = ", ".join(path.name for path in targets) or "none"
-            raise link.MtpError(f"{pair} must hold one target to measure, it holds: {listed}; name the file.")
-        pair = targets[0]
     path, missing = searched(pair, wanted)
     if path is None:
         raise link.PairError(f"{missing}.")

@@ -74,6 +74,13 @@ def test_it_is_googles_format(tmp_path: Path) -> None:
     assert len(seen) > 100
 
 
+def test_the_bundled_pair_has_it() -> None:
+    """llama.cpp knows the format by a call's beginning, and by a comment that it takes answers of tools as they are."""
+    text = TEMPLATE.read_text(encoding="utf-8")
+    assert (PAIR / "gemma-4-demo" / "chat_template.jinja").read_text(encoding="utf-8") == text
+    assert "'<|tool_call>call:'" in text and "{#- OpenAI Chat Completions:" in text
+
+
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """The bundled pair without its chat template."""

@@ -208,7 +208,7 @@ def test_a_call_waits_for_another_to_end() -> None:
             with pytest.raises(TimeoutError):
                 waiting.result(0.2)
         assert waiting.result(30)
-        guard.serialized = True  # which lets nobody in before the other is out either
+        guard.dropped = True  # which lets nobody in before the other is out either
         with guard.call():
             waiting = pool.submit(entered, guard)
             with pytest.raises(TimeoutError):
@@ -262,11 +262,11 @@ def test_a_new_request_ends_a_stream_left_open(usable: Llama, wanted: str) -> No
     other.close()
 
 
-def test_a_server_with_a_lock_may_use_any_thread() -> None:
+def test_what_nobody_has_any_more_is_closed_from_any_thread() -> None:
     guard = Guard(patience=3600.0)
     left = guard.stream(i for i in range(3))
     assert next(left) == 0
-    guard.serialized = True
+    guard.dropped = True
     assert in_thread(lambda: list(guard.stream(i for i in range(3)))) == [0, 1, 2]
     with pytest.raises(RuntimeError, match="later call"):
         next(left)

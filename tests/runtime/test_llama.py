@@ -222,7 +222,7 @@ def test_wishes_are_checked_wherever_they_are_given(name: str, value: Any, demo:
     assert mtp(PROMPT, max_tokens=8, **GREEDY) and mtp.stats.drafted > 0
 
 
-@pytest.mark.parametrize("command", [["run", "-p", "x"], ["chat"], ["serve"], ["bench"]], ids=lambda words: words[0])
+@pytest.mark.parametrize("command", [["run", "-p", "x"], ["chat"], ["bench"]], ids=lambda words: words[0])
 def test_the_commands_check_the_draft_length(command: list[str], demo: Pair) -> None:
     for length in ("16", "-1", "2.5", "True", "foo"):
         wrong = CliRunner().invoke(main, [*command, str(demo.target), "--draft", length])
@@ -464,7 +464,7 @@ def test_flash_attention_is_the_default_on_a_cpu(
 
 
 @needs_series
-@pytest.mark.parametrize("command", ["run", "chat", "serve"])
+@pytest.mark.parametrize("command", ["run", "chat"])
 def test_flash_attention_in_the_commands(command: str, demo: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
 
@@ -475,23 +475,12 @@ def test_flash_attention_in_the_commands(command: str, demo: Pair, monkeypatch: 
 
     monkeypatch.setattr(native, "has_gpu", lambda: False)
     monkeypatch.setattr("gemma_mtp.runtime.llama.Llama", Noted)
-    monkeypatch.setattr(llama_cpp, "Llama", llama_cpp.Llama)  # which the server exchanges
-    monkeypatch.setattr("uvicorn.run", lambda app, **_: None)
-    arguments = {"run": ["-p", "x", "-n", "2"], "chat": ["-n", "2"], "serve": []}[command]
+    arguments = {"run": ["-p", "x", "-n", "2"], "chat": ["-n", "2"]}[command]
     for asked, wanted in (([], ON), (["-ngl", "99"], ON), (["-ngl", "0"], ON)):
         done = CliRunner().invoke(main, [command, str(demo.target), "-t", "1", *arguments, *asked], input="x\n")
         assert done.exit_code == 0, done.output
         assert made.pop() == wanted
         assert not made
-    if command == "serve":
-        from gemma_mtp.runtime.cli.serve import application
-        from llama_cpp.server import app
-
-        application(demo.target, None, 0, flash_attn=False, verbose=False)
-        monkeypatch.setenv("FLASH_ATTN", "0")
-        application(demo.target, None, 0, verbose=False)
-        assert made == [OFF, OFF]
-        app._llama_proxy.free()
 
 
 def test_a_gpu_is_a_device_not_an_ability_of_the_build(monkeypatch: pytest.MonkeyPatch) -> None:

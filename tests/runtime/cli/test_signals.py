@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import pty
-import re
 import signal
 import sys
 import threading
-import urllib.request
 from pathlib import Path
-from subprocess import DEVNULL, PIPE
+from subprocess import PIPE
 from typing import Any
 
 import pytest
-from children import GUARD, MAIN, STOPPING, Terminal, alone, ended, environment, said, started, until
+from children import MAIN, STOPPING, Terminal, alone, ended, environment, said, started, until
 from gemma_mtp.convert import Pair
 from gemma_mtp.convert.staging import PREFIX
 from hub import serving
@@ -194,12 +192,3 @@ def test_a_conversation_in_a_terminal(demo: Pair, tmp_path: Path, place: dict[st
     finally:
         os.close(ours)
         os.close(theirs)
-
-
-def test_a_server(demo: Pair, tmp_path: Path, place: dict[str, Any]) -> None:
-    command = [sys.executable, "-c", MAIN, "serve", demo.target, "--port", "0", "-t", "1"]
-    with started(command, BACKGROUND, **place | {"stdin": DEVNULL}) as process:
-        found = re.search(r"http://127.0.0.1:(\d+)", said(process.stderr, "running on"))
-        assert found is not None
-        assert urllib.request.urlopen(f"{found[0]}/v1/models", timeout=GUARD).status == 200
-        told(signal.SIGTERM, process, tmp_path / "temporary")

@@ -1,23 +1,15 @@
-"""gemma-mtp chat, in a terminal and without one, and gemma-mtp serve."""
+"""gemma-mtp chat, in a terminal and without one."""
 
 from __future__ import annotations
 
-import json
 import os
 import pty
 import signal
-import socket
 import sys
-import threading
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import pytest
-import uvicorn
 from children import GUARD, MAIN, Terminal, environment, started, until
 from click.testing import CliRunner
 from gemma_mtp.convert import Pair, modelfile
@@ -26,7 +18,6 @@ from gemma_mtp.runtime.bench.machine import physical_cores
 from gemma_mtp.runtime.cli.chat import chat
 from gemma_mtp.runtime.cli.main import main
 from gemma_mtp.runtime.cli.run import run
-from gemma_mtp.runtime.cli.serve import application
 from gemma_mtp.runtime.request import SAMPLING
 
 CHAT = ["-t", "1", "--temp", "0", "--draft", "3"]
@@ -108,80 +99,3 @@ def test_interrupt_stops_the_answer_and_not_the_program(demo: Pair, tmp_path: Pa
     finally:
         os.close(theirs)
         os.close(ours)
-
-
-@pytest.fixture(scope="module")
-def server(demo: Pair) -> Iterator[str]:
-    """The server in a thread; its models are where the application keeps them."""
-    from llama_cpp.server import app
-
-    stock = llama_cpp.Llama
-    try:
-        made = application(demo.target, "auto", 3, "secret", n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False)
-        running = uvicorn.Server(uvicorn.Config(made, log_level="error"))
-        with socket.create_server(("127.0.0.1", 0)) as listening:
-            thread = threading.Thread(target=running.run, args=([listening],))
-            thread.start()
-            until(lambda: running.started or not thread.is_alive())
-            assert running.started
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-            running.should_exit = True
-            thread.join(GUARD)
-        app._llama_proxy.free()
-    finally:
-        llama_cpp.Llama = stock
-
-
-def post(url: str, key: str = "secret", **body: Any) -> Any:
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    return urllib.request.urlopen(request, timeout=GUARD)
-
-
-def test_the_server_answers_with_mtp(server: str, demo: Pair) -> None:
-    from llama_cpp.server import app
-
-    messages = [{"role": "user", "content": "import os"}]
-    body: dict[str, Any] = {"messages": messages, "max_tokens": 24, "temperature": 0, "logprobs": True}
-    body["top_logprobs"] = 1
-    with post(f"{server}/v1/chat/completions", **body) as answer:
-        found = json.load(answer)
-    assert len(found["choices"][0]["logprobs"]["content"]) == 24
-    assert list(app._llama_proxy) == [Path(demo.target).stem]
-    served = app._llama_proxy()
-    assert served.stats.accepted > 0
-    assert not served._logits_all
-    with pytest.raises(urllib.error.HTTPError, match="401"):
-        post(f"{server}/v1/chat/completions", key="wrong", **body)
-
-
-def test_a_client_that_leaves_does_not_stop_the_next(server: str) -> None:
-    wanted = None
-    for _ in range(4):
-        stream = post(f"{server}/v1/completions", prompt="import os\n", max_tokens=400, temperature=0, stream=True)
-        assert b"data:" in stream.readline()
-        stream.close()
-        with post(f"{server}/v1/completions", prompt="import sys\n", max_tokens=8, temperature=0) as answer:
-            text = json.load(answer)["choices"][0]["text"]
-        assert text
-        assert wanted in (None, text)
-        wanted = text
-
-
-def test_several_clients_at_once(server: str) -> None:
-    """They wait for each other; nobody is refused or gets another's text."""
-    texts: dict[int, set[str]] = {}
-
-    def ask(number: int) -> None:
-        for _ in range(3):
-            body: dict[str, Any] = {"prompt": "import os\n" * (1 + number), "max_tokens": 8, "temperature": 0}
-            with post(f"{server}/v1/completions", **body) as answer:
-                texts.setdefault(number, set()).add(json.load(answer)["choices"][0]["text"])
-
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(GUARD)
-    assert sorted(texts) == [0, 1, 2, 3]
-    assert all(len(found) == 1 for found in texts.values())

@@ -10,7 +10,7 @@ url, model = sys.argv[1:3]
 class Look(Tool):
     name = "look"
     description = "Looks around."
-    inputs = {}  # noqa: RUF012 (as smolagents wants it)
+    inputs: dict[str, dict[str, str]] = {}  # noqa: RUF012 (as smolagents wants it)
     output_type = "string"
 
     def forward(self) -> str:

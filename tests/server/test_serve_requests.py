@@ -183,7 +183,12 @@ def test_the_bundled_template_is_the_same_in_llama_cpps_jinja(thinking: bool, ru
     """Tools, calls and answers included; llama.cpp gives arguments as they are, not as text."""
     arguments = {"deep": True}
     call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": arguments}}
-    chat = [{"role": "system", "content": "Be good"}, USER, {**CALLED, "content": "", "tool_calls": [call]}, TOLD]
+    chat: list[dict[str, Any]] = [
+        {"role": "system", "content": "Be good"},
+        USER,
+        {**CALLED, "content": "", "tool_calls": [call]},
+        TOLD,
+    ]
     sent = [each if "tool_calls" not in each else CALLED for each in chat]
     wish = {"chat_template_kwargs": {"enable_thinking": thinking}}
     found = running.ask("/apply-template", {"messages": sent, "tools": [LOOK], **wish}).json["prompt"]

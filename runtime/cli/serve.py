@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+from gemma_mtp.patches.ui import built_ui
 from gemma_mtp.runtime.request import MOST
 
 # Tokens to draft in a round: llama-server's own default.
 DRAFT = 3
+# What a browser is shown where llama.cpp's page was not built.
+PAGE = Path(__file__).parents[1] / "page"
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 
@@ -144,6 +147,7 @@ def serve(
             "base_url": f"{url}/v1", "model": said["id"], "context": said["meta"]["n_ctx"], "pid": running.pid,
             "target": str(served.header.path), "drafter": served.drafter and str(served.drafter), "draft": n_draft,
             "undrafted": served.undrafted, "projector": served.projector and str(served.projector),
+            "page": f"{url}/" if built_ui() else None,
         }  # fmt: skip
         click.echo(json.dumps(facts) if as_json else _told(facts, _bearer(api_key, api_key_file)))
         sys.stdout.flush()
@@ -169,7 +173,7 @@ def _given(options: Mapping[str, Any], context: int, keys: Path | None) -> list[
         flags += ["-ngl", layers, "--spec-draft-ngl", layers]
     if options["think"] or "LLAMA_ARG_REASONING" not in os.environ:
         flags += ["--reasoning", "on" if options["think"] else "off"]
-    flags += ["-c", str(context), "--cors-origins", options["cors"]]
+    flags += ["-c", str(context), "--cors-origins", options["cors"], "--path", str(built_ui() or PAGE)]
     return [*flags, *(["--metrics"] if options["metrics"] else []), *(["--api-key-file", str(keys)] if keys else [])]
 
 
@@ -224,6 +228,7 @@ def _told(facts: Mapping[str, Any], bearer: str) -> str:
         "serving": f"{facts['model']} at {facts['base_url']}, {facts['context']} tokens of context",
         "drafts": drafts if facts["drafter"] else f"none: {facts['undrafted'] or 'turned off'}",
         "images": facts["projector"] or "no projector",
+        "page": facts["page"] or "none to chat in; gemma-mtp build --ui makes it (needs Node)",
         "try": f"curl {facts['base_url']}/chat/completions -H 'Content-Type: application/json'{bearer} "
         """-d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}]}'""",
     }

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from encoders import make
 from gemma_mtp.convert import Pair, convert_pair, link
 from gemma_mtp.convert.relink import rewrite
+from gemma_mtp.patches import source
 from gemma_mtp.runtime import server, serving
 from gemma_mtp.runtime.cli.main import main
 from library_file import write_library_file
@@ -128,9 +129,10 @@ def test_what_is_said_when_it_is_ready(demo: Pair, tmp_path: Path) -> None:
                           env=environment(tmp_path)) as process:  # fmt: skip
         try:
             assert process.stdout is not None
-            told = dict(process.stdout.readline().rstrip().split(maxsplit=1) for _ in range(4))
+            told = dict(process.stdout.readline().rstrip().split(maxsplit=1) for _ in range(5))
             assert told["drafts"].startswith(f"none: no linked drafter beside {alone}")
             assert told["images"] == "no projector"
+            assert told["page"].startswith("none to chat in; gemma-mtp build --ui")
             assert "http://127.0.0.1:" in told["serving"]
             if shutil.which("curl"):
                 line = told["try"].replace('"messages"', '"max_tokens": 4, "messages"')
@@ -138,6 +140,18 @@ def test_what_is_said_when_it_is_ready(demo: Pair, tmp_path: Path) -> None:
                 assert json.loads(answer.stdout)["usage"]["completion_tokens"] <= 4
         finally:
             process.terminate()
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_the_page(built: bool, demo: Pair, tmp_path: Path) -> None:
+    """llama.cpp's where it was built, else one that says how."""
+    page = tmp_path / "ui" / source.upstream().sha256[:16] / "index.html"
+    if built:
+        page.parent.mkdir(parents=True)
+        page.write_text("<p>chat</p>")
+    with served(demo.target, tmp_path) as found:
+        assert found.facts["page"] == (f"{found.root}/" if built else None)
+        assert ("<p>chat</p>" if built else "gemma-mtp build --ui") in found.ask("/").text
 
 
 def test_a_projector_is_found_by_its_width(demo: Pair, tmp_path: Path) -> None:

@@ -79,6 +79,8 @@ class Server:
             if chance is not None:
                 rates = ",".join(f"{chance ** (place + 1):.9f}" for place in range(length))
                 command += ["--spec-synth-rates", rates]
+        else:
+            command += ["--spec-type", "none"]  # ours would find the drafter beside the target
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in close)
         self._process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT, text=True

@@ -216,3 +216,19 @@ def test_a_model_is_told_of_by_its_name(chat: str) -> None:
     status, error = refused(chat, "/v1/models/google/gemma", method="GET")
     assert (status, error["code"]) == (404, "model_not_found")
     assert "'google/gemma'" in error["message"]
+
+
+@pytest.mark.parametrize("asked_for", ["schema", "tool"])
+def test_definitions_that_double_at_each_level_are_read_once(asked_for: str, chat: str) -> None:
+    """Two to the power of forty ways lead to the last of them."""
+    levels: dict[str, Any] = {f"a{n}": {"anyOf": [{"$ref": f"#/$defs/a{n + 1}"}] * 2} for n in range(40)}
+    schema = {"$ref": "#/$defs/a0", "$defs": {**levels, "a40": {"type": "object", "properties": {}}}}
+    if asked_for == "schema":
+        wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        assert json.loads(asked(chat, response_format=wanted)["message"]["content"]) == {}
+    else:
+        tool = {"type": "function", "function": {"name": "deep", "parameters": {
+            "type": "object", "properties": {"a": {"$ref": "#/$defs/a0"}}, "required": ["a"], "$defs": schema["$defs"]
+        }}}  # fmt: skip
+        (call,) = asked(chat, tools=[tool], tool_choice=chosen("deep"))["message"]["tool_calls"]
+        assert json.loads(call["function"]["arguments"]) == {"a": {}}

@@ -106,20 +106,27 @@ def said(stream: IO[str] | None, wanted: str) -> str:
 
 
 @contextmanager
-def serving(server: Path, log: Path, *arguments: object) -> Iterator[str]:
-    """The address of a llama-server, which takes a free port of its own choice.
+def server(program: Path, log: Path, *arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A llama-server that has loaded its model, and its address; it takes a free port of its own choice.
 
     Args:
-        server: the program.
+        program: the server.
         log: file to write its output to.
-        arguments: of the server.
+        arguments: of the server; later ones win.
     """
-    command = [server, *arguments, "--host", "127.0.0.1", "--port", "0", "-np", "1", "-t", "1"]
+    command = [program, "--host", "127.0.0.1", "--port", "0", "-np", "1", "-t", "1", *arguments]
     with log.open("w") as out, started(command, stdout=out, stderr=out) as process:
         try:
-            yield until(lambda: re.search(r"listening on (http://\S+)\n", log.read_text()), process)[1]
+            yield process, until(lambda: re.search(r"listening on (http://\S+)\n", log.read_text()), process)[1]
         finally:
             print(log.read_text()[-3000:])
+
+
+@contextmanager
+def serving(program: Path, log: Path, *arguments: object) -> Iterator[str]:
+    """The address of such a server."""
+    with server(program, log, *arguments) as (_, url):
+        yield url
 
 
 def post(url: str, body: Mapping[str, Any], key: str | None = None) -> dict[str, Any]:

@@ -181,7 +181,7 @@ answers() {  # FILE ARGUMENTS...: answers of llama-server started so
 }
 
 server() {
-    answers "$work/plain" || return
+    answers "$work/plain" --spec-type none || return
     answers "$work/mtp" --spec-draft-model "$kit/pair/drafter.gguf" --spec-type draft-mtp --spec-draft-n-max 3 || return
     cat "$work/timings"
     local same=0 i

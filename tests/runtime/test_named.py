@@ -11,7 +11,6 @@ import pytest
 from gemma_mtp.convert import Pair, link
 from gemma_mtp.runtime import Llama, open_pair
 from gemma_mtp.runtime.cli.bench import _pair
-from gemma_mtp.runtime.cli.serve import application
 from ollamas import keep, run
 from prompts import PROMPT
 
@@ -49,14 +48,6 @@ def test_commands_generate_with_it(demo: Pair, store: Path) -> None:
     done = run("run", "hf.co/me/mine:Q8_0", "-p", PROMPT, "-n", "8", "--temp", "0", "-t", "1", "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["stats"]["drafted"] > 0
-
-
-def test_a_server_calls_it_by_its_name(demo: Pair, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    testclient = pytest.importorskip("starlette.testclient")
-    monkeypatch.setattr("llama_cpp.Llama", Llama)  # which the server replaces
-    keep(store, f"{LIBRARY}/gemma4/e2b.1", model=demo.target, draft=demo.drafter)
-    with testclient.TestClient(application("gemma4:e2b.1", "auto", "auto", **OPTIONS)) as client:
-        assert [each["id"] for each in client.get("/v1/models").json()["data"]] == ["gemma4:e2b.1"]
 
 
 def test_a_model_without_a_drafter_says_how_it_gets_one(demo: Pair, store: Path) -> None:

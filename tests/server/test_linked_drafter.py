@@ -52,7 +52,7 @@ def test_a_target_alone_drafts_with_its_drafter_and_gives_the_same_text(demo: Pa
 
 
 def test_a_drafter_alone_needs_no_type(demo: Pair, tmp_path: Path) -> None:
-    alone = shutil.copy(demo.target, tmp_path / "target.gguf")
+    alone = Path(shutil.copy(demo.target, tmp_path / "target.gguf"))
     answer, log = answered(alone, tmp_path / "log", "--spec-draft-model", demo.drafter)
     assert answer["timings"]["draft_n_accepted"] > 0
     assert f"'{demo.drafter}', as named" in log
@@ -127,7 +127,7 @@ def test_a_file_of_ollamas_store_has_the_drafter_that_ollama_gives_it(demo: Pair
 
 
 def test_another_targets_drafter_is_refused_in_one_line(demo: Pair, tiny_f32: Pair, tmp_path: Path) -> None:
-    alone = shutil.copy(demo.target, tmp_path / "target.gguf")
+    alone = Path(shutil.copy(demo.target, tmp_path / "target.gguf"))
     told = refused("-m", alone, "--spec-draft-model", tiny_f32.drafter)
     assert len(told) == 1
     assert f"{tiny_f32.drafter.name} was made for the target with fingerprint" in told[0]

@@ -155,7 +155,7 @@ def test_a_schema_beside_tools_keeps_them(chat: str) -> None:
     assert isinstance(json.loads(off["message"]["content"])["n"], int)
 
 
-REFUSED = {
+REFUSED: dict[str, dict[str, Any]] = {
     "#/properties/a/multipleOf": {"properties": {"a": {"type": "integer", "multipleOf": 3}}},
     "#/properties/a/minimum": {"properties": {"a": {"type": "number", "minimum": 3}}},
     "#/minProperties": {"minProperties": 1},

@@ -30,7 +30,7 @@ def build(ui: bool, check: bool, as_json: bool, **options: Any) -> None:
       gemma-mtp build                        # some minutes, once
       gemma-mtp build --cuda                 # for an NVIDIA GPU; needs the CUDA toolkit
       gemma-mtp build --portable             # to be copied to other machines
-      gemma-mtp build --ui                   # the web page that gemma-mtp serve shows
+      gemma-mtp build --ui                   # a web page to chat, for llama-server --path
       gemma-mtp build --check
     """
     if ui and not check:

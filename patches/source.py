@@ -30,18 +30,19 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Upstream:
-    """The pinned release: version and sha256 of the sdist, and the llama.cpp commit inside it."""
+    """The pinned release: version and sha256 of the sdist, the llama.cpp commit inside it and its build number."""
 
     version: str
     sha256: str
     llama_cpp: str
+    number: int
 
 
 def upstream() -> Upstream:
     """Read the pin from patches/UPSTREAM."""
     text = (HERE / "UPSTREAM").read_text()
     pins = dict(line.split(" = ", 1) for line in text.splitlines() if " = " in line)
-    return Upstream(pins["llama-cpp-python"], pins["sdist-sha256"], pins["llama.cpp"])
+    return Upstream(pins["llama-cpp-python"], pins["sdist-sha256"], pins["llama.cpp"], int(pins["llama.cpp-build"]))
 
 
 def series() -> list[Path]:

@@ -1,12 +1,13 @@
-# Included at the end of llama-cpp-python's CMakeLists.txt: llama-server and llama-quantize of the same tree, beside
-# libllama in the package. The other tools stay unbuilt, they would double the build time.
+# Included at the end of llama-cpp-python's CMakeLists.txt: llama-server, llama-quantize and ggml-rpc-server of the same
+# tree, beside libllama in the package. The other tools stay unbuilt, they would double the build time.
 # llama.cpp installs llama-server by a rule of its own; the same folder keeps a second copy out of the wheel.
 set(CMAKE_INSTALL_BINDIR llama_cpp/lib)
 set(PROJECT_SOURCE_DIR ${CMAKE_CURRENT_SOURCE_DIR}/vendor/llama.cpp)
-foreach(tool quantize ui server)
+foreach(tool quantize rpc ui server)
     add_subdirectory(vendor/llama.cpp/tools/${tool})
 endforeach()
-foreach(target ${GGML_AVAILABLE_BACKENDS} llama-common llama-quantize-impl llama-quantize llama-server-impl llama-server)
+foreach(target ${GGML_AVAILABLE_BACKENDS} llama-common llama-quantize-impl llama-quantize llama-server-impl llama-server
+        ggml-rpc-server)
     llama_cpp_python_install_target(${target})
 endforeach()
 

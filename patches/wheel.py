@@ -67,7 +67,7 @@ def cmake_args(
     Raises:
         BuildError: GEMMA_MTP_CUDA is neither 0 nor 1, or this is no Mac and Metal is wanted.
     """
-    flags = [*(PORTABLE if portable else ("-DGGML_NATIVE=ON",)), "-DLLAMA_OPENSSL=OFF"]
+    flags = [*(PORTABLE if portable else ("-DGGML_NATIVE=ON",)), "-DLLAMA_OPENSSL=OFF", "-DGGML_RPC=ON"]
     flags.append(f"-DGGML_CUDA={'ON' if (use_cuda(env) if cuda is None else cuda) else 'OFF'}")
     if metal:
         if platform.system() != "Darwin":
@@ -76,7 +76,8 @@ def cmake_args(
     if vulkan:
         flags.append("-DGGML_VULKAN=ON")
     # llama.cpp would ask git, and be told of the temporary repository that the series is applied in.
-    flags.append(f"-DLLAMA_BUILD_COMMIT={upstream().llama_cpp}")
+    pin = upstream()
+    flags += [f"-DLLAMA_BUILD_COMMIT={pin.llama_cpp}", f"-DLLAMA_BUILD_NUMBER={pin.number}"]
     return [*flags, *env.get("CMAKE_ARGS", "").split()]
 
 

@@ -26,6 +26,15 @@ def costs_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty store of Ollama, and a folder without files to stand in."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "store"))
+    return tmp_path / "store"
+
+
 @pytest.fixture(scope="session")
 def upstream() -> Path:
     """The pinned llama.cpp's converter (convert_hf_to_gguf.py, conversion/, gguf-py/), unpacked once into the cache."""

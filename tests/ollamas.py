@@ -13,6 +13,9 @@ from click.testing import CliRunner, Result
 from gemma_mtp.convert.ollama.api import Client
 from gemma_mtp.runtime.cli.main import main
 
+# Where a store keeps what is named without a host.
+LIBRARY = "registry.ollama.ai/library"
+
 
 def run(*arguments: str | Path) -> Result:
     """A command as a user types it."""

@@ -55,7 +55,7 @@ def link_command(
         return
     click.echo(f"{path} drafts for {target if model else file.name}")
     if is_store(file.parent):
-        attach = f"gemma-mtp ollama attach {owner_of(file)} --drafter {path}"
+        attach = f"gemma-mtp ollama attach {owner_of(file) or 'NAME'} --drafter {path}"
         click.echo(f"name it with --drafter, or give it to Ollama: {attach}", err=True)
     elif path.resolve().parent not in [folder.resolve() for folder in folders_around(file)]:
         click.echo(f"move it into {file.absolute().parent}, where it is found by itself", err=True)

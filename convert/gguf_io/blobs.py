@@ -77,7 +77,7 @@ def is_store(folder: Path) -> bool:
 
 
 def owner_of(path: Path) -> str | None:
-    """The name of a model that has a file of the store as its target; None of what lies in no store."""
+    """The name of a model that has a file of a store as its target, if there is one."""
     real = path.resolve()
     store = real.parent.parent
     if not (BLOB.fullmatch(real.name) and is_store(real.parent)):
@@ -85,7 +85,7 @@ def owner_of(path: Path) -> str | None:
     for manifest in sorted((store / "manifests").glob("*/*/*/*")):
         if real.name in _layers(manifest).get("model", []):
             return _shown(manifest.relative_to(store / "manifests").parts)
-    return real.name
+    return None
 
 
 def check_there(path: Path) -> None:

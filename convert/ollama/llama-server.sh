@@ -5,31 +5,13 @@
 # A Gemma 4 target with its drafter, on the CPU, is run by gemma-mtp's llama-server; whatever else by the original. Both
 # by exec: Ollama ends the process that it started by SIGKILL, and nothing must be left.
 
-# Set where this is installed: the folder of gemma-mtp's llama-server, whether it reads the files of Ollama's library
-# (one file with all encoders), and which of the two samples drafts in the usual way though Ollama asks for "backend
-# sampling", on a CPU a top-k over the whole vocabulary in one thread: engine, original, or both.
+# Set where this is installed: the folder of gemma-mtp's llama-server, and whether it reads the files of Ollama's library
+# (one file with all encoders).
 folder='@FOLDER@'
 reads_library='@READS_LIBRARY@'
-without_backend_sampling=''
 
 case $0 in */*) here=${0%/*} ;; *) here=. ;; esac
 engine=$here/$folder
-
-# run NAME PROGRAM ARGUMENT...: become a program.
-run() {
-    name=$1 program=$2
-    shift 2
-    case " $without_backend_sampling " in *" $name "*)
-        if [ -z "$gpu" ]; then
-            for word do
-                shift
-                case $word in --spec-draft-backend-sampling) word=--no-spec-draft-backend-sampling ;; esac
-                set -- "$@" "$word"
-            done
-        fi ;;
-    esac
-    exec "$program" "$@"
-}
 
 # says FILE KEY STRING: whether the first 64 KiB of a GGUF file have a key with a string of 6 or 16 bytes: key, type 8
 # and length of the string, 4 and 8 bytes, string. The bytes of these numbers become capitals.
@@ -77,6 +59,6 @@ if [ -n "$target" ] && [ -n "$drafter" ] && [ -z "$gpu" ] && [ -x "$engine/llama
     knows "$@" && starts; then
     LD_LIBRARY_PATH=$libraries
     export LD_LIBRARY_PATH
-    run engine "$engine/llama-server" "$@"
+    exec "$engine/llama-server" "$@"
 fi
-run original "$here/llama-server.original" "$@"
+exec "$here/llama-server.original" "$@"

@@ -14,17 +14,19 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from gemma_mtp.convert import link
-from gemma_mtp.convert.ollama import shadow
+from gemma_mtp.convert.errors import MtpError, warn
+from gemma_mtp.convert.ollama import dispatch, shadow
 from gemma_mtp.convert.ollama.api import LOADING, Client
 from gemma_mtp.convert.ollama.create import check_types
 from gemma_mtp.convert.ollama.installation import Engine, installation, our_engine, whose
+from gemma_mtp.convert.ollama.trial import ENOUGH
 from gemma_mtp.patches.source import cache_dir
 
 Step = Callable[[str, int, int], None]
@@ -66,7 +68,8 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Run:
-    """One request: tokens read and made, seconds of generation and until the first token, drafts, bytes of memory."""
+    """One request: tokens read and made, seconds of generation and until the first token, drafts; the llama-server that
+    answered, and the bytes of memory that it holds."""
 
     read: int
     made: int
@@ -74,6 +77,7 @@ class Run:
     first: float
     drafted: int
     accepted: int
+    engine: str
     memory: int
 
     def rate(self, chance: float | None, length: int) -> float:
@@ -117,25 +121,29 @@ def measure(wanted: Wanted, step: Step = lambda label, done, total: None) -> dic
         check_types([link.read_header(wanted.target), link.read_header(wanted.drafter)])
     found, ours = installation(), our_engine()
     programs = {"ours": shadow.shadow(found, ours) / "bin" / "ollama"}
-    if not found.engine.is_ours:
+    if dispatch.status(found).installed:
+        warn("the installed Ollama has gemma-mtp's llama-server in front; to measure its own as well: gemma-mtp ollama "
+             "engine remove")  # fmt: skip
+    elif not found.engine.is_ours:
         programs = {"ollama": found.program, **programs}
     engines = {"ollama": found.engine, "ours": ours}
     cases = [Case(who, length, chance) for who in programs for length, chance in _cases(wanted, engines[who])]
     runs: dict[Case, list[Run]] = {case: [] for case in cases}
-    about: dict[str, str] = {}
     with ExitStack() as stack:
         store = _store(wanted, programs["ours"], stack)
         for visit in range(wanted.repeat):
             for place, case in enumerate(cases[:: 1 if visit % 2 == 0 else -1]):
                 step(f"Ollama, {case.who}, {case.name}", visit * len(cases) + place, wanted.repeat * len(cases))
-                with _Server(programs[case.who], store, case) as server:
-                    runs[case].append(server.run(wanted, visit))
-                    about[case.who] = whose(server.engine)
+                with _serving(programs[case.who], store, case) as server:
+                    runs[case].append(server.run(wanted, case, visit))
     return {
         "program": str(found.program),
         "prompt_tokens": runs[cases[0]][0].read,
         "engines": {
-            who: {"engine": about[who], "cases": {c.name: _found(c, runs[c]) for c in cases if c.who == who}}
+            who: {
+                "engine": whose(next(runs[c][0].engine for c in cases if c.who == who)),
+                "cases": {c.name: _found(c, runs[c]) for c in cases if c.who == who},
+            }
             for who in programs
         },
     }
@@ -160,12 +168,12 @@ def _found(case: Case, runs: Sequence[Run]) -> dict[str, float]:
     return found | ({"acceptance": round(sum(run.accepted for run in runs) / drafted, 3)} if drafted else {})
 
 
-def _store(wanted: Wanted, program: Path, stack: ExitStack) -> Path | None:
-    """The folder of a store that holds the pair for as long as `stack` is open; None for the user's own."""
+def _store(wanted: Wanted, program: Path, stack: ExitStack) -> Path:
+    """The user's store, or one that holds the pair for as long as `stack` is open."""
     if wanted.model:
-        return None
+        return shadow.store_here()
     store = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ollama-store-", dir=cache_dir())))
-    with _Server(program, store, Case("ours", 0)) as server:
+    with _serving(program, store) as server:
         files = [
             {header.path.name: server.api.upload(header.path) for header in link.read_parts(link.read_header(path))}
             for path in (wanted.target, wanted.drafter)
@@ -175,56 +183,51 @@ def _store(wanted: Wanted, program: Path, stack: ExitStack) -> Path | None:
     return store
 
 
-class _Server:
-    """`ollama serve` for one case.
+@contextmanager
+def _serving(program: Path, store: Path, case: Case | None = None) -> Iterator[_Server]:
+    """`ollama serve` on a store, at a free port, with the acceptance that a case replays.
 
     Args:
         program: Ollama's program, whose place says which engine it starts.
-        store: of the models; None for the user's own.
-        case: of which the chance is replayed.
-
-    Attributes:
-        api: how it is asked.
-        engine: the llama-server that answered.
+        store: of the models.
+        case: what is measured.
     """
-
-    def __init__(self, program: Path, store: Path | None, case: Case) -> None:
-        self._program, self._store, self._case = program, store, case
-        self.engine = ""
-
-    def __enter__(self) -> _Server:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            host = f"127.0.0.1:{free.getsockname()[1]}"
-        # The user's store may be another Ollama's as well: what that one is about to finish is not cleared away.
-        env = {**os.environ, "OLLAMA_HOST": host, "OLLAMA_NOPRUNE": "1"}
-        if self._store is not None:
-            env["OLLAMA_MODELS"] = str(self._store)
-        if self._case.chance is not None:
-            env[SYNTH] = ",".join(f"{self._case.chance ** (place + 1):.9f}" for place in range(self._case.length))
-        self._log = Path(tempfile.mkstemp(prefix="ollama-log-", dir=cache_dir())[1])
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [self._program, "serve"], env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True,
-            )  # fmt: skip
-        self.api = Client(host)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        host = f"127.0.0.1:{free.getsockname()[1]}"
+    # The store may be another Ollama's as well: what that one is about to finish is not cleared away.
+    env = {**os.environ, "OLLAMA_HOST": host, "OLLAMA_MODELS": str(store), "OLLAMA_NOPRUNE": "1"}
+    if case is not None and case.chance is not None:
+        env[SYNTH] = ",".join(f"{case.chance ** (place + 1):.9f}" for place in range(case.length))
+    with tempfile.NamedTemporaryFile(prefix="ollama-log-", dir=cache_dir()) as log:
+        process = subprocess.Popen(
+            [program, "serve"], env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
         try:
-            shadow.wait_for(self._process, self.api, self._log)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+            server = _Server(Client(host), process.pid, Path(log.name))
+            shadow.wait_for(process, server.api, server.log)
+            yield server
+        finally:
+            shadow.end(process)
 
-    def __exit__(self, *error: object) -> None:
-        shadow.end(self._process)
-        self._log.unlink(missing_ok=True)
 
-    def run(self, wanted: Wanted, visit: int) -> Run:
-        """One request, after one that loads the model."""
+@dataclass(frozen=True)
+class _Server:
+    """A running Ollama: how it is asked, its process, and its log."""
+
+    api: Client
+    pid: int
+    log: Path
+
+    def run(self, wanted: Wanted, case: Case, visit: int) -> Run:
+        """One request, after one that loads the model.
+
+        Raises:
+            MtpError: the answer ended too early to be timed.
+        """
         options = {
             "num_predict": wanted.tokens, "num_ctx": wanted.n_ctx, "num_thread": wanted.threads, "stop": [],
-            "seed": wanted.seed + visit, "temperature": wanted.temp, "draft_num_predict": self._case.length,
+            "seed": wanted.seed + visit, "temperature": wanted.temp, "draft_num_predict": case.length,
         }  # fmt: skip
         body = {"model": wanted.model or NAME, "raw": True, "options": options}
         loading = {**body, "prompt": "0", "options": {**options, "num_predict": 1}, "stream": False}
@@ -235,10 +238,11 @@ class _Server:
         first = time.perf_counter() - start
         for answer in lines:  # noqa: B007 (the last one counts)
             pass
-        self.engine, memory = _child(self._process.pid)
-        accepted, drafted = _drafts(self._log) if self._case.length else (0, 0)
-        seconds = answer["eval_duration"] / 1e9
-        return Run(answer["prompt_eval_count"], answer["eval_count"], seconds, first, drafted, accepted, memory)
+        made, seconds = answer["eval_count"], answer["eval_duration"] / 1e9
+        if made < ENOUGH:
+            raise MtpError(f"the model ended its answer after {made} tokens, too few to time; give other --prompts.")
+        accepted, drafted = _drafts(self.log) if case.length else (0, 0)
+        return Run(answer["prompt_eval_count"], made, seconds, first, drafted, accepted, *_child(self.pid))
 
 
 def _drafts(log: Path) -> tuple[int, int]:

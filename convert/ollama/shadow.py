@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gemma_mtp.convert.errors import MtpError
-from gemma_mtp.convert.gguf_io.blobs import FOLDERS
+from gemma_mtp.convert.gguf_io.blobs import stores
 from gemma_mtp.convert.launch import check_port
 from gemma_mtp.convert.ollama.api import PORT, Client, NotRunningError, address
 from gemma_mtp.convert.ollama.installation import Engine, Installation, hash_of
@@ -155,7 +155,7 @@ def plan() -> Plan:
         notes.append(
             f"port {PORT} is taken, perhaps by the installed Ollama; to use this one: export OLLAMA_HOST={host}"
         )
-    store = _store()
+    store = store_here()
     env = {**os.environ, "OLLAMA_HOST": host, "OLLAMA_MODELS": str(store)}
     if store.is_dir() and not os.access(store, os.W_OK):
         notes.append(f"{store} is not this user's to change: its models run, and none can be added or removed")
@@ -172,12 +172,9 @@ def _free(host: str, port: int) -> bool:
     return True
 
 
-def _store() -> Path:
+def store_here() -> Path:
     """The store that OLLAMA_MODELS names, or the first that has models, or the user's own."""
-    named = os.environ.get("OLLAMA_MODELS")
-    if named:
-        return Path(named)
-    places = [Path(each).expanduser() for each in FOLDERS]
+    places = stores()
     return next((each for each in places if os.access(each / "manifests", os.R_OK | os.X_OK)), places[0])
 
 

@@ -34,7 +34,7 @@ class Checkout:
         with tarfile.open(sdist, "w:gz") as archive:
             archive.add(home / "pin", "llama_cpp_python-1.0")
         pin = f"llama-cpp-python = 1.0\nsdist-sha256 = {hashlib.sha256(sdist.read_bytes()).hexdigest()}\n"
-        (self.patches / "UPSTREAM").write_text(pin + "llama.cpp = abc123\n")
+        (self.patches / "UPSTREAM").write_text(pin + "llama.cpp = abc123\nllama.cpp-build = 1\n")
 
     def __call__(self, *arguments: str | Path, status: int = 0) -> str:
         """What build.py says: on its standard output, or where that is empty, on its standard error."""

@@ -14,8 +14,8 @@ from prompts import held_out
 
 SERVER = Path(llama_cpp.__file__).parent / "lib" / "llama-server"
 DRAFTS = "--spec-type", "draft-mtp", "--spec-draft-n-max", "4", "--no-spec-draft-backend-sampling"
-# Beyond the window of 128 and a batch of 512, where the cells of the window have wrapped around.
-CONTEXT = 896
+# Far beyond the window of 128 and a batch of 512, where the cells of the window have wrapped around.
+CONTEXT = 2048
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_an_answer_ends_where_the_context_does(temperature: int, servers: tuple[
     for seed, prompt in enumerate(held_out(3)):
         drafted, plain = both(servers, prompt=prompt, n_predict=-1, ignore_eos=True, temperature=temperature, seed=seed)
         assert drafted["truncated"] and plain["truncated"]
-        assert drafted["tokens_predicted"] == plain["tokens_predicted"] > CONTEXT - 128
+        assert drafted["tokens_predicted"] == plain["tokens_predicted"] > CONTEXT // 2
         assert drafted["content"] == plain["content"]
 
 

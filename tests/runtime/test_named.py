@@ -11,19 +11,10 @@ import pytest
 from gemma_mtp.convert import Pair, link
 from gemma_mtp.runtime import Llama, open_pair
 from gemma_mtp.runtime.cli.bench import _pair
-from ollamas import keep, run
+from ollamas import LIBRARY, keep, run
 from prompts import PROMPT
 
 OPTIONS: dict[str, Any] = {"n_ctx": 256, "verbose": False, "n_threads": 1, "n_threads_batch": 1}
-LIBRARY = "registry.ollama.ai/library"
-
-
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "store"))
-    return tmp_path / "store"
 
 
 def test_a_model_is_loaded_by_its_name(demo: Pair, store: Path) -> None:

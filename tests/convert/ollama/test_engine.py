@@ -255,24 +255,6 @@ def test_files_of_ollamas_library_are_ours_where_we_read_them(fake: Fake, tmp_pa
     assert fake.ran(fake.command(target=path)).name == "ours"
 
 
-@pytest.mark.parametrize("who", ["", "engine", "original", "engine original"])
-def test_backend_sampling_may_be_switched_off(fake: Fake, who: str) -> None:
-    fake.do("install")
-    text = fake.server.read_text()
-    assert text.count("without_backend_sampling='") == 1
-    start, _, rest = text.partition("without_backend_sampling='")
-    fake.server.write_text(f"{start}without_backend_sampling='{who}'\n{rest.partition(chr(10))[2]}")
-    odd = ["", "a b", "it's"]
-    dflash = gguf(fake.home / "dflash.gguf", ("general.architecture", "dflash"))
-    for name, command in (("ours", fake.command()), ("original", fake.command(drafter=dflash))):
-        off = "engine" in who if name == "ours" else "original" in who
-        ran = fake.ran([*command, *odd])
-        wanted = [f"--no{word[1:]}" if off and word == "--spec-draft-backend-sampling" else word for word in command]
-        assert (ran.name, ran.arguments) == (name, [*wanted[1:], *odd])
-    ran = fake.ran(fake.command(), GGML_BACKEND_PATH="x")  # a GPU does it well
-    assert "--spec-draft-backend-sampling" in ran.arguments
-
-
 @pytest.mark.parametrize("linked", [False, True])
 @pytest.mark.parametrize("links", ["links", "no links"])
 def test_removed_it_is_as_it_was(fake: Fake, monkeypatch: pytest.MonkeyPatch, linked: bool, links: str) -> None:

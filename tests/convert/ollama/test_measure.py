@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 from gemma_mtp.convert import Pair
-from gemma_mtp.convert.ollama import measure, shadow
+from gemma_mtp.convert.errors import MtpError, MtpWarning
+from gemma_mtp.convert.ollama import dispatch, measure, shadow
 from gemma_mtp.convert.ollama.installation import Engine, Installation
 from gemma_mtp.convert.ollama.measure import Run, Wanted
 from gemma_mtp.runtime.cli.main import main
@@ -108,15 +110,29 @@ def test_the_memory_is_that_of_its_llama_server(wanted: Wanted, seen: Path) -> N
     assert cases["plain"]["memory_mb"] > 1
 
 
+def test_an_answer_that_ends_at_once_is_told(wanted: Wanted, seen: Path) -> None:
+    with pytest.raises(MtpError, match="after 5 tokens, too few to time; give other --prompts"):
+        measure.measure(replace(wanted, tokens=5))
+    assert not [path for path in (seen.parent / "cache").iterdir() if path.name != "ollama"]
+
+
+def test_where_our_engine_is_in_front_ollamas_own_is_not_measured(wanted: Wanted, seen: Path) -> None:
+    """It would be ours as well, for all that has drafts."""
+    server = seen.parent / "theirs" / "lib" / "llama-server"
+    server.write_bytes(dispatch.SCRIPT.read_bytes())
+    with pytest.warns(MtpWarning, match="gemma-mtp ollama engine remove"):
+        assert set(measure.measure(replace(wanted, repeat=1))["engines"]) == {"ours"}
+
+
 def test_a_model_of_the_store_is_measured_as_it_is(wanted: Wanted, seen: Path) -> None:
-    measure.measure(Wanted(**{**vars(wanted), "model": "gemma4:e4b", "repeat": 1}))
+    measure.measure(replace(wanted, model="gemma4:e4b", repeat=1))
     told = [json.loads(line)["asked"] for line in seen.read_text().splitlines()]
     assert {each["model"] for each in told} == {"gemma4:e4b"}
     assert all("files" not in each for each in told)
 
 
 def test_tokens_of_a_replay_are_those_expected(wanted: Wanted) -> None:
-    run = Run(read=9, made=101, seconds=5.0, first=0.1, drafted=200, accepted=50, memory=0)
+    run = Run(read=9, made=101, seconds=5.0, first=0.1, drafted=200, accepted=50, engine="", memory=0)
     assert run.rate(None, 4) == pytest.approx(20.2)
     assert run.rate(0.8, 2) == pytest.approx((1 + 0.8 + 0.64) / (5 / 50))
 

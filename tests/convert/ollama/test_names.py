@@ -15,18 +15,7 @@ from gemma_mtp.convert.gguf_io.folder import contents
 from gemma_mtp.convert.modelfile import files_of
 from gguf import GGUFWriter
 from gguf_files import finish
-from ollamas import keep, run
-
-LIBRARY = "registry.ollama.ai/library"
-
-
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty store, and a folder without files to stand in."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "store"))
-    return tmp_path / "store"
+from ollamas import LIBRARY, keep, run
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from children import MAIN, alone, ended, environment, said, started, until
 from gemma_mtp.convert.errors import MtpError
+from gemma_mtp.convert.gguf_io import blobs
 from gemma_mtp.convert.ollama import api, shadow
 from gemma_mtp.convert.ollama.installation import Engine, Installation, installation
 from ollama_standin import ANSWERS
@@ -298,7 +299,7 @@ def test_the_store_is_the_one_with_models(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("GEMMA_MTP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{free_port()}")
     monkeypatch.delenv("OLLAMA_MODELS", raising=False)
-    monkeypatch.setattr(shadow, "FOLDERS", (str(mine), str(service)))
+    monkeypatch.setattr(blobs, "FOLDERS", (str(mine), str(service)))
     assert shadow.plan().store == mine
     (service / "manifests").mkdir(parents=True)
     assert shadow.plan().store == service

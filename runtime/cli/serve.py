@@ -20,6 +20,9 @@ from gemma_mtp.runtime.request import MOST
 DRAFT = 3
 # What a browser is shown where llama.cpp's page was not built.
 PAGE = Path(__file__).parents[1] / "page"
+# Settings of llama.cpp's page at a first visit. Where a model hears, it shows a microphone in place of the button to
+# send, even when something was written: its ChatForm does not tell ChatFormActions of that (b11312).
+PAGE_SETTINGS = {"autoMicOnEmpty": False}
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 
@@ -136,6 +139,7 @@ def serve(
         ready = threading.Event()
         shown = _shown(ready, verbose, stack.enter_context(log.open("w") if log else nullcontext()))
         running = stack.enter_context(server.Server(command, shown, serving.environment(api_key)))
+        stack.callback(ready.clear)  # what fails because it is ended is no error
         stack.enter_context(_interrupted(server.GRACE))
         said = running.wait(_progress(served.header.path.name))
         ready.set()
@@ -173,6 +177,8 @@ def _given(options: Mapping[str, Any], context: int, keys: Path | None) -> list[
         flags += ["-ngl", layers, "--spec-draft-ngl", layers]
     if options["think"] or "LLAMA_ARG_REASONING" not in os.environ:
         flags += ["--reasoning", "on" if options["think"] else "off"]
+    if not {"LLAMA_ARG_UI_CONFIG", "LLAMA_ARG_UI_CONFIG_FILE"} & set(os.environ):
+        flags += ["--ui-config", json.dumps(PAGE_SETTINGS)]
     flags += ["-c", str(context), "--cors-origins", options["cors"], "--path", str(built_ui() or PAGE)]
     return [*flags, *(["--metrics"] if options["metrics"] else []), *(["--api-key-file", str(keys)] if keys else [])]
 

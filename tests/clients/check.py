@@ -2,9 +2,9 @@
 
     python tests/clients/check.py [NAME...]
 
-Each library is installed into an environment of its own below build/clients, since no one version of openai serves them
-all. The server is that of the environment at hand, with the bundled pair. Prints a line for each library, with its
-version and that of openai.
+Each library is installed into an environment of its own in the cache folder, since no one version of openai serves them
+all, and stays there: remove the folder for newer versions. The server is that of the environment at hand, with the
+bundled pair. Prints a line for each library, with its version and that of openai.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from gemma_mtp.convert import convert_pair
+from gemma_mtp.patches.source import building, cache_dir
 
 HERE = Path(__file__).resolve().parent
-PAIR, ENVIRONMENTS = HERE.parent / "pair", HERE.parents[1] / "build" / "clients"
+PAIR = HERE.parent / "pair"
 # What each program needs, the distribution that it is about first.
 CLIENTS = {
     "openai": ("openai",),
@@ -54,13 +55,14 @@ def serving(folder: Path) -> Iterator[dict[str, Any]]:
 
 def installed(name: str) -> Path:
     """The Python of a library's environment, made if need be."""
-    folder = ENVIRONMENTS / name
+    folder = cache_dir() / "clients" / name
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
-    if not (folder / ".ready").exists():
-        venv.create(folder, with_pip=True, clear=True)
-        quiet = ("--disable-pip-version-check", "install", "--quiet")
-        subprocess.run([python, "-m", "pip", *quiet, *CLIENTS[name]], check=True)
-        (folder / ".ready").touch()
+    with building(f"client-{name}"):
+        if not (folder / ".ready").exists():
+            venv.create(folder, with_pip=True, clear=True)
+            quiet = ("--disable-pip-version-check", "install", "--quiet")
+            subprocess.run([python, "-m", "pip", *quiet, *CLIENTS[name]], check=True)
+            (folder / ".ready").touch()
     return python
 
 

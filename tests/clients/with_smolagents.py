@@ -18,10 +18,8 @@ class Look(Tool):
 
 
 settings = {"api_base": url, "api_key": "none", "max_tokens": 200, "temperature": 0}
-assert (
-    OpenAIModel(model, **settings)([{"role": "user", "content": [{"type": "text", "text": "import os"}]}]).role
-    == "assistant"
-)
+asked = [{"role": "user", "content": [{"type": "text", "text": "import os"}]}]
+assert OpenAIModel(model, **settings)(asked).role == "assistant"
 # The bundled pair would go on calling to its last token, were it allowed more than one call.
 served = OpenAIModel(model, parallel_tool_calls=False, **settings)
 agent = ToolCallingAgent(tools=[Look()], model=served, max_steps=2, verbosity_level=0)

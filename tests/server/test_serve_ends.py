@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from children import GUARD, environment, started, until
 from gemma_mtp.convert import Pair
-from gemma_mtp.runtime import server
+from gemma_mtp.runtime import programs, server
 from serves import Served, command, served
 
 
@@ -181,7 +181,7 @@ def test_free_ports() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(RuntimeError, match=f"cannot listen at 127.0.0.1:{port}"):
-            server.free_port("127.0.0.1", port)
-        assert server.free_port("127.0.0.1", 0) not in (0, port)
+            programs.free_port("127.0.0.1", port)
+        assert programs.free_port("127.0.0.1", 0) not in (0, port)
     with pytest.raises(RuntimeError, match="cannot listen at"):
-        server.free_port("192.0.2.1", 0)
+        programs.free_port("192.0.2.1", 0)

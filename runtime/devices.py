@@ -101,7 +101,7 @@ def tell_of_loss(servers: Sequence[str]) -> None:
     def tell(reason: bytes) -> None:
         line = reason.decode(errors="replace")
         try:
-            with rpc.explaining(servers if rpc.LOST in line else ()):
+            with rpc.explaining(servers if rpc.LOST in line else (), in_use=True):
                 raise RuntimeError(line)
         except RuntimeError as problem:
             with suppress(OSError):

@@ -64,8 +64,12 @@ def check(servers: Iterable[str]) -> dict[str, list[Device]]:
 
 
 @contextmanager
-def explaining(servers: Sequence[str]) -> Iterator[None]:
+def explaining(servers: Sequence[str], in_use: bool = False) -> Iterator[None]:
     """Within the block a program that ends as it lost one of these servers is an error that says which one.
+
+    Args:
+        servers: HOST:PORT of each.
+        in_use: whether the program is still there: those that it has not lost answer nobody else.
 
     Raises:
         RuntimeError: this is so.
@@ -75,11 +79,13 @@ def explaining(servers: Sequence[str]) -> Iterator[None]:
     except RuntimeError as problem:
         for server in servers:
             try:
-                devices(server)
+                if in_use:
+                    connected(server).close()
+                else:
+                    devices(server)
             except RuntimeError as wrong:
-                raise RuntimeError(
-                    f"the model's layers at {server} are gone: {wrong} Then start this again."
-                ) from problem
+                lost = f"the model's layers at {server} are gone: {wrong} Then start this again."
+                raise RuntimeError(lost) from problem
         raise
 
 

@@ -16,7 +16,7 @@ from encoders import make
 from gemma_mtp.convert import Pair, convert_pair, link
 from gemma_mtp.convert.relink import rewrite
 from gemma_mtp.patches import source
-from gemma_mtp.runtime import programs, server, serving
+from gemma_mtp.runtime import programs, serving
 from gemma_mtp.runtime.cli.main import main
 from library_file import write_library_file
 from ollamas import keep
@@ -241,7 +241,7 @@ def test_a_port_that_is_taken(running: Served, demo: Pair) -> None:
 
 
 def test_without_llama_server(demo: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "find_spec", lambda name: None)
+    monkeypatch.setattr(programs, "find_spec", lambda name: None)
     assert refused(demo.target).endswith("gemma-mtp build")
 
 

@@ -15,19 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from children import GUARD, environment, started, until
+from children import GUARD, environment, gone, started, until
 from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import programs, server
 from serves import Served, command, served
-
-
-def gone(pid: int) -> bool:
-    """Whether a process is no more; one that nobody has waited for yet does nothing more either."""
-    try:
-        os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (OSError, IndexError):
-        return True
 
 
 def busy(found: Served) -> threading.Thread:

@@ -5,6 +5,7 @@ A `Llama` is an `Api` (stock's calls with our keywords), which is a `Context` (t
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -15,7 +16,7 @@ from typing import Any, Self
 
 import llama_cpp
 from gemma_mtp.convert import link
-from gemma_mtp.runtime import chat_format, loop, native, sampling
+from gemma_mtp.runtime import chat_format, devices, loop, native, rpc, sampling
 from gemma_mtp.runtime.api import Api
 from gemma_mtp.runtime.borrowed import bind, like
 from gemma_mtp.runtime.context import Stock
@@ -60,6 +61,9 @@ class Llama(Api):
             do not pay. It may be set later on.
         mtp: False generates without drafting unless a request says mtp=True; True insists on a drafter. It may be set
             later on.
+        rpc_servers: HOST:PORT,... of machines where `gemma-mtp rpc-server` runs: the model's layers lie there, in this
+            order, then on this machine's GPUs, the drafter beside the last ones. With n_gpu_layers=N (all by default
+            then) the last N do, and the others on this machine's CPU. When one of them is lost, the process ends.
         options: everything llama_cpp.Llama takes. flash_attn is True by default where no layer is on a GPU. Without a
             seed every request draws one, which its answer tells under "seed", and `stats`.
 
@@ -70,7 +74,8 @@ class Llama(Api):
 
     Raises:
         gemma_mtp.convert.link.MtpError: a file is damaged, the drafter is not the target's, or mtp=True without one.
-        RuntimeError: the library was built for another CPU, or llama.cpp cannot load the model.
+        RuntimeError: the library was built for another CPU, llama.cpp cannot load the model, or a machine does not
+            answer.
         ValueError: as llama_cpp.Llama, for instance when model_path does not exist; or draft_length is neither a count
             nor "auto".
     """
@@ -84,6 +89,7 @@ class Llama(Api):
         drafter: Wanted = "auto",
         draft_length: DraftLength = "auto",
         mtp: bool | None = None,
+        rpc_servers: str | None = None,
         **options: Any,
     ) -> None:
         # For close() and __del__, should what follows raise.
@@ -91,6 +97,10 @@ class Llama(Api):
         wishes = Request(mtp, checked_length(draft_length))
         check_options(options)
         native.check_cpu()
+        self.rpc_servers, self._devices = rpc_servers, None
+        if rpc_servers:
+            self._devices = devices.of_machines(rpc.addresses(rpc_servers))
+            options.setdefault("n_gpu_layers", -1)
         model_path, drafter = named(model_path, drafter)
         path, missing = searched(model_path, drafter)
         reason = next((WITHOUT_DRAFTER[name] for name in WITHOUT_DRAFTER if options.get(name)), None)
@@ -114,6 +124,18 @@ class Llama(Api):
         self._costs_path = self._costs_file()
         self._costs = Costs.load(self._costs_path, MOST + 1)
         self._policy = Policy(self._costs, MOST)
+
+    @property
+    def model_params(self) -> Any:
+        """llama_model_params of the target."""
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, made: Any) -> None:
+        """Stock makes them as it loads the model, and leaves the devices to llama.cpp."""
+        if self._devices is not None:
+            made.devices = ctypes.addressof(self._devices)
+        self._model_params = made
 
     def _load(self, model_path: str | PathLike[str], options: dict[str, Any]) -> None:
         """Stock's __init__, with our defaults, and errors that name the next step."""
@@ -237,6 +259,7 @@ class Llama(Api):
             drafter=self.drafter is not None,
             layers=self.model_params.n_gpu_layers,
             libllama=(llama_cpp.__version__, native.patched()),
+            **({"machines": self.rpc_servers} if self.rpc_servers else {}),
             **{name: str(getattr(self.context_params, name, None)) for name in settings},
         )
 
@@ -258,7 +281,8 @@ class Llama(Api):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        return state | {"drafter": self._wanted, "draft_length": self.draft_length, "mtp": self.mtp}
+        ours = {"drafter": self._wanted, "draft_length": self.draft_length, "mtp": self.mtp}
+        return state | ours | {"rpc_servers": self.rpc_servers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]

@@ -17,13 +17,13 @@ from gemma_mtp.runtime.request import SAMPLING
 DECIDED = {
     "-m", "--model", "-mu", "--model-url", "-hf", "-hfr", "--hf-repo", "-hff", "--hf-file", "--host", "--port", "-a",
     "--alias", "--api-key", "--api-key-file", "--cors-origins", "-md", "--model-draft", "--spec-draft-model", "-hfd",
-    "-hfrd", "--hf-repo-draft", "--models-dir", "--models-preset",
+    "-hfrd", "--hf-repo-draft", "--models-dir", "--models-preset", "--rpc",
 }  # fmt: skip
 # Variables of the environment that llama-server reads and options of the command stand for.
 VARIABLES = (
     "LLAMA_ARG_MODEL", "LLAMA_ARG_HOST", "LLAMA_ARG_PORT", "LLAMA_ARG_ALIAS", "LLAMA_API_KEY", "LLAMA_ARG_API_KEY_FILE",
     "LLAMA_ARG_CORS_ORIGINS", "LLAMA_ARG_CTX_SIZE", "LLAMA_ARG_MMPROJ", "LLAMA_ARG_SPEC_TYPE",
-    "LLAMA_ARG_SPEC_DRAFT_MODEL", "LLAMA_ARG_SPEC_DRAFT_N_MAX",
+    "LLAMA_ARG_SPEC_DRAFT_MODEL", "LLAMA_ARG_SPEC_DRAFT_N_MAX", "LLAMA_ARG_RPC",
 )  # fmt: skip
 # A setting of sampling: the key of a GGUF file that has it, llama-server's flag, its variable.
 SAMPLED = {

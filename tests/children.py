@@ -47,6 +47,15 @@ def until(found: Callable[[], Any], process: subprocess.Popen[str] | None = None
     return value
 
 
+def gone(pid: int) -> bool:
+    """Whether a process is no more; one that nobody has waited for yet does nothing more either."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (OSError, IndexError):
+        return True
+
+
 @contextmanager
 def started(
     command: Sequence[object], ignored: Sequence[signal.Signals] = (), **options: Any

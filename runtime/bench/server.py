@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_mtp.runtime import server
+from gemma_mtp.runtime import programs, server
 from gemma_mtp.runtime.request import SAMPLING
 
 START_SECONDS = 600
@@ -64,7 +64,7 @@ class Server(server.Server):
         gpu_layers: int,
         flash_attn: bool,
     ) -> None:
-        port = server.free_port("127.0.0.1", 0)
+        port = programs.free_port("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{port}"
         layers = ["all"] if gpu_layers < 0 else [str(gpu_layers)]
         command = [str(binary), "-m", str(target), "--host", "127.0.0.1", "--port", str(port), "-c", str(n_ctx)]

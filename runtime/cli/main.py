@@ -28,6 +28,7 @@ COMMANDS = {
     "run": "gemma_mtp.runtime.cli.run:run",
     "chat": "gemma_mtp.runtime.cli.chat:chat",
     "serve": "gemma_mtp.runtime.cli.serve:serve",
+    "rpc-server": "gemma_mtp.runtime.cli.rpc_server:rpc_server",
     "bench": "gemma_mtp.runtime.cli.bench:bench",
     "build": "gemma_mtp.runtime.cli.build:build",
 }

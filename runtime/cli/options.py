@@ -48,7 +48,9 @@ def loading_options(command: Any) -> Any:
         click.option("-t", "--threads", "n_threads", type=click.IntRange(1),
                      help="CPU threads. [default: one for each core]"),
         click.option("-ngl", "--gpu-layers", "n_gpu_layers", type=int, default=-1, show_default=True,
-                     help="Layers on the GPU, -1 for all."),
+                     help="Layers on GPUs and other machines, -1 for all."),
+        click.option("--rpc", "rpc_servers", metavar="HOST:PORT,...",
+                     help="Machines where gemma-mtp rpc-server runs, to put layers on."),
         click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),
         click.option("--no-mtp", is_flag=True, help="Generate without the drafter."),
     ):  # fmt: skip
@@ -84,7 +86,10 @@ def sampling_options(command: Any) -> Any:
 @contextmanager
 def opened(target: str, drafter: Wanted, **loading: Any) -> Iterator[Llama]:
     """A target for the length of a block, with its drafter; where one is wanted and there is none, `Llama` says so."""
+    from gemma_mtp.runtime import devices
     from gemma_mtp.runtime.llama import Llama
 
     with closing(Llama(target, drafter=drafter, **loading)) as llm:
+        if llm.rpc_servers:
+            click.echo(devices.placed(llm.model, llm.drafter and llm.drafter.ctx), err=True)
         yield llm

@@ -59,7 +59,15 @@ FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
     help="Requests at once, which then share the context in equal parts. [default: 4 in one context]",
 )
 @click.option("-t", "--threads", type=click.IntRange(1), help="CPU threads. [default: one for each core]")
-@click.option("-ngl", "--gpu-layers", metavar="N|auto|all", help="Layers on the GPU. [default: as many as fit]")
+@click.option(
+    "-ngl", "--gpu-layers", metavar="N|auto|all", help="Layers on GPUs and machines. [default: as many as fit]"
+)
+@click.option(
+    "--rpc",
+    metavar="HOST:PORT,...",
+    envvar="LLAMA_ARG_RPC",
+    help="Machines where gemma-mtp rpc-server runs, to put layers on.",
+)
 @click.option("--flash-attn", type=click.Choice(["on", "off", "auto"]), help="Flash attention. [default: auto]")
 @click.option(
     "--drafter",
@@ -106,7 +114,7 @@ FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 def serve(
     target: str, rest: tuple[str, ...], host: str, port: int, n_draft: int, drafter: str | None, no_mtp: bool,
     mmproj: Path | None, no_mmproj: bool, alias: str | None, api_key: str | None, api_key_file: Path | None,
-    verbose: bool, log: Path | None, as_json: bool, **others: Any,
+    rpc: str | None, verbose: bool, log: Path | None, as_json: bool, **others: Any,
 ) -> None:  # fmt: skip
     """Serve a pair over HTTP with llama-server: OpenAI's API, and llama.cpp's.
 
@@ -120,27 +128,34 @@ def serve(
       gemma-mtp serve out/gemma-4-E2B-it-Q4_K_M.gguf -c 32768 --port 8080
       gemma-mtp serve gemma4:e4b
       gemma-mtp serve out --host 0.0.0.0 --api-key-file keys.txt
+      gemma-mtp serve out --rpc 192.168.1.2:50052,192.168.1.3:50052
       gemma-mtp serve out -- --slot-save-path slots --threads-http 4
     """
-    from gemma_mtp.runtime import server, serving
+    from gemma_mtp.runtime import programs, server, serving
+    from gemma_mtp.runtime import rpc as machines
 
     if rest and not rest[0].startswith("-"):
         raise click.UsageError(f"unexpected argument {rest[0]!r}; llama-server's flags stand behind --.")
     serving.check_flags(rest)
     serving.check_keys(host, api_key, api_key_file)
+    lenders = machines.addresses(rpc) if rpc else []
     wanted = None if no_mtp or n_draft == 0 else drafter or "auto"
-    program = str(server.program())
+    program = str(programs.program("llama-server"))
     served = serving.served(target, wanted, mmproj, not no_mmproj, alias)
     for address in host.split(","):
-        port = server.free_port(address, port)
+        port = programs.free_port(address, port)
+    machines.check(lenders)
     flags = ["--host", host, "--port", str(port), *_given(others, served.context(others.pop("n_ctx")), api_key_file)]
+    flags += ["--rpc", ",".join(lenders)] if lenders else []
     command = [program, *served.flags(n_draft, os.environ), *flags, *rest]
     with ExitStack() as stack:
         ready = threading.Event()
         shown = _shown(ready, verbose, stack.enter_context(log.open("w") if log else nullcontext()))
-        running = stack.enter_context(server.Server(command, shown, serving.environment(api_key)))
+        variables = serving.environment(api_key) | (machines.QUIET if lenders else {})
+        stack.enter_context(machines.explaining(lenders))
+        running = stack.enter_context(server.Server(command, shown, variables))
         stack.callback(ready.clear)  # what fails because it is ended is no error
-        stack.enter_context(_interrupted(server.GRACE))
+        stack.enter_context(_interrupted(programs.GRACE))
         said = running.wait(_progress(served.header.path.name))
         ready.set()
         click.echo("\r\033[K" if sys.stderr.isatty() else "", err=True, nl=False)
@@ -151,7 +166,7 @@ def serve(
             "base_url": f"{url}/v1", "model": said["id"], "context": said["meta"]["n_ctx"], "pid": running.pid,
             "target": str(served.header.path), "drafter": served.drafter and str(served.drafter), "draft": n_draft,
             "undrafted": served.undrafted, "projector": served.projector and str(served.projector),
-            "page": f"{url}/" if built_ui() else None,
+            "page": f"{url}/" if built_ui() else None, "placed": running.placed,
         }  # fmt: skip
         click.echo(json.dumps(facts) if as_json else _told(facts, _bearer(api_key, api_key_file)))
         sys.stdout.flush()
@@ -189,11 +204,13 @@ def _shown(ready: threading.Event, verbose: bool, log: Any) -> Callable[[Any], N
     Of those before it tells itself, or says why it ended.
     """
 
+    from gemma_mtp.runtime import rpc
+
     def show(line: Any) -> None:
         if log is not None:
             log.write(line.whole + "\n")
             log.flush()
-        if verbose or (ready.is_set() and line.wrong):
+        if verbose or (ready.is_set() and line.wrong and rpc.LOST not in line.whole):
             click.echo(line.whole, err=True)
 
     return show
@@ -230,8 +247,10 @@ def _bearer(keys: str | None, file: Path | None) -> str:
 def _told(facts: Mapping[str, Any], bearer: str) -> str:
     """What is said when it is ready."""
     drafts = f"up to {facts['draft']} tokens a round by {facts['drafter']}"
+    placed = "; ".join(f"{what}: {where}" for what, where in facts["placed"].items())
     rows = {
         "serving": f"{facts['model']} at {facts['base_url']}, {facts['context']} tokens of context",
+        **({"devices": placed} if placed else {}),
         "drafts": drafts if facts["drafter"] else f"none: {facts['undrafted'] or 'turned off'}",
         "images": facts["projector"] or "no projector",
         "page": facts["page"] or "none to chat in; gemma-mtp build --ui makes it (needs Node)",

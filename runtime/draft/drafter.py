@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import llama_cpp
 from gemma_mtp.convert.link import DRAFTER_ARCH
-from gemma_mtp.runtime import native
+from gemma_mtp.runtime import devices, native
 from gemma_mtp.runtime.draft.costs import STEP, Costs
 from gemma_mtp.runtime.draft.source import Draft, DraftSource, Proposal, Start
 from gemma_mtp.runtime.native import Floats
@@ -220,10 +220,12 @@ def metadata(target: llama_cpp.Llama) -> dict[str, int | str]:
 
 
 def load_model(target: llama_cpp.Llama, path: Path) -> Any:
-    """The drafter's model, on the devices and with the memory mapping its target was given; without its vocabulary."""
+    """The drafter's model, without its vocabulary: beside the KV cache that it reads, mapped as its target is."""
     params = lib.llama_model_default_params()
     for name in ("n_gpu_layers", "split_mode", "main_gpu", "tensor_split", "load_mode"):
         setattr(params, name, getattr(target.model_params, name))
+    beside = devices.drafter_devices(target.model) if params.split_mode == lib.LLAMA_SPLIT_MODE_LAYER else None
+    params.devices = target.model_params.devices if beside is None else ctypes.addressof(beside)
     keys = metadata(target)
     overrides = (lib.llama_model_kv_override * (len(keys) + 1))()
     for override, (key, value) in zip(overrides, keys.items(), strict=False):

@@ -458,7 +458,12 @@ def test_flash_attention_is_the_default_on_a_cpu(
     for gpu in (False, True):
         monkeypatch.setattr(native, "has_gpu", lambda gpu=gpu: gpu)
         default = OFF if gpu and given.get("n_gpu_layers") else ON
-        for asked, wanted in (({}, default), ({"flash_attn": False}, OFF), ({"flash_attn": True}, ON)):
+        tried: list[tuple[dict[str, Any], int]] = [
+            ({}, default),
+            ({"flash_attn": False}, OFF),
+            ({"flash_attn": True}, ON),
+        ]
+        for asked, wanted in tried:
             with closing(Llama(demo.target, drafter=None, **OPTIONS, **given, **asked)) as llm:
                 assert llm.context_params.flash_attn_type == wanted, (gpu, asked)
 

@@ -16,7 +16,7 @@ from encoders import make
 from gemma_mtp.convert import Pair, convert_pair, link
 from gemma_mtp.convert.relink import rewrite
 from gemma_mtp.patches import source
-from gemma_mtp.runtime import server, serving
+from gemma_mtp.runtime import programs, serving
 from gemma_mtp.runtime.cli.main import main
 from library_file import write_library_file
 from ollamas import keep
@@ -241,7 +241,7 @@ def test_a_port_that_is_taken(running: Served, demo: Pair) -> None:
 
 
 def test_without_llama_server(demo: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "find_spec", lambda name: None)
+    monkeypatch.setattr(programs, "find_spec", lambda name: None)
     assert refused(demo.target).endswith("gemma-mtp build")
 
 
@@ -263,6 +263,6 @@ def test_lines_of_the_log_are_told_apart() -> None:
         "0.01.237.557 E llama_init_from_model: failed (this message is normal during memory fitting)",
         "/x/ggml.c:12: GGML_ASSERT(false) failed",
     ]  # fmt: skip
-    found = [server.read_line(line) for line in lines]
+    found = [programs.read_line(line) for line in lines]
     assert [line.wrong for line in found] == [False, True, False, True]
     assert found[1].text == "failed to load"

@@ -15,19 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from children import GUARD, environment, started, until
+from children import GUARD, environment, gone, started, until
 from gemma_mtp.convert import Pair
-from gemma_mtp.runtime import server
+from gemma_mtp.runtime import programs, server
 from serves import Served, command, served
-
-
-def gone(pid: int) -> bool:
-    """Whether a process is no more; one that nobody has waited for yet does nothing more either."""
-    try:
-        os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (OSError, IndexError):
-        return True
 
 
 def busy(found: Served) -> threading.Thread:
@@ -183,7 +174,7 @@ def test_free_ports() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(RuntimeError, match=f"cannot listen at 127.0.0.1:{port}"):
-            server.free_port("127.0.0.1", port)
-        assert server.free_port("127.0.0.1", 0) not in (0, port)
+            programs.free_port("127.0.0.1", port)
+        assert programs.free_port("127.0.0.1", 0) not in (0, port)
     with pytest.raises(RuntimeError, match="cannot listen at"):
-        server.free_port("192.0.2.1", 0)
+        programs.free_port("192.0.2.1", 0)

@@ -113,7 +113,7 @@ check-distribution: $(TESTS) ## draw 600,000 times with MTP and compare with the
 check-coupling: $(READY) ## acceptance of coupled and greedy drafts at a temperature, beside the bound
 	@$(BIN)/python tests/coupling.py
 
-check-invariance: $(TESTS) ## 200 tokens alone and in batches of 2 to 9: the same logits, at the shape of E2B too
+check-invariance: $(TESTS) ## 300 tokens alone and in batches of up to 512: the same logits, at the shape of E2B too
 	@$(BIN)/python -m pytest -m invariance tests/patches/test_kernels.py
 
 .PHONY: gpu-kit check-gpu-kit

@@ -1,9 +1,10 @@
 """Products of a quantized matrix with rows of activations, by a given libggml, for tests/patches/test_kernels.py.
 
-    python tests/mul_mat.py LIBRARIES TYPE LENGTH ROWS SEED MOST alone|batch
+    python tests/mul_mat.py LIBRARIES TYPE LENGTH ROWS SEED MOST alone|batch [RESULTS.npy]
 
-For every number of activation rows from 1 to MOST the products are made, one row at a time (alone) or all at once
-(batch); prints the SHA-256 of all results. GGML_SMALL_BATCH_ROWS=0 in the environment leaves our kernels out.
+The products with the first rows of activations are made for several numbers of rows up to MOST, one row at a time
+(alone) or all at once (batch); prints the SHA-256 of all results, and keeps those of all rows. GGML_SMALL_BATCH_ROWS=0
+in the environment leaves our kernels out.
 """
 
 from __future__ import annotations
@@ -110,21 +111,35 @@ def two_threads(ggml: Ggml) -> int:
     return backend
 
 
-def products(folder: Path, kind: str, alone: bool, length: int, rows: int, seed: int, most: int) -> str:
-    """Digest of the products of a random matrix [rows, length] with 1 to `most` random rows."""
+def counts(most: int) -> list[int]:
+    """Numbers of rows: every small one, and some of those between which kernels change."""
+    return [*range(1, min(most, 20) + 1), *(n for n in (33, 64, 127, 257, 600) if n <= most)]
+
+
+def products(
+    folder: Path, kind: str, alone: bool, length: int, rows: int, seed: int, most: int
+) -> tuple[str, np.ndarray[Any, Any]]:
+    """Digest of the products of a random matrix [rows, length] with up to `most` random rows, and those of all rows."""
     ggml, rng = Ggml(folder), np.random.default_rng(seed)
     backend = two_threads(ggml)
     matrix = matrices(ggml, backend, kind, rng.standard_normal((rows, length), np.float32))
     x = rng.standard_normal((most, length), np.float32)
+
+    def product(piece: slice) -> np.ndarray[Any, Any]:
+        return computed(ggml, backend, "ggml_mul_mat", matrix, [x[piece].copy()], (len(x[piece]), rows))
+
+    single = np.concatenate([product(slice(i, i + 1)) for i in range(most)]) if alone else None
     total = hashlib.sha256()
-    for n in range(1, most + 1):
-        for piece in [slice(i, i + 1) for i in range(n)] if alone else [slice(n)]:
-            out = computed(ggml, backend, "ggml_mul_mat", matrix, [x[piece].copy()], (len(x[piece]), rows))
-            assert np.isfinite(out).all()
-            total.update(out.tobytes())
-    return total.hexdigest()
+    for n in counts(most):
+        out = product(slice(n)) if single is None else single[:n]
+        assert np.isfinite(out).all()
+        total.update(out.tobytes())
+    return total.hexdigest(), out
 
 
 if __name__ == "__main__":
-    libraries, name, *numbers, mode = sys.argv[1:]
-    print(products(Path(libraries), name, mode == "alone", *map(int, numbers)))
+    libraries, name, *numbers, mode = sys.argv[1:9]
+    digest, results = products(Path(libraries), name, mode == "alone", *map(int, numbers))
+    if sys.argv[9:]:
+        np.save(sys.argv[9], results)
+    print(digest)

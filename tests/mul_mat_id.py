@@ -12,19 +12,19 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from mul_mat import Ggml, computed, matrices, two_threads
+from mul_mat import Ggml, computed, counts, matrices, two_threads
 
 EXPERTS, USED = 8, 2
 
 
 def products(folder: Path, kind: str, alone: bool, length: int, rows: int, seed: int, most: int) -> str:
-    """Digest of the products of random experts [EXPERTS, rows, length] with 1 to `most` random rows."""
+    """Digest of the products of random experts [EXPERTS, rows, length] with up to `most` random rows."""
     ggml, rng = Ggml(folder), np.random.default_rng(seed)
     backend = two_threads(ggml)
     values = rng.standard_normal((EXPERTS, rows, length), np.float32)
     experts = matrices(ggml, backend, kind, values)
     total = hashlib.sha256()
-    for n in range(1, most + 1):
+    for n in counts(most):
         x = rng.standard_normal((n, 1, length), np.float32)
         # most rows meet at a few experts, and some name one twice
         places = [rng.choice(EXPERTS, USED, p=[0.5, 0.38, *[0.02] * 6]) for _ in range(n)]

@@ -1,4 +1,4 @@
-"""Kernels for a few rows: equal to llama.cpp's own, row by row, to the last bit; and what follows for logits."""
+"""Kernels for any number of rows: each has the same results in any company; and what follows for logits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,9 @@ VARIANTS |= {name: check.kernels_dir(name) for name in check.KERNEL_VARIANTS}
 # Variants of the portable wheel that have kernels of ours, and what a CPU must have for each.
 PORTABLE = {"haswell": "avx2", "alderlake": "avx_vnni", "icelake": "avx512_vnni", "zen4": "avx512_bf16",
             "sapphirerapids": "amx_int8"}  # fmt: skip
-# How many rows our kernels serve.
-MOST = {"Q4_0": 16, "Q4_K": 16, "Q5_K": 9, "Q6_K": 16, "Q8_0": 16}
+# Formats of our kernels; a row of the first two is summed as by llama.cpp's kernels for one row.
+SUMMED_AS_STOCK = ("Q4_0", "Q4_K")
+FORMATS = (*SUMMED_AS_STOCK, "Q5_K", "Q6_K", "Q8_0")
 SHAPES = [(256, 8), (512, 64), (1536, 264), (2048, 1000)]
 
 
@@ -55,24 +57,38 @@ def script(name: str, folder: Path, *arguments: Path | str, **env: str) -> str:
 
 
 @pytest.mark.skipif(not X86, reason="the kernels are for x86; other machines keep llama.cpp's")
-@pytest.mark.parametrize("kind", MOST)
+@pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("program", ["mul_mat.py", "mul_mat_id.py"])
-def test_products_are_those_of_one_row_kernels(program: str, variant: str, kind: str) -> None:
-    """1 to 9 or 16 rows at once by our kernels, one after the other by stock's; repacked experts take any number."""
+def test_a_row_has_the_same_products_in_any_company(program: str, variant: str, kind: str) -> None:
+    """Up to 600 rows at once, or to an expert, against each of them alone; Q4_0 and Q4_K by stock's kernels."""
     folder, seed = library(variant), random.randrange(1 << 30)
-    most = 20 if program == "mul_mat_id.py" and kind in ("Q4_0", "Q4_K") else MOST[kind]
+    stock = {"GGML_SMALL_BATCH_ROWS": "0"} if kind in SUMMED_AS_STOCK else {}
 
-    def digest(mode: str, seed: int, **env: str) -> str:
+    def digest(mode: str, seed: int, shape: tuple[int, int], **env: str) -> str:
+        most = 600 if shape == SHAPES[1] and program == "mul_mat.py" else 64
         return script(program, folder, kind, *map(str, (*shape, seed, most)), mode, **env)
 
     for shape in SHAPES if variant == "installed" and program == "mul_mat.py" else SHAPES[1:3]:
-        stock = digest("alone", seed, GGML_SMALL_BATCH_ROWS="0")
-        assert digest("batch", seed) == stock, (shape, seed)
-        assert digest("batch", seed + 1) != stock
+        alone = digest("alone", seed, shape, **stock)
+        assert digest("batch", seed, shape) == alone, (shape, seed)
+        assert digest("batch", seed + 1, shape) != alone
 
 
-@pytest.mark.parametrize("kind", MOST)
+@pytest.mark.skipif(not X86, reason="the kernels are for x86; other machines keep llama.cpp's")
+@pytest.mark.parametrize("kind", FORMATS)
+def test_products_are_as_exact_as_those_of_stock(kind: str, tmp_path: Path) -> None:
+    """They differ by the order of the sums alone: by some roundings of what the sums' parts are as large as."""
+    found = []
+    for name, env in ("ours", {}), ("stock", {"GGML_SMALL_BATCH_ROWS": "0"}):
+        path = tmp_path / f"{name}.npy"
+        script("mul_mat.py", VARIANTS["installed"], kind, "2048", "264", "5", "20", "alone", path, **env)
+        found.append(np.load(path))
+    np.testing.assert_allclose(*found, rtol=0, atol=4e-7 * 2048**0.5 * 2)
+    assert kind not in SUMMED_AS_STOCK or np.array_equal(*found)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("variant", PORTABLE)
 def test_each_variant_of_the_portable_wheel_has_our_kernels(
     variant: str, kind: str, portable: Path, tmp_path: Path
@@ -82,9 +98,8 @@ def test_each_variant_of_the_portable_wheel_has_our_kernels(
     runs_here(PORTABLE[variant])
     (tmp_path / "libggml-cpu.so").symlink_to(built)
     (tmp_path / "libggml-base.so").symlink_to(built.with_name("libggml-base.so"))
-    arguments = (kind, *map(str, (*SHAPES[1], 1, MOST[kind])))
-    stock = script("mul_mat.py", tmp_path, *arguments, "alone", GGML_SMALL_BATCH_ROWS="0")
-    assert script("mul_mat.py", tmp_path, *arguments, "batch") == stock
+    arguments = (kind, *map(str, (*SHAPES[1], 1, 64)))
+    assert script("mul_mat.py", tmp_path, *arguments, "batch") == script("mul_mat.py", tmp_path, *arguments, "alone")
 
 
 def test_the_tile_configuration_of_amx_is_stored() -> None:
@@ -213,18 +228,32 @@ def test_tanh_and_gelu(variant: str, tmp_path: Path) -> None:
             assert all(np.array_equal(row, rolled[0], equal_nan=True) for row in rolled)
 
 
-def check_rows(llm: Llama, ids: list[int], start: int, count: int) -> None:
-    """Every logit of tokens start to start + count, in batches of 2 to 9, is the one of the token decoded alone."""
+def cut(count: int, size: int | random.Random) -> list[slice]:
+    """Pieces of a size, or of random ones, that `count` tokens are decoded in."""
+    pieces, at = [], 0
+    while at < count:
+        n = min(count - at, size if isinstance(size, int) else size.choice([1, 2, 5, 9, 17, 40, 100]))
+        pieces.append(slice(at, at + n))
+        at += n
+    return pieces
+
+
+def check_rows(llm: Llama, ids: list[int], start: int, count: int, sizes: Sequence[int | random.Random]) -> None:
+    """Every logit of tokens start to start + count, however they are cut, is the one of the token decoded alone."""
     llm.reset()
     llm.eval(ids[:start])
-    alone = [llm.logits(llm.decode([token], [])).copy() for token in ids[start : start + count]]
-    for n in range(2, 10) if X86 else []:
+    text = ids[start : start + count]
+    alone = [llm.logits(llm.decode([token], [])).copy() for token in text]
+    for turn, size in enumerate(sizes if X86 else []):
+        llama_cpp.llama_set_n_threads(llm.ctx, turn % 3 + 1, turn % 3 + 1)
         llm.n_tokens = start
-        for at in range(0, count - n + 1, n):
-            row = llm.decode([ids[start + at]], ids[start + at + 1 : start + at + n])
-            for i in range(n):
-                assert np.array_equal(llm.logits(row + i), alone[at + i]), (start, n, at + i)
-            llm.n_tokens += n - 1
+        for piece in cut(count, size):
+            first, *others = text[piece]
+            row = llm.decode([first], others)
+            for i in range(piece.stop - piece.start):
+                assert np.array_equal(llm.logits(row + i), alone[piece.start + i]), (start, size, piece, i)
+            llm.n_tokens = start + piece.stop
+    llama_cpp.llama_set_n_threads(llm.ctx, 2, 2)
 
 
 def demo_pair(folder: Path, quant: str) -> tuple[Pair, bytes]:
@@ -238,15 +267,17 @@ def demo_pair(folder: Path, quant: str) -> tuple[Pair, bytes]:
 @pytest.mark.parametrize("quant", ["Q4_0", "Q4_K_M", "Q8_0", "BF16"])
 def test_a_token_has_the_same_logits_alone_and_in_a_batch(quant: str, flash: bool, tmp_path: Path) -> None:
     pair, text = demo_pair(tmp_path, quant)
+    sizes = (2, 3, 5, 8, 9, *((17, 40, random.Random(1)) if flash else ()))
     with closing(Llama(pair.target, drafter=None, n_ctx=1024, flash_attn=flash, n_threads=2, verbose=False)) as llm:
         for start in (64, 600):
-            check_rows(llm, llm.tokenize(text), start, 18)
+            check_rows(llm, llm.tokenize(text), start, 40, sizes)
 
 
 @pytest.mark.invariance
+@pytest.mark.parametrize("kv", ["F16", "Q8_0"])
 @pytest.mark.parametrize("quant", ["Q4_0", "Q4_K_M", "Q8_0"])
 @pytest.mark.parametrize("weights", ["demo", "E2B"])
-def test_two_hundred_tokens_alone_and_in_batches(weights: str, quant: str, tmp_path: Path) -> None:
+def test_three_hundred_tokens_alone_and_in_batches(weights: str, quant: str, kv: str, tmp_path: Path) -> None:
     """On the bundled pair and on random weights at the shape of E2B, on contexts up to 3000."""
     if weights == "demo":
         pair, text = demo_pair(tmp_path, quant)
@@ -256,8 +287,9 @@ def test_two_hundred_tokens_alone_and_in_batches(weights: str, quant: str, tmp_p
             "E2B", source.cache_dir() / "shapes", quant=quant, drafter_quant="Q4_0", drafter_head="Q4_0"
         )
         text = b""
-    with closing(Llama(target, drafter=None, n_ctx=4096, n_threads=2, verbose=False)) as llm:
-        ids = llm.tokenize(text) or random.Random(0).choices(range(1000, llm.n_vocab()), k=3200)
-        ids = (ids * (3200 // len(ids) + 1))[:3200]
-        for start in (64, 600, 3000):
-            check_rows(llm, ids, start, 200)
+    options: dict[str, Any] = {"n_ctx": 4096, "n_threads": 2, "flash_attn": True, "verbose": False}
+    with closing(Llama(target, drafter=None, type_k=KV_TYPES[kv], type_v=KV_TYPES[kv], **options)) as llm:
+        ids = llm.tokenize(text) or random.Random(0).choices(range(1000, llm.n_vocab()), k=3400)
+        ids = (ids * (3400 // len(ids) + 1))[:3400]
+        for start, count in (64, 300), (600, 512), (3000, 300):
+            check_rows(llm, ids, start, count, (2, 9, 17, 64, 300, 512, random.Random(start)))

@@ -101,6 +101,7 @@ class Server:
         command: program and arguments.
         shown: called with every line of its log, from another thread, as it comes.
         environment: its variables; those of this process unless given.
+        logging: arguments that say how its log is written.
 
     Raises:
         OSError: the program cannot be started.
@@ -111,6 +112,7 @@ class Server:
         command: Sequence[str],
         shown: Callable[[Line], None] = lambda line: None,
         environment: Mapping[str, str] | None = None,
+        logging: Sequence[str] = LOGGING,
     ) -> None:
         self._shown, self._loaded = shown, False
         self._lines: deque[Line] = deque(maxlen=KEPT)
@@ -118,7 +120,7 @@ class Server:
         # Ctrl-C in a terminal goes to its process group: a server in another one is told by this process alone.
         alone: dict[str, Any] = {"process_group": 0} if os.name == "posix" else {"creationflags": 0x200}
         self._process = subprocess.Popen(
-            [*command, *LOGGING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [*command, *logging], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env={**(os.environ if environment is None else environment), **SUPERVISED}, encoding="utf-8",
             errors="replace", **alone,
         )  # fmt: skip

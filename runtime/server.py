@@ -33,6 +33,7 @@ class Server(Program):
         command: program and arguments.
         shown: called with every line of its log, from another thread, as it comes.
         environment: its variables; those of this process unless given.
+        logging: arguments that say how its log is written.
 
     Attributes:
         placed: which layers of "target" and "drafter" lie on which device; empty if all are the CPU's.
@@ -46,10 +47,11 @@ class Server(Program):
         command: Sequence[str],
         shown: Callable[[Line], None] = lambda line: None,
         environment: Mapping[str, str] | None = None,
+        logging: Sequence[str] = LOGGING,
     ) -> None:
         self.placed: dict[str, str] = {}
         self._states: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        super().__init__([*command, *LOGGING], shown, environment)
+        super().__init__([*command, *logging], shown, environment)
 
     def _take(self, written: str) -> None:
         """A line of its output: a state, or of its log."""

@@ -5,6 +5,7 @@ Everything that is compared is measured in one run and alternates, as the speed 
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -19,6 +20,8 @@ from gemma_mtp.convert import link
 from gemma_mtp.patches import stock, wheel
 from gemma_mtp.runtime import native
 from gemma_mtp.runtime.bench import machine
+from gemma_mtp.runtime.bench.prompts import OURS, prompts
+from gemma_mtp.runtime.bench.server import BATCH, manual
 from gemma_mtp.runtime.bench.settings import MARGIN, PROMPT_TOKENS, Settings, Step
 from gemma_mtp.runtime.bench.speed import ROUNDS, Speeds
 from gemma_mtp.runtime.bench.worker import Worker
@@ -38,19 +41,23 @@ def measure(settings: Settings, step: Step = lambda label, done, total: None) ->
         The object that `gemma-mtp bench` prints as JSON; docs/bench.md says what its keys mean.
 
     Raises:
-        RuntimeError: a process could not load the pair, or ended.
+        RuntimeError: a process could not load the pair, or ended; or what is to be compared is no llama-server.
         gemma_mtp.convert.link.MtpError: a GGUF file is damaged.
         gemma_mtp.patches.source.BuildError: the stock build is wanted and cannot be made.
     """
     header = link.read_header(settings.target)
     _check_memory(settings)
     binaries = {name: _binary(name) for name in settings.against}
+    for binary in binaries.values():
+        manual(binary)
     result = _about(settings, header)
     with ExitStack() as stack:
         ours = stack.enter_context(closing(Worker(settings.target, settings.drafter, **settings.loading)))
         result["versions"] |= {"llama_cpp": ours.library["llama_cpp"], "patched": ours.library["patched"]}
         result["machine"] |= {"gpu": ours.library["gpu"], "features": ours.library["features"]}
-        prompt = _prompt(settings, ours, link.KEY_SEED in header.metadata)
+        random = link.KEY_SEED in header.metadata
+        prompt = _prompt(settings, ours, random, settings.ctx_filled)
+        read = _read_prompts(settings, ours, random, binaries, step)
         with ExitStack() as others:
             workers = {"ours": ours}
             for name in sorted({"stock", "portable"} & set(binaries)):  # the third has our own library
@@ -62,8 +69,12 @@ def measure(settings: Settings, step: Step = lambda label, done, total: None) ->
                 found: dict[str, dict[str, Any]] = {"ours": {}}
             else:
                 found = costs(workers, prompt, settings.repeat, step)
-        result |= found["ours"]
-        against: dict[str, Any] = {name: found.get(name, {}) for name in binaries}
+        result |= found["ours"] | read.get("ours", {})
+        against: dict[str, Any] = {name: found.get(name, {}) | read.get(name, {}) for name in binaries}
+        if OURS in read:
+            result["prompt_server"] = read[OURS]["prompt"]
+        if faster := [other["prompt_speedup"] for other in against.values() if "prompt_speedup" in other]:
+            result["prompt_speedup"] = faster[0]
         for name, other in found.items():
             if name != "ours":
                 against[name]["ratio"] = {
@@ -87,7 +98,7 @@ def _check_memory(settings: Settings) -> None:
         return
     tables = link.read_header(settings.target).tensors.get("per_layer_token_embd.weight")
     weights = settings.target.stat().st_size - (tables.size if tables else 0) + settings.drafter.stat().st_size
-    processes = 1 + len(settings.against)
+    processes = 1 + len(settings.against) + bool(settings.prompt and {*settings.against} - {OURS})
     if processes * weights > free:
         raise RuntimeError(
             f"{processes} processes need about {processes * weights / 1e9:.0f} GB, {free / 1e9:.0f} GB are free; "
@@ -95,8 +106,24 @@ def _check_memory(settings: Settings) -> None:
         )
 
 
+def _read_prompts(
+    settings: Settings, ours: Worker, random: bool, binaries: Mapping[str, Path], step: Step
+) -> dict[str, dict[str, Any]]:
+    """Prompts of the lengths asked for, by `Llama`, and where there are others by our llama-server and theirs."""
+    if not settings.prompt:
+        return {}
+
+    def tokens(length: int) -> list[int]:
+        return _prompt(settings, ours, random, length)
+
+    servers = {OURS: _binary(OURS), **binaries} if binaries else {}
+    return prompts(settings, ours, tokens, servers, step)
+
+
 def _binary(name: str) -> Path:
-    """llama-server of the stock or the portable build, made if need be, or of the installed one."""
+    """llama-server of the stock or the portable build, made if need be, of the installed one, or at a path."""
+    if os.sep in name:
+        return Path(name)
     if name == "stock":
         stock.build_stock()
         return stock.stock_dir() / "llama-server"
@@ -113,6 +140,7 @@ def _binary(name: str) -> Path:
 def _about(settings: Settings, header: link.Header) -> dict[str, Any]:
     seed = header.metadata.get(link.KEY_SEED)
     flags = {key: value for key, value in asdict(settings).items() if key not in ("target", "drafter", "prompts")}
+    flags |= {"n_batch": BATCH, "n_ubatch": BATCH}
     return {
         "target": settings.target.name,
         "drafter": settings.drafter.name,
@@ -125,13 +153,13 @@ def _about(settings: Settings, header: link.Header) -> dict[str, Any]:
     }
 
 
-def _prompt(settings: Settings, worker: Worker, random: bool) -> list[int]:
-    """As many tokens as the context is to be filled with: random ones, or the prompts over and over."""
+def _prompt(settings: Settings, worker: Worker, random: bool, length: int) -> list[int]:
+    """So many tokens: random ones, or the prompts over and over."""
     if random:
         rng = np.random.default_rng(settings.seed)
-        return [int(token) for token in rng.integers(1000, worker.library["n_vocab"], settings.ctx_filled)]
+        return [int(token) for token in rng.integers(1000, worker.library["n_vocab"], length)]
     tokens: list[int] = worker.call("tokenize", text="\n\n".join(settings.prompts))
-    return (tokens * (settings.ctx_filled // len(tokens) + 1))[: settings.ctx_filled]
+    return (tokens * (length // len(tokens) + 1))[:length]
 
 
 def costs(workers: Mapping[str, Worker], prompt: list[int], repeat: int, step: Step) -> dict[str, dict[str, Any]]:

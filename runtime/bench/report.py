@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-NAMES = {"stock": "stock", "patched-server": "our build", "portable": "portable"}
+NAMES = {"patched-server": "our build"}  # others are called what they were asked for as
 OURS, OTHERS = "#1f6feb", ("#d97706", "#7c3aed")
 
 
@@ -26,6 +27,8 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     )  # fmt: skip
     console.print(_costs(result, "target_pass_ms", "one target pass over n tokens", "n"))
     console.print(_costs(result, "draft_round_ms", "drafting K tokens", "K"))
+    if "prompt" in result:
+        console.print(_prompts(result))
     if not flags["passes"]:
         console.print(_speeds(result))
         console.print(_auto(result))
@@ -49,6 +52,23 @@ def _costs(result: Mapping[str, Any], key: str, title: str, letter: str) -> Tabl
         for other in others.values():
             row += [f"{other[key][n]:.1f}", f"{other['ratio'][key][n]:.2f}"]
         table.add_row(*row)
+    return table
+
+
+def _prompts(result: Mapping[str, Any]) -> Table:
+    """A row a length, columns for `Llama`, our llama-server and each other."""
+    table = Table(title="prompt of n tokens: tokens per second, seconds to the first token", title_justify="left")
+    others = {who: other for who, other in result.get("against", {}).items() if "prompt_speedup" in other}
+    engines = {"Llama": result["prompt"]} | ({"our server": result["prompt_server"]} if others else {})
+    for heading in ("n", *(text for who in [*engines, *others] for text in (f"{_name(who)}, tokens/s", "s"))):
+        table.add_column(heading, justify="right")
+    for who in others:
+        table.add_column(f"our server / {_name(who)}", justify="right")
+    for n in result["prompt"]:
+        row = [n]
+        for read in [*engines.values(), *(other["prompt"] for other in others.values())]:
+            row += [f"{read[n]['tokens_per_s']:.0f}", f"{read[n]['first_token_ms'] / 1e3:.2f}"]
+        table.add_row(*row, *(f"{other['prompt_speedup'][n]:.2f}" for other in others.values()))
     return table
 
 
@@ -84,7 +104,7 @@ def _auto(result: Mapping[str, Any]) -> Table:
 
 def _server(who: str, server: Mapping[str, Any]) -> Table:
     """A llama-server: the same cases, and ours over it."""
-    table = Table(title=f"tokens per second, llama-server ({NAMES[who]})", title_justify="left")
+    table = Table(title=f"tokens per second, llama-server ({_name(who)})", title_justify="left")
     for heading in ("acceptance", "tokens/s", "over its plain", "drafted", "ours / it"):
         table.add_column(heading, justify="left" if heading == "acceptance" else "right")
     over = server["ours_over_it"]
@@ -115,6 +135,10 @@ def _ollama(name: str, found: Mapping[str, Any]) -> Table:
     return table
 
 
+def _name(who: str) -> str:
+    return NAMES.get(who, Path(who).name if os.sep in who else who)
+
+
 def _case(name: str) -> str:
     return "the drafter's own" if name == "own" else name
 
@@ -125,6 +149,9 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
     for who, other in result.get("against", {}).items():
         if "prompt_tokens_per_s" in other:
             lines[0] += f"; {who} {other['prompt_tokens_per_s']:.0f}"
+    for who, other in result.get("against", {}).items():
+        if other.get("left_out"):
+            lines.append(f"{_name(who)} does not know {', '.join(other['left_out'])}: left out")
     if result["flags"]["passes"]:
         return lines
     for name, by_length in result["speedup_by_length"].items():
@@ -182,9 +209,11 @@ def _points(values: Mapping[str, float], result: Mapping[str, Any]) -> tuple[lis
 def _plot_speedup(axes: Any, result: Mapping[str, Any]) -> None:
     curves = [("gemma-mtp", result["speedup"], OURS)]
     for (who, other), colour in zip(result.get("against", {}).items(), OTHERS, strict=False):
-        curves.append((f"llama-server, {NAMES[who]}", other["server"]["speedup"], colour))
+        curves.append((f"llama-server, {_name(who)}", other["server"]["speedup"], colour))
     for label, values, colour in curves:
         x, y = _points(values, result)
+        if not x:  # a llama-server that cannot draft
+            continue
         axes.plot(x, y, marker="o", color=colour, label=label)
         # Ours above the point and the others' below, so that close curves stay readable.
         place = (0, 7) if colour == OURS else (0, -14)
@@ -202,7 +231,7 @@ def _plot_passes(axes: Any, result: Mapping[str, Any]) -> None:
     curves = [("gemma-mtp", result["target_pass_ms"], OURS)]
     for (who, other), colour in zip(result.get("against", {}).items(), OTHERS, strict=False):
         if "target_pass_ms" in other:
-            curves.append((f"{NAMES[who]} libllama", other["target_pass_ms"], colour))
+            curves.append((f"{_name(who)} libllama", other["target_pass_ms"], colour))
     for label, values, colour in curves:
         axes.plot([int(n) for n in values], list(values.values()), marker="o", color=colour, label=label)
     axes.set(xlabel="tokens in the pass", ylabel="ms", title="One target pass")

@@ -88,7 +88,8 @@ class Settings:
         threads: CPU threads.
         gpu_layers: layers on the GPU, -1 for all.
         flash_attn: whether to use flash attention.
-        against: other builds: "stock", "patched-server", "portable".
+        against: other builds: "stock", "patched-server", "portable", or the path of a llama-server.
+        prompt: lengths of prompts to read, in tokens.
         passes: whether to stop after target passes and draft rounds.
         speeds: whether to leave these out; `draft` must then say which lengths to compare.
     """
@@ -109,6 +110,7 @@ class Settings:
     gpu_layers: int = -1
     flash_attn: bool = True
     against: tuple[str, ...] = ()
+    prompt: tuple[int, ...] = ()
     passes: bool = False
     speeds: bool = False
 
@@ -120,7 +122,8 @@ class Settings:
     @property
     def n_ctx(self) -> int:
         longest = max((len(prompt.encode()) for prompt in self.prompts), default=0) if self.own else 0
-        return max(self.ctx_filled + max(PROMPT_TOKENS, self.recorded), longest + self.tokens) + MARGIN
+        filled = self.ctx_filled + max(PROMPT_TOKENS, self.recorded)
+        return max(filled, longest + self.tokens, *self.prompt) + MARGIN
 
     @property
     def loading(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_mtp.runtime.bench.rates import AUTO_LENGTH, OWN, Rates, expected_tokens, rate, report, server_report
-from gemma_mtp.runtime.bench.server import Run, Server
+from gemma_mtp.runtime.bench.server import Run, Server, can_draft
 from gemma_mtp.runtime.bench.settings import Chance, Settings, Step
 from gemma_mtp.runtime.bench.worker import Worker
 from gemma_mtp.runtime.request import DraftLength
@@ -58,20 +58,26 @@ class Speeds:
 
     def measure(self) -> dict[str, Any]:
         """Plain first, then every acceptance, then the drafter's own tokens; each beside plain and the servers."""
-        plain, lengths = Case("plain"), {who: self._server_rounds(who) for who in self.binaries}
+        plain = Case("plain")
+        lengths = {who: self._server_rounds(who) for who, binary in self.binaries.items() if can_draft(binary, True)}
         cases = [Case(chance.name, chance) for chance in self.settings.acceptance]
         cases += [Case(OWN)] if self.settings.own else []
         found, chosen = {}, {}
         for place, case in enumerate([plain, *cases]):
             self._step(f"tokens per second, {case.name}", place, len(cases) + 1)
-            # llama-server knows one chance only.
-            able = () if case.chance is not None and case.chance.switches else self.binaries
-            chosen[case.name] = {who: self._server_length(who, case, lengths[who]) for who in able}
+            able = [who for who, binary in self.binaries.items() if self._able(binary, case)]
+            chosen[case.name] = {who: self._server_length(who, case, lengths.get(who, {})) for who in able}
             found[case.name] = self._in_turn(case, chosen[case.name])
         first = found.pop("plain")
         for who in self.binaries:
             self.others[who] = {"server": server_report(who, first, found, chosen)}
         return report(first, found)
+
+    def _able(self, binary: Path, case: Case) -> bool:
+        """Whether a llama-server can generate so. None knows chances that take turns."""
+        if case.chance is not None and case.chance.switches:
+            return False
+        return case.name == "plain" or can_draft(binary, case.chance is not None)
 
     def _in_turn(self, case: Case, lengths: Mapping[str, int]) -> Rates:
         """Ours without and with MTP and the servers, again and again."""

@@ -113,6 +113,15 @@ class Measure:
         self._synchronize()
         return (perf_counter() - clock) * 1e3
 
+    def first_token(self, tokens: list[int]) -> float:
+        """From a prompt to the first token of its answer, greedy, with nothing of it in the KV cache before."""
+        self.llm.draft_length = 0
+        self.llm.reset()
+        clock = perf_counter()
+        with closing(self.llm.generate(tokens, temp=0.0)) as made:
+            next(made)
+        return (perf_counter() - clock) * 1e3
+
     def target_pass(self, n: int, times: int, warm: int = 1, logits_all: bool = True) -> list[float]:
         """Target passes over n tokens behind the prompt, with logits for all or the last; untimed ones come first.
 

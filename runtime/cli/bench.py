@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -49,16 +50,28 @@ def fixed_length(text: str) -> int:
     return length
 
 
+def prompt_length(text: str) -> int:
+    """A length of a prompt, in tokens."""
+    if (length := int(text)) < 1:
+        raise ValueError("a prompt has 1 token at least.")
+    return length
+
+
 class Against(click.ParamType):
-    """Another build of llama.cpp, or Ollama."""
+    """Another build of llama.cpp by name, a llama-server by its path, or Ollama."""
 
     name = "build"
     builds = "stock", "patched-server", "portable"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value not in self.builds and value.partition(":")[0] != "ollama":
-            self.fail(f"{value!r} is none of {', '.join(self.builds)}, ollama, ollama:MODEL", param, ctx)
-        return value
+        if value in self.builds or value.partition(":")[0] == "ollama":
+            return value
+        if not (path := Path(value).absolute()).is_file():
+            wanted = f"{', '.join(self.builds)}, ollama, ollama:MODEL, the path of a llama-server"
+            self.fail(f"{value!r} is none of {wanted}", param, ctx)
+        if not os.access(path, os.X_OK):
+            self.fail(f"{value} may not be run; chmod +x {value}", param, ctx)
+        return str(path)
 
 
 @click.command()
@@ -94,8 +107,16 @@ class Against(click.ParamType):
     multiple=True,
     type=Against(),
     metavar="BUILD",
-    help="Measure another build on the same files as well: stock, patched-server, portable; or ollama: the pair "
-    "through Ollama's API, on its engine and on ours; ollama:MODEL, a model of its store. May be given more than once.",
+    help="Measure another build on the same files as well: stock, patched-server, portable; the path of any "
+    "llama-server; or ollama: the pair through Ollama's API, on its engine and on ours; ollama:MODEL, a model of its "
+    "store. May be given more than once.",
+)
+@click.option(
+    "--prompt",
+    type=Listed(prompt_length),
+    default=(),
+    metavar="N,N,...",
+    help="Read prompts of so many tokens: tokens per second, and time to the first token.",
 )
 @click.option("--passes", is_flag=True, help="Stop after target passes and draft rounds.")
 @click.option(
@@ -160,6 +181,7 @@ def bench(
       gemma-mtp bench --shape E2B -q Q4_K_M --ctx-filled 2048 -t 2
       gemma-mtp bench --shape E2B --acceptance 0,0.35,0.95,0.1/0.9:64 --draft 1,2,3,4,6,8
       gemma-mtp bench --shape E2B --against portable --passes --repeat 5
+      gemma-mtp bench --shape E2B --prompt 512,4096 --against /opt/llama.cpp/llama-server --passes
       gemma-mtp bench --shape E2B --against stock --plot e2b.png
       gemma-mtp bench --shape E2B --against ollama --acceptance 0,0.35,0.6,0.8,0.95 -n 256
     """  # fmt: skip
@@ -184,7 +206,7 @@ def bench(
         if acceptance is None:
             acceptance = tuple(map(Chance.parse, DEFAULT_ACCEPTANCE.split(","))) if shape else ()
         texts = [text for text in prompts.read().split("\n\n") if text.strip()] if prompts else PROMPTS
-        builds = tuple(name for name in against if name in Against.builds)
+        builds = tuple(name for name in dict.fromkeys(against) if name.partition(":")[0] != "ollama")
         settings = Settings(
             target, found, acceptance=acceptance, own=shape is None, draft=draft or (), prompts=tuple(texts),
             threads=threads or physical_cores(), against=builds, **rest,

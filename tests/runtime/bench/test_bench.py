@@ -18,7 +18,7 @@ from gemma_mtp.convert import Pair, link, random_pair, sizes
 from gemma_mtp.convert.integrity import verify_files
 from gemma_mtp.patches import stock
 from gemma_mtp.runtime import native
-from gemma_mtp.runtime.bench import machine, measure
+from gemma_mtp.runtime.bench import machine, measure, server
 from gemma_mtp.runtime.bench.rates import expected_tokens
 from gemma_mtp.runtime.bench.replay import Replay, Replaying
 from gemma_mtp.runtime.bench.settings import Chance, Settings
@@ -27,10 +27,12 @@ from gemma_mtp.runtime.bench.worker import Measure, Worker
 from gemma_mtp.runtime.cli.main import main
 from gemma_mtp.runtime.draft.length import Policy
 from gemma_mtp.runtime.request import MOST, DraftLength
+from gemma_mtp.runtime.server import program
 from llamas import paying
 
 STOCK = stock.stock_dir()
 needs_stock = pytest.mark.skipif(not STOCK.exists(), reason="no unpatched llama.cpp here; make check-stock builds it")
+TESTS = Path(__file__).parents[2]
 PNG = b"\x89PNG\r\n"
 
 
@@ -103,6 +105,70 @@ def test_bench_beside_stock(demo: Pair, tmp_path: Path) -> None:
         assert set(other["server"]["ours_over_it"]) == {"plain", "0.8", "own"}
         assert other["server"]["draft_length"]["own"] in (1, 2, 3, 4)
     assert picture.read_bytes().startswith(PNG)
+
+
+def check_prompts(read: dict[str, Any], *lengths: str) -> None:
+    assert list(read) == list(lengths)
+    for length, figures in read.items():
+        assert figures["tokens_per_s"] == pytest.approx(int(length) / figures["first_token_ms"] * 1e3, rel=0.1)
+
+
+def test_prompts(demo: Pair) -> None:
+    """Also longer than the context that anything else needs, and than a batch."""
+    found = run(demo.target, "--repeat", 1, "--ctx-filled", 40, "-t", 1, "--passes", "--prompt", "20,700")
+    check_prompts(found["prompt"], "20", "700")
+    assert found["flags"]["n_batch"] == 512
+    assert not {"prompt_server", "prompt_speedup", "against"} & set(found)
+
+
+def test_prompts_beside_a_server_by_its_path(demo: Pair) -> None:
+    binary = str(program())
+    small = ["--repeat", 2, "--ctx-filled", 40, "-t", 1, "--passes", "--prompt", "20,90"]
+    found = run(demo.target, *small, "--against", binary, "--against", "patched-server")
+    check_prompts(found["prompt_server"], "20", "90")
+    theirs = found["against"][binary]
+    check_prompts(theirs["prompt"], "20", "90")
+    assert theirs["left_out"] == []
+    assert found["prompt_speedup"] == theirs["prompt_speedup"]
+    assert min(found["prompt_speedup"].values()) > 0
+    assert found["against"]["patched-server"]["prompt"] == found["prompt_server"]
+    assert "prompt_speedup" not in found["against"]["patched-server"]
+
+
+@pytest.fixture
+def old_server(tmp_path: Path) -> Path:
+    path = tmp_path / "old-server"
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} {TESTS / "server_standin.py"} "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+def test_a_server_that_knows_few_flags(demo: Pair, old_server: Path) -> None:
+    """It is measured with those that it knows, without drafts, and one line names the others."""
+    small = ["-n", 8, "--repeat", 1, "--ctx-filled", 40, "-t", 1, "--warm-tokens", 8, "--acceptance", "0.8"]
+    arguments = [demo.target, *small, "--prompt", "20", "--against", old_server]
+    done = CliRunner().invoke(main, ["bench", *map(str, arguments)])
+    assert done.exit_code == 0, done.output
+    theirs = json.loads(done.stdout.splitlines()[-1])["against"][str(old_server)]
+    assert {"-np", "-b", "-ub", "--spec-type", "--log-colors"} <= set(theirs["left_out"])
+    assert not {"-m", "-c", "-t", "-ngl", "-fa", "on", "512", "off"} & set(theirs["left_out"])
+    assert f"old-server does not know {', '.join(theirs['left_out'])}: left out" in " ".join(done.stdout.split())
+    check_prompts(theirs["prompt"], "20")
+    # Eight tokens in eight milliseconds, of which the first is the prompt's.
+    assert theirs["server"]["mtp"] == {} and theirs["server"]["plain"] == 875.0
+
+
+def test_arguments_are_those_that_a_server_knows(old_server: Path, tmp_path: Path) -> None:
+    given = ["-m", "x.gguf", "-b", "512", "-c", "64", "--log-prefix", "--no-log", "a", "b", "-t", "2"]
+    kept, unknown = server.understood(old_server, given)
+    assert kept == ["-m", "x.gguf", "-c", "64", "-t", "2"]
+    assert unknown == ["-b", "--log-prefix", "--no-log"]
+    assert server.attention(old_server, True) == ["-fa"] and server.attention(old_server, False) == []
+    other = tmp_path / "other"
+    other.write_text("#!/bin/sh\necho '-fa, --flash-attn [on|off|auto]'; echo '-m --host --port -c'")
+    other.chmod(0o755)
+    assert server.attention(other, False) == ["-fa", "off"]
+    assert not server.can_draft(old_server, chance=False)
 
 
 class Guesses:
@@ -260,6 +326,8 @@ def test_every_shape_is_planned_whole_and_shortened(shape: str) -> None:
         (["--shape", "E2B", "--acceptance", "1.2"], "between 0 and 1"),
         (["--shape", "E2B", "--draft", "a"], "not a list of numbers"),
         (["--shape", "E2B", "--draft", "3,16"], "15 at most"),
+        (["--shape", "E2B", "--prompt", "0"], "1 token at least"),
+        (["--shape", "E2B", "--against", "none/llama-server"], "the path of a llama-server"),
         (["--shape", "E2B", "--draft", "0"], "plain generation is measured anyway"),
         (["--shape", "E2B", "--acceptance", "0.5:8"], "take turns"),
         (["."], "must hold one target"),
@@ -294,3 +362,17 @@ def test_the_machine_is_described() -> None:
     found = machine.describe(1)
     assert found["cpu"] and found["cores"] >= 1
     assert found["read_gb_per_s"] is None or found["read_gb_per_s"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [("echo usage: other", "no llama-server: its --help does not name -m"), (None, "Exec format error")],
+)
+def test_what_is_no_llama_server(script: str | None, said: str, demo: Pair, tmp_path: Path) -> None:
+    """Told before anything is loaded."""
+    path = tmp_path / "program"
+    path.write_text("\0" if script is None else f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    settings = Settings(demo.target, demo.drafter, against=(str(path),))
+    with pytest.raises(RuntimeError, match=said):
+        measure.measure(settings)

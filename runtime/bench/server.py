@@ -162,7 +162,7 @@ class Server(server.Server):
         del step
         last = time.monotonic() + (seconds or START_SECONDS)
         while time.monotonic() < last:
-            with suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=server.LOOK):
+            with suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=programs.LOOK):
                 self._loaded = True
                 return {}
             if self._process.poll() is not None:

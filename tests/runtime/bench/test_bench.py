@@ -26,8 +26,8 @@ from gemma_mtp.runtime.bench.speed import best_length
 from gemma_mtp.runtime.bench.worker import Measure, Worker
 from gemma_mtp.runtime.cli.main import main
 from gemma_mtp.runtime.draft.length import Policy
+from gemma_mtp.runtime.programs import program
 from gemma_mtp.runtime.request import MOST, DraftLength
-from gemma_mtp.runtime.server import program
 from llamas import paying
 
 STOCK = stock.stock_dir()
@@ -122,7 +122,7 @@ def test_prompts(demo: Pair) -> None:
 
 
 def test_prompts_beside_a_server_by_its_path(demo: Pair) -> None:
-    binary = str(program())
+    binary = str(program("llama-server"))
     small = ["--repeat", 2, "--ctx-filled", 40, "-t", 1, "--passes", "--prompt", "20,90"]
     found = run(demo.target, *small, "--against", binary, "--against", "patched-server")
     check_prompts(found["prompt_server"], "20", "90")

@@ -1,11 +1,12 @@
-// Products of repacked matrices with 2 to 16 rows on ARM beside the same rows one at a time, which are llama.cpp's own
-// (ggml_gemv_*): equal to the last bit, also where experts share rows, and not left to llama.cpp's kernels. `make check-arm`
-// builds and runs it under emulation.
+// Products on ARM of repacked matrices with 2 to 16 rows beside the same rows one at a time, which are llama.cpp's own
+// (ggml_gemv_*), and of matrices of floats, which are ours: equal to the last bit, also where experts share rows, and not left
+// to llama.cpp's kernels. `make check-arm` builds and runs it under emulation.
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
 #include "ggml.h"
+#include "small-batch/floats.h"
 #include "small-batch/small-batch.h"
 
 #include <cmath>
@@ -45,6 +46,9 @@ static ggml_backend_buffer_type_t repack_buffer_type(ggml_backend_t backend) {
 // whether the series computes a product; how repack.cpp interleaves is what ggml_repack_get_optimal_repack_type says
 static bool taken(const ggml_tensor * result) {
     const ggml_type type   = result->src[0]->type;
+    if (!ggml_is_quantized(type)) {
+        return ggml_small_batch_floats(result);
+    }
     const bool      eight  = ggml_cpu_has_matmul_int8();
     const bool      sve256 = eight && ggml_cpu_has_sve() && ggml_cpu_get_sve_cnt() == 32;
     const bool      narrow = type == GGML_TYPE_Q8_0 || (type == GGML_TYPE_Q4_0 && !sve256);
@@ -84,13 +88,13 @@ static std::vector<float> product(ggml_backend_t backend, ggml_tensor * weights,
     return out;
 }
 
-static bool check(ggml_backend_t backend, ggml_backend_buffer_type_t repack, ggml_type type, int64_t length, int64_t rows, int experts) {
+static bool check(ggml_backend_t backend, ggml_backend_buffer_type_t place, ggml_type type, int64_t length, int64_t rows, int experts) {
     const std::vector<float> values = random_values(length * rows * experts), x = random_values(length * MOST);
     std::vector<char>        blocks(ggml_row_size(type, length) * rows * experts);
     ggml_quantize_chunk(type, values.data(), blocks.data(), 0, rows * experts, length, nullptr);
     ggml_context *        context = new_context();
     ggml_tensor *         weights = ggml_new_tensor_3d(context, type, length, rows, experts);
-    ggml_backend_buffer_t buffer  = ggml_backend_alloc_ctx_tensors_from_buft(context, repack);
+    ggml_backend_buffer_t buffer  = ggml_backend_alloc_ctx_tensors_from_buft(context, place);
     ggml_backend_tensor_set(weights, blocks.data(), 0, blocks.size());
 
     std::vector<int> ids;
@@ -104,7 +108,7 @@ static bool check(ggml_backend_t backend, ggml_backend_buffer_type_t repack, ggm
         const std::vector<float> one = product(backend, weights, x, ids, i, 1);
         alone.insert(alone.end(), one.begin(), one.end());
     }
-    bool   equal = true, ours = weights->extra != nullptr;
+    bool   equal = true, ours = !ggml_is_quantized(type) || weights->extra != nullptr;
     double error = 0;
     for (int n = 2; n <= MOST; n++) {
         const std::vector<float> batch = product(backend, weights, x, ids, 0, n, &ours);
@@ -136,6 +140,14 @@ int main() {
             for (int64_t rows : { 8, 40 }) {
                 failed += repack && !check(backend, repack, type, length, rows, 1);
                 failed += repack && !check(backend, repack, type, length, rows, EXPERTS);
+            }
+        }
+    }
+    for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16 }) {
+        for (int64_t length : { 131, 1030 }) {
+            for (int64_t rows : { 7, 40 }) {
+                failed += !check(backend, ggml_backend_cpu_buffer_type(), type, length, rows, 1);
+                failed += !check(backend, ggml_backend_cpu_buffer_type(), type, length, rows, EXPERTS);
             }
         }
     }

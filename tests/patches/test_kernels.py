@@ -167,6 +167,53 @@ def attention(shape: tuple[int, int, int, int, int, int | None], kind: str, seed
     }
 
 
+def float_cases(rng: np.random.Generator) -> dict[str, dict[str, Any]]:
+    """Weights and rows: lengths and columns that fill no register and no tile, heads that share keys, experts."""
+
+    def normal(*shape: int) -> Any:
+        return rng.standard_normal(shape, np.float32)
+
+    # threads, and rows at once
+    runs = [(1, 1), (2, 1), (1, 2), (3, 3), (2, 4), (1, 7), (3, 16), (2, 17), (2, 31)]
+    return {
+        "one row": {"w": normal(70, 1536), "x": normal(1, 1536), "runs": [(1, 1), (3, 1)]},
+        "odd": {"w": normal(37, 1003), "x": normal(31, 1003), "runs": runs},
+        "short": {"w": normal(3, 5), "x": normal(31, 5), "runs": runs},
+        "long": {"w": normal(130, 6144), "x": normal(31, 6144), "runs": runs},
+        "many": {"w": normal(66, 776), "x": normal(600, 776), "runs": [(2, 600), (1, 1), (3, 129), (2, 64)]},
+        "heads": {"w": normal(2, 45, 72), "x": normal(8, 31, 72), "runs": runs},
+        "experts": {"w": normal(4, 34, 268), "x": normal(31, 1, 268), "runs": runs,
+                    "ids": rng.integers(0, 4, (31, 2), np.int32)},
+        "down": {"w": normal(4, 34, 268), "x": normal(31, 2, 268), "runs": runs,
+                 "ids": np.arange(62, dtype=np.int32).reshape(31, 2) % 4},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_products_with_weights_of_floats(variant: str, kind: str, tmp_path: Path) -> None:
+    """A row has the same products whatever is computed with it, as near to the exact ones as llama.cpp's alone."""
+    folder, path, found = library(variant), tmp_path / "case.npz", tmp_path / "found.npy"
+
+    def multiply(case: dict[str, Any], **env: str) -> Any:
+        np.savez(path, type=kind, **case)
+        script("floats.py", folder, path, found, **env)
+        return np.load(found)
+
+    for name, case in float_cases(np.random.default_rng(0)).items():
+        batch, *others = multiply(case)
+        assert all(np.array_equal(other, batch) for other in others), name
+        stock = multiply({**case, "runs": [(2, 1)]}, GGML_SMALL_BATCH_ROWS="0")[0]
+        w, x = unpacked(case["w"], kind), case["x"].astype(np.float64)
+        if "ids" in case:
+            exact = np.einsum("nul,nucl->nuc", np.broadcast_to(x, (31, 2, 268)), w[case["ids"]], optimize=True)
+        else:
+            exact = x @ np.swapaxes(w if w.ndim == 2 else w.repeat(len(x) // len(w), 0), -1, -2)
+        ours, theirs = (float(np.sqrt(np.mean((y - exact) ** 2))) for y in (batch, stock))
+        # sums this short differ in the last bit or not at all
+        assert ours <= theirs * (1.1 if kind == "F32" else 1) + 1e-7, (name, ours, theirs)
+
+
 @pytest.mark.skipif(not X86, reason="the kernels are for x86; other machines keep llama.cpp's")
 @pytest.mark.parametrize("kind", KV_TYPES)
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -273,6 +320,22 @@ def test_a_token_has_the_same_logits_alone_and_in_a_batch(quant: str, flash: boo
     with closing(Llama(pair.target, drafter=None, n_ctx=1024, flash_attn=flash, n_threads=2, verbose=False)) as llm:
         for start in (64, 600):
             check_rows(llm, llm.tokenize(text), start, 40, sizes)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("quant", ["F32", "F16", "BF16"])
+def test_weights_of_floats_give_the_same_logits_in_any_batch(quant: str, threads: int, tmp_path: Path) -> None:
+    """Also products of keys and values, which flash attention does not come to."""
+    pair, text = demo_pair(tmp_path, quant)
+    options: dict[str, Any] = {"n_threads": threads, "n_threads_batch": threads, "flash_attn": False, "verbose": False}
+    with closing(Llama(pair.target, drafter=None, n_ctx=512, **options)) as llm:
+        ids, start = llm.tokenize(text), 64
+        llm.eval(ids[:start])
+        alone = [llm.logits(llm.decode([token], [])).copy() for token in ids[start : start + 300]]
+        for n in (2, 16, 17, 64, 300):
+            llm.n_tokens = start
+            row = llm.decode([ids[start]], ids[start + 1 : start + n])
+            assert all(np.array_equal(llm.logits(row + i), alone[i]) for i in range(n)), n
 
 
 @pytest.mark.invariance

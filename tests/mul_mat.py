@@ -138,8 +138,8 @@ def products(
 
 
 if __name__ == "__main__":
-    libraries, name, *numbers, mode = sys.argv[1:9]
+    libraries, name, *numbers, mode = sys.argv[1:8]
     digest, results = products(Path(libraries), name, mode == "alone", *map(int, numbers))
-    if sys.argv[9:]:
-        np.save(sys.argv[9], results)
+    if sys.argv[8:]:
+        np.save(sys.argv[8], results)
     print(digest)

@@ -25,7 +25,7 @@ def servers(demo: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     options = "-m", demo.target, "-c", str(CONTEXT), "-fa", "on"
     with (
         serving(SERVER, folder / "drafts", *options, "--spec-draft-model", demo.drafter, *DRAFTS) as drafts,
-        serving(SERVER, folder / "plain", *options) as plain,
+        serving(SERVER, folder / "plain", *options, "--spec-draft-model", "none") as plain,
     ):
         yield drafts, plain
 

@@ -88,7 +88,8 @@ def test_interrupt_stops_the_answer_and_not_the_program(demo: Pair, tmp_path: Pa
             terminal.until("> ")
             terminal.type("def first(\n")
             terminal.until("first(")
-            terminal.until("self")  # of the answer
+            terminal.until("\n")
+            terminal.until("\n")  # of the answer
             process.send_signal(signal.SIGINT)
             terminal.until("tokens/s")
             terminal.until("> ")

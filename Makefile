@@ -95,7 +95,7 @@ check-ollama: $(TESTS) ## models with drafters in a real Ollama, OLLAMA=/path/to
 check-clients: $(READY) ## the smallest program of each client library against `gemma-mtp serve`
 	@$(BIN)/python tests/clients/check.py
 
-check-same-text: $(READY) ## answers of `gemma-mtp serve` with drafts and without, alone and four at once
+check-same-text: $(TESTS) ## answers of `gemma-mtp serve` with drafts and without, alone and four at once
 	@$(BIN)/python tests/same_text.py
 
 check-arm: $(BIN)/python ## build libggml for ARM and test what the series touches there, under emulation

@@ -339,6 +339,20 @@ def test_weights_of_floats_give_the_same_logits_in_any_batch(quant: str, threads
             assert all(np.array_equal(llm.logits(row + i), alone[i]) for i in range(n)), n
 
 
+def test_a_state_that_was_loaded_goes_on_like_the_one_that_was_saved(tmp_path: Path) -> None:
+    """The next token lay before those it follows, in another order of keys, and sums were rounded otherwise."""
+    pair, text = demo_pair(tmp_path, "Q8_0")
+    options: dict[str, Any] = {"drafter": None, "n_ctx": 4096, "n_threads": 2, "verbose": False}
+    with closing(Llama(pair.target, **options)) as llm, closing(Llama(pair.target, **options)) as other:
+        ids = (llm.tokenize(text) * 20)[:3040]
+        llm.eval(ids[:3000])
+        other.load_state(llm.save_state())
+        for token in ids[3000:]:
+            llm.eval([token])
+            other.eval([token])
+            assert np.array_equal(llm.logits(0), other.logits(0)), other.n_tokens
+
+
 @pytest.mark.invariance
 @pytest.mark.parametrize("kv", ["F16", "Q8_0"])
 @pytest.mark.parametrize("quant", ["Q4_0", "Q4_K_M", "Q8_0"])

@@ -24,6 +24,8 @@ CAPABILITIES = 24
 PATIENCE = 5.0
 # What ggml says when a server has ended or cut the connection, before it ends the process (RPC_STATUS_ASSERT there).
 LOST = "Remote RPC server"
+# What its connection logs before that, where the loss is noticed while something is sent or received (transport.cpp).
+CUT = re.compile(rf"{LOST}|(?:send|recv) failed \(bytes_")
 # Variables under which a program that loses a server says so without a list of its functions.
 QUIET = {"GGML_NO_BACKTRACE": "1"}
 ADDRESS = re.compile(r"([^\s:,/]+):(\d{1,5})")

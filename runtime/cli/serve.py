@@ -210,7 +210,7 @@ def _shown(ready: threading.Event, verbose: bool, log: Any) -> Callable[[Any], N
         if log is not None:
             log.write(line.whole + "\n")
             log.flush()
-        if verbose or (ready.is_set() and line.wrong and rpc.LOST not in line.whole):
+        if verbose or (ready.is_set() and line.wrong and not rpc.CUT.search(line.whole)):
             click.echo(line.whole, err=True)
 
     return show

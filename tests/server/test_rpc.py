@@ -120,6 +120,19 @@ def test_nothing_is_left(number: signal.Signals, tmp_path: Path) -> None:
     assert status == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(number, -signal.SIGKILL)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "send failed (bytes_sent=0, size_to_send=8)",
+        "recv failed (bytes_recv=0, size_to_recv=8)",
+        "ggml-rpc.cpp:300: Remote RPC server crashed or returned malformed response",
+    ],
+)
+def test_the_line_on_a_lost_machine_stands_alone(line: str) -> None:
+    """Whether the loss was noticed in sending or in receiving."""
+    assert rpc.CUT.search(line)
+
+
 def test_a_machine_that_is_lost_is_told_of(demo: Pair, two: list[dict[str, Any]], tmp_path: Path) -> None:
     """In the middle of an answer, with one line."""
     body = {"prompt": "import os\n", "n_predict": 1900, "ignore_eos": True, "stream": True}

@@ -31,12 +31,10 @@ STATE, EXIT = "cmd_child_to_router:state:", "cmd_router_to_child:exit\n"
 # How llama-server's log is written, so that its errors can be told: with time and level before each message.
 LOGGING = ("--log-prefix", "--log-timestamps", "--no-log-jsonl", "--log-colors", "off")
 LOGGED = re.compile(r"\d+(?:\.\d+){3} ([A-Z]) (?:(?:srv|cmn|slot) +\S+: )?(.*)")
-# Errors of loading that are none: the drafter's memory cannot be measured without its target.
-NO_ERROR = "normal during memory fitting"
 # Logged when a server that was told to end by somebody else begins to.
 ENDING = "cleaning up before exit"
-# Seconds that a server has to end by itself, and after which it is told again; between two looks at one that loads.
-GRACE, AGAIN, LOOK = 5.0, 1.0, 0.5
+# Seconds that a server has to end by itself; between two looks at one that loads.
+GRACE, LOOK = 5.0, 0.5
 # Lines kept of its log.
 KEPT = 200
 
@@ -52,7 +50,7 @@ class Line:
     @property
     def wrong(self) -> bool:
         """Whether it tells of an error, or is no message of the log, such as a failed assertion."""
-        return self.level in ("E", "") and NO_ERROR not in self.whole
+        return self.level in ("E", "")
 
 
 def read_line(written: str) -> Line:
@@ -214,13 +212,6 @@ class Server:
             if self._process.stdin is not None:
                 self._process.stdin.close()
 
-    def _ends_within(self, seconds: float) -> bool:
-        try:
-            self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
-
     def stop(self) -> None:
         """End it: asked first, killed after some seconds, or at once if another exception comes meanwhile."""
         try:
@@ -232,10 +223,8 @@ class Server:
                         self._process.stdin.flush()
                 else:
                     self._process.terminate()  # while it loads it reads nothing
-                # One that has just begun to serve forgets what it was told before, so it is told again.
-                if not self._ends_within(AGAIN) and os.name == "posix":
-                    self._process.terminate()
-                self._ends_within(GRACE - AGAIN)
+                with suppress(subprocess.TimeoutExpired):
+                    self._process.wait(GRACE)
         finally:
             self._process.kill()
             self._process.wait()

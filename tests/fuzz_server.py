@@ -15,6 +15,7 @@ import argparse
 import http.client
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -39,7 +40,7 @@ BATCH, CLIENTS, SLOTS = 50, 8, 4
 PATIENCE, RAW, GONE = 20.0, 2.0, 5.0
 # What prompts of earlier requests may keep, MiB, and how far the server may grow beyond that while odd requests run.
 KEPT, GROWTH = 64, 1500
-# Statuses of an error that is nobody's fault: a feature that is not built or not turned on, and too much at once, such as
+# Seconds for an answer, after which the client leaves, for what comes over a raw connection, for a process to end.
 # requests that together fill the context that all share.
 NO_FAULT = 501, 503
 OPTIONS = ("-c", 2048, "--", "--cache-ram", KEPT)
@@ -74,7 +75,9 @@ def send(address: str, sent: Request) -> Outcome:
     except TimeoutError:
         return Outcome("no answer in time")
     except (OSError, http.client.HTTPException) as problem:
-        return Outcome(type(problem).__name__, None if sent.raw else f"the connection broke: {problem!r}")
+        # a body that is too long, or packed in a way that is not known, is not read to its end
+        hung_up = sent.raw is not None or isinstance(problem, BrokenPipeError)
+        return Outcome(type(problem).__name__, None if hung_up else f"the connection broke: {problem!r}")
 
 
 def _raw(host: str, port: int, data: bytes) -> Outcome:
@@ -158,6 +161,10 @@ class Run:
                         left[:0] = [[each] for each in batch]
                     break
 
+    def late(self, what: str) -> None:
+        self.slow.append(what)
+        print(f"slow: {what}", flush=True)
+
     def fault(self, what: str) -> None:
         self.faults.append(what)
         print(f"FAULT: {what}", flush=True)
@@ -167,7 +174,7 @@ class Run:
             for sent, outcome in zip(batch, clients.map(lambda each: send(found.root, each), batch), strict=True):
                 self.told[outcome.told] += 1
                 if outcome.told == "no answer in time":
-                    self.slow.append(str(sent))
+                    self.late(str(sent))
                 if outcome.fault and alive(found):
                     self.fault(f"{outcome.fault}\n    {sent}")
 
@@ -181,7 +188,7 @@ class Run:
                 found.process.wait(GONE)
             return "a slot hangs" if alive(found) else f"the server ended ({problem!r:.200})"
         if time.monotonic() - began > PATIENCE:
-            self.slow.append(f"slots were free after {time.monotonic() - began:.0f} s")
+            self.late(f"slots were free after {time.monotonic() - began:.0f} s")
         if said != first:
             return f"another text: {said} instead of {first}"
         pid = found.facts["pid"]
@@ -196,6 +203,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first (0)")
     parser.add_argument("--batch", type=int, default=BATCH, help=f"requests between two looks at the server ({BATCH})")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # and so end the server
     numbers = range(given.first, given.first + given.count)
     batches = [[*map(request, numbers[at : at + given.batch])] for at in range(0, given.count, given.batch)]
     with tempfile.TemporaryDirectory() as folder, bundled(Path(folder) / "pair") as target:
@@ -203,8 +211,6 @@ def main() -> int:
         run.over(batches)
     for told, times in sorted(run.told.items()):
         print(f"{times:6} {told}")
-    for slow in run.slow:
-        print(f"slow: {slow}")
     print(f"{given.count} requests, {len(run.slow)} slow, {len(run.faults)} faults")
     return 1 if run.faults else 0
 

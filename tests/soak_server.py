@@ -224,6 +224,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Ask gemma-mtp serve for minutes, then end it.")
     parser.add_argument("--minutes", type=float, default=10, help="how long (10)")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # and so end the server
     with (
         tempfile.TemporaryDirectory() as folder,
         bundled(Path(folder) / "pair") as target,

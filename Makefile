@@ -126,5 +126,12 @@ check-gpu-kit: $(TESTS) ## run the packed GPU kit here, from its archive, withou
 fuzz: $(TESTS) ## mutated GGUF and safetensors files against the readers, FUZZ_SECONDS long (60)
 	@nice -n 19 $(BIN)/python tests/fuzz_headers.py --seconds $(or $(FUZZ_SECONDS),60) --seed $(or $(FUZZ_SEED),0)
 
+.PHONY: fuzz-server soak
+fuzz-server: $(READY) ## odd requests against `gemma-mtp serve`, FUZZ_REQUESTS of them (5000)
+	@nice -n 19 $(BIN)/python tests/fuzz_server.py --count $(or $(FUZZ_REQUESTS),5000) --first $(or $(FUZZ_FIRST),0)
+
+soak: $(READY) ## eight clients at `gemma-mtp serve` for SOAK_MINUTES (10), then SIGTERM in the midst of them
+	@$(BIN)/python tests/soak_server.py --minutes $(or $(SOAK_MINUTES),10)
+
 clean: ## remove the environment and build outputs of this checkout
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -105,7 +105,7 @@ FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
     default="localhost",
     show_default=True,
     envvar="LLAMA_ARG_CORS_ORIGINS",
-    help="Web pages that may use it: localhost, an origin such as https://chat.example.org, or * for all.",
+    help="Web pages that may use it: localhost, origins (https://chat.example.org) between commas, or * for all.",
 )
 @click.option("--metrics", is_flag=True, help="Serve /metrics for Prometheus.")
 @click.option("-v", "--verbose", is_flag=True, help="Show llama-server's log.")

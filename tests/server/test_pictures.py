@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import struct
+import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterator
@@ -26,13 +27,17 @@ PNG = base64.b64encode(b"\x89PNG\r\n").decode()[:-1]
 def png(seed: int) -> str:
     """A picture in base64."""
     rows = b"".join(b"\0" + bytes((x * y * seed) % 251 for x in range(3 * SIDE)) for y in range(SIDE))
+    return base64.b64encode(written(SIDE, 8, 2, rows)).decode()
+
+
+def written(side: int, depth: int, color: int, rows: bytes) -> bytes:
+    """A square PNG file of rows of samples of some bits, gray (color 0) or three to a pixel (2)."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    head = struct.pack(">IIBBBBB", SIDE, SIDE, 8, 2, 0, 0, 0)
-    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    return base64.b64encode(data).decode()
+    head = struct.pack(">IIBBBBB", side, side, depth, color, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +84,24 @@ def test_several_answers_to_a_picture(server: str) -> None:
     alone = texts(chat(server))
     assert texts(chat(server, n=3)) == alone * 3
     assert len(texts(chat(server, n=3, temperature=1.0))) == 3
+
+
+LARGE = written(12_000, 1, 0, bytes(1501) * 12_000)  # 18 kB that say 432 MB
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"hello", base64.b64decode(png(1))[:90], LARGE, b"RIFF\0\0\0\0WAVE", b"\xff\xfb" * 99, b"GIF89a\xff" * 99],
+    ids=["nothing", "text", "part", "large", "sound", "noise", "animation"],
+)
+def test_what_is_no_picture_is_refused(data: bytes, server: str) -> None:
+    url = "data:image/png;base64," + base64.b64encode(data).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "?"}]
+    with pytest.raises(urllib.error.HTTPError) as told:
+        post(f"{server}/v1/chat/completions", {"messages": [{"role": "user", "content": content}], "max_tokens": 4})
+    assert told.value.code == 400
+    assert json.load(told.value)["error"]["type"] == "invalid_request_error"
+    assert texts(chat(server))
 
 
 def completed(url: str, *parts: str) -> dict[str, Any]:

@@ -95,7 +95,8 @@ def test_everything_said_otherwise(demo: Pair, tmp_path: Path) -> None:
         assert found.root.endswith("/llm")
         assert found.ask("/v1/models", Authorization="Bearer wrong").status == 401
         bearer = {"Authorization": f"Bearer {KEY}"}
-        answer = found.ask("/v1/models", Origin="https://evil.example", **bearer)
+        assert found.ask("/v1/models", Origin="https://evil.example", **bearer).status == 403
+        answer = found.ask("/v1/models", Origin="https://chat.example", **bearer)
         assert answer.headers["Access-Control-Allow-Origin"] == "https://chat.example"
         assert answer.json["data"][0]["id"] == found.facts["model"] == "mine"
         assert (found.facts["context"], found.facts["drafter"]) == (256, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -114,6 +115,79 @@ def test_text_in_arguments_is_taken_as_it_is(seed: int, chat: str) -> None:
     given = json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"])
     assert given.keys() == {"said"}
     assert isinstance(given["said"], str)
+
+
+BOUNDED = {
+    "type": "object",
+    "properties": {
+        "code": {"type": "string", "pattern": "^[A-C]{3}-(x|y)$"},
+        "long": {"type": "string", "minLength": 3, "maxLength": 6},
+        "min": {"type": "string", "minLength": 4},
+        "n": {"type": "integer", "minimum": 3, "exclusiveMaximum": 20},
+        "short": {"type": "string", "maxLength": 2},
+    },
+    "required": ["code", "long", "min", "n", "short"],
+}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_bounds_of_arguments_are_kept(seed: int, chat: str) -> None:
+    tool = {"type": "function", "function": {"name": "note", "parameters": BOUNDED}}
+    ends = [['<|"|>', 15.0]]  # or the untrained model goes on for ever
+    choice = asked(chat, tools=[tool], tool_choice=chosen("note"), seed=seed, logit_bias=ends)
+    assert choice["finish_reason"] == "tool_calls"
+    given = json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"])
+    assert re.fullmatch(r"[A-C]{3}-(x|y)", given["code"])
+    assert 3 <= len(given["long"]) <= 6
+    assert len(given["min"]) >= 4
+    assert 3 <= given["n"] < 20
+    assert len(given["short"]) <= 2
+
+
+@pytest.mark.parametrize("strict", [True, False, None])
+def test_what_a_grammar_cannot_say_is_an_error_of_a_strict_tool(strict: bool | None, chat: str) -> None:
+    parameters = {"type": "object", "properties": {"a": {"type": "number", "multipleOf": 3}}, "required": ["a"]}
+    tool = {"type": "function", "function": {"name": "third", "parameters": parameters, "strict": strict}}
+    if strict:
+        body = {"messages": [{"role": "user", "content": "?"}], "tools": [tool]}
+        status, error = refused(chat, "/v1/chat/completions", body)
+        assert status == 400
+        assert "tool 'third': JSON schema: #/properties/a/multipleOf " in error["message"]
+    else:
+        assert asked(chat, tools=[tool], tool_choice=chosen("third"))["message"]["tool_calls"]
+
+
+def test_the_interface_of_responses_keeps_to_a_schema(chat: str) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer"}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    text = {"format": {"type": "json_schema", "name": "x", "schema": schema, "strict": True}}
+    body = {"input": "?", "text": text, "max_output_tokens": 400, "temperature": 1.5}
+    (message,) = [each for each in post(f"{chat}/v1/responses", body)["output"] if each["type"] == "message"]
+    assert json.loads(message["content"][0]["text"]).keys() == {"n"}
+    text["format"]["schema"] = {"type": "object", "minProperties": 1}
+    status, error = refused(chat, "/v1/responses", body)
+    assert status == 400
+    assert "#/minProperties" in error["message"]
+    assert post(f"{chat}/v1/responses", body | {"text": {"format": {"type": "text"}}})["output"]
+
+
+@pytest.mark.parametrize("asked_for", ["schema", "tool"])
+def test_without_thinking_an_answer_begins_with_what_was_asked_for(asked_for: str, chat: str) -> None:
+    """However much the model would like to think."""
+    wish: dict[str, Any] = {"tools": TOOLS[1:2], "tool_choice": "required"}
+    if asked_for == "schema":
+        wish = {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "boolean"}}}}
+    more: dict[str, Any] = {"logit_bias": [["<|channel>", 40.0]], "max_tokens": 60, "temperature": 0}
+    for thinking in (False, True):
+        choice = asked(chat, **wish, **more, chat_template_kwargs={"enable_thinking": thinking})
+        message = choice["message"]
+        assert bool(message.get("reasoning_content")) == thinking
+        if not thinking:
+            assert message.get("tool_calls") or json.loads(message["content"]) in (True, False)
 
 
 def test_a_tool_without_properties_is_called(chat: str) -> None:

@@ -104,13 +104,14 @@ def check_arm() -> None:
             libraries = [ggml / f"lib{name}.a" for name in ("ggml", "ggml-cpu", "ggml-base")]
             folders = ("ggml/include", "ggml/src", "ggml/src/ggml-cpu", "common")
             includes = [f"-I{llama / folder}" for folder in folders]
-            programs = []
-            for source in (HERE.parent / "tests" / "arm_products.cpp", llama / "tests" / "test-backend-ops.cpp"):
+            programs, ours = [], HERE.parent / "tests"
+            theirs = llama / "tests" / "test-backend-ops.cpp"
+            for source in (ours / "arm_products.cpp", ours / "arm_attention.cpp", theirs):
                 programs.append(build / source.stem)
                 compiler = ("aarch64-linux-gnu-g++", "-O1", "-std=c++17", "-static", "-w")
                 run([*compiler, *includes, source, *libraries, "-o", programs[-1]])
-            products, operations = (("qemu-aarch64", "-cpu", cpu, program) for program in programs)
-            outputs = dict.fromkeys(("MUL_MAT", "MUL_MAT_ID"), run(products))
+            products, attention, operations = (("qemu-aarch64", "-cpu", cpu, program) for program in programs)
+            outputs = dict.fromkeys(("MUL_MAT", "MUL_MAT_ID"), run(products)) | {"ATTENTION": run(attention)}
             for operation, cases in ARM_OPERATIONS.items():
                 chosen = ("-p", cases) if cases else ()
                 outputs[operation] = run([*operations, "-b", "CPU", "-o", operation, *chosen])

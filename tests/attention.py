@@ -1,4 +1,4 @@
-"""Flash attention of a few queries by a given libggml: what tests/patches/test_kernels.py compares.
+"""Flash attention by a given libggml: what tests/patches/test_kernels.py compares.
 
     python tests/attention.py LIBRARIES CASE.npz RESULT.npy [TIMES]
 

@@ -140,12 +140,13 @@ def test_weights_stay_where_our_kernels_read_them(tmp_path: Path) -> None:
         assert "AMX model buffer" in log(GGML_AMX="1")
 
 
-# queries, heads, KV heads, keys, width, sliding window
+# queries, heads, KV heads, keys, width, sliding window; threads, and queries at once
 ATTENTION = [
-    (9, 8, 1, 1100, 512, None),
-    (5, 8, 1, 700, 256, 300),
-    (16, 32, 16, 600, 80, None),
-    (3, 4, 4, 77, 64, None),
+    ((9, 8, 1, 1100, 512, None), [(2, 9), (1, 1), (2, 1), (16, 1), (3, 2), (16, 9)]),
+    ((5, 8, 1, 700, 256, 300), [(2, 5), (1, 1), (16, 1), (3, 2)]),
+    ((600, 8, 1, 700, 64, 250), [(2, 600), (1, 1), (3, 17), (1, 64), (7, 600)]),
+    ((90, 32, 16, 333, 80, None), [(2, 90), (1, 1), (3, 33), (1, 90)]),
+    ((20, 4, 4, 77, 64, None), [(2, 20), (1, 1), (3, 19)]),
 ]
 KV_TYPES = {"F32": 0, "F16": 1, "BF16": 30, "Q8_0": 8, "Q4_0": 2}
 
@@ -163,8 +164,6 @@ def attention(shape: tuple[int, int, int, int, int, int | None], kind: str, seed
         "mask": np.where(seen, 0, -np.inf).astype(np.float32),
         "type": KV_TYPES[kind],
         "scale": width**-0.5,
-        # threads, and queries at once
-        "runs": [(2, queries), (1, 1), (2, 1), (16, 1), (3, 2), (16, queries)],
     }
 
 
@@ -215,25 +214,40 @@ def test_products_with_weights_of_floats(variant: str, kind: str, tmp_path: Path
         assert ours <= theirs * (1.1 if kind == "F32" else 1) + 1e-7, (name, ours, theirs)
 
 
-@pytest.mark.skipif(not X86, reason="the kernels are for x86; other machines keep llama.cpp's")
+def elsewhere(case: dict[str, Any], keys: int) -> dict[str, Any]:
+    """The same keys in as many cells, in their order, and in those between what would be noticed if it were seen."""
+    rng, moved = np.random.default_rng(keys), {**case}
+    cells = np.sort(rng.choice(keys, len(case["k"]), replace=False))
+    for name in "kv":
+        moved[name] = np.full((keys, *case[name].shape[1:]), 1e4, np.float32)
+        moved[name][cells] = case[name]
+    moved["mask"] = np.full((len(case["q"]), keys), -np.inf, np.float32)
+    moved["mask"][:, cells] = case["mask"]
+    return moved
+
+
+@pytest.mark.skipif(not X86, reason="elsewhere `make check-arm` has the test")
 @pytest.mark.parametrize("kind", KV_TYPES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_attention_of_a_few_queries(variant: str, kind: str, tmp_path: Path) -> None:
-    """Nearer to the exact sums than llama.cpp's own, and the same for any number of queries and threads."""
+def test_a_query_attends_alike_in_any_company(variant: str, kind: str, tmp_path: Path) -> None:
+    """Nearer to the exact sums than llama.cpp's; the same for any number of queries and threads, and in other cells."""
     folder = library(variant)
     path, found = tmp_path / "case.npz", tmp_path / "found.npy"
 
-    def attend(case: dict[str, Any], **env: str) -> Any:
-        np.savez(path, **case)
-        script("attention.py", folder, path, found, **env)
+    def attend(case: dict[str, Any], runs: list[tuple[int, int]], **env: str) -> Any:
+        np.savez(path, runs=runs, **case)
+        script("attention.py", folder, path, found, GGML_SHARE_CORES="0", **env)  # as many threads as we say
         return np.load(found)
 
-    for seed, shape in enumerate(ATTENTION):
+    for seed, (shape, runs) in enumerate(ATTENTION):
         if kind in ("Q8_0", "Q4_0") and shape[4] % 32:
             continue
         case = attention(shape, kind, seed)
-        batch, *others = attend(case)
-        stock = attend({**case, "runs": case["runs"][:1]}, GGML_SMALL_BATCH_ROWS="0")[0]
+        batch, *others = attend(case, runs)
+        assert all(np.array_equal(other, batch) for other in others), shape
+        for keys in (shape[3] + 51, 2 * shape[3]):
+            assert np.array_equal(attend(elsewhere(case, keys), runs[:1])[0], batch), (shape, keys)
+        stock = attend(case, runs[:1], GGML_SMALL_BATCH_ROWS="0")[0]
         k, v = (unpacked(case[name], kind).repeat(shape[1] // shape[2], 1) for name in "kv")
         scores = (
             np.einsum("qhd,khd->hqk", case["q"].astype(np.float64), k, optimize=True) * case["scale"] + case["mask"]
@@ -243,7 +257,14 @@ def test_attention_of_a_few_queries(variant: str, kind: str, tmp_path: Path) -> 
         error = np.abs(batch - exact).max()
         assert error < 2e-6
         assert kind == "F32" or error < np.abs(stock - exact).max()
-        assert all(np.array_equal(other, batch) for other in others), shape
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_rest_of_a_layer_is_the_same_in_any_company(variant: str) -> None:
+    """Norms, RoPE, activations, softcap, routers, look-ups and KV writes of a row: up to 600 rows, 16 threads."""
+    said = json.loads(script("layer.py", library(variant), "0", GGML_SHARE_CORES="0"))
+    assert len(said["all"]) > 25
+    assert not said["different"]
 
 
 def unpacked(values: Any, kind: str) -> Any:

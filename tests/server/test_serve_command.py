@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from children import environment
@@ -66,9 +67,14 @@ def test_thinking_is_off_unless_asked_for(running: Served) -> None:
     messages = [{"role": "user", "content": "hi"}]
     plain = running.ask("/apply-template", {"messages": messages}).json["prompt"]
     assert "<|think|>" not in plain
-    for wish in ({"chat_template_kwargs": {"enable_thinking": True}}, {"reasoning_effort": "none"}):
+    wishes: list[tuple[dict[str, Any], bool]] = [
+        ({"chat_template_kwargs": {"enable_thinking": True}}, True), ({"reasoning_effort": "high"}, True),
+        ({"reasoning_effort": "none"}, False), ({"reasoning_effort": None}, False),
+        ({"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": False}}, False),
+    ]  # fmt: skip
+    for wish, thinks in wishes:
         prompt = running.ask("/apply-template", {"messages": messages, **wish}).json["prompt"]
-        assert ("<|think|>" in prompt) is ("chat_template_kwargs" in wish)
+        assert ("<|think|>" in prompt) is thinks, wish
 
 
 def test_pages_of_other_origins_are_told_nothing(running: Served) -> None:
@@ -94,7 +100,8 @@ def test_everything_said_otherwise(demo: Pair, tmp_path: Path) -> None:
     with served(demo.target, tmp_path, *arguments, **variables) as found:
         assert found.root.endswith("/llm")
         assert found.ask("/v1/models", Authorization="Bearer wrong").status == 401
-        bearer = {"Authorization": f"Bearer {KEY}"}
+        assert [found.ask(path).status for path in ("/", "/index.html", "/page.html", "/props")] == [200, 200, 401, 401]
+        bearer = {"Authorization": f"bearer {KEY}"}
         assert found.ask("/v1/models", Origin="https://evil.example", **bearer).status == 403
         answer = found.ask("/v1/models", Origin="https://chat.example", **bearer)
         assert answer.headers["Access-Control-Allow-Origin"] == "https://chat.example"

@@ -85,6 +85,35 @@ def test_limits_and_usage(running: Served) -> None:
     assert events[-1]["usage"]["completion_tokens"] == 8
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_token_where_none_is_asked_for(stream: bool, running: Served) -> None:
+    asked = (
+        {"max_tokens": 0, "stream": stream, "stream_options": {"include_usage": True}} if stream else {"max_tokens": 0}
+    )
+    answer = running.chat(**asked)
+    last = answer.events[-1] if stream else answer.json
+    assert last["usage"]["completion_tokens"] == 0
+    choices = [choice for event in answer.events for choice in event["choices"]] if stream else answer.json["choices"]
+    assert not any((choice.get("delta") or choice.get("message") or {}).get("content") for choice in choices)
+    assert choices[-1]["finish_reason"] == "length"
+
+
+def test_an_answer_that_is_cut_shows_no_markers(running: Served) -> None:
+    """Nor does a stream: of a tool call, and of a block that holds JSON."""
+    schema = {
+        "type": "json_schema",
+        "json_schema": {"schema": {"type": "object", "properties": {"a": {"type": "string"}}}},
+    }
+    for more in ({"tools": [LOOK], "tool_choice": "required"}, {"response_format": schema}):
+        for limit in range(1, 8):
+            answer = running.chat(max_tokens=limit, **more).json["choices"][0]
+            assert answer["finish_reason"] == "length"
+            events = running.chat(max_tokens=limit, stream=True, **more).events
+            deltas = [choice["delta"].get("content") or "" for event in events for choice in event["choices"]]
+            for text in (answer["message"]["content"] or "", "".join(deltas)):
+                assert "<|" not in text and "`" not in text
+
+
 def test_a_stream_gives_the_whole_answers_text(running: Served) -> None:
     whole = running.chat(max_tokens=64).json["choices"][0]["message"]["content"]
     events = running.chat(max_tokens=64, stream=True).events

@@ -12,6 +12,7 @@ import ctypes
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +122,14 @@ def operations(rng: np.random.Generator) -> dict[str, Callable[[Graph], P]]:
         "top_k": lambda g: g("cont", g("argsort_top_k", g.rows(routed), 8)),
         "concat": lambda g: g("concat", g.rows(x), g.rows(y), 0),
     }  # fmt: skip
+
+    def looked_up(g: Graph, kind: int) -> P:
+        return g("get_rows", g.tensor(table, kind), g.rows(ids, I32))
+
     for name, kind in {"F32": 0, "F16": 1, "BF16": 30, "Q8_0": 8, "Q4_0": 2, "Q4_K": 12, "Q6_K": 14}.items():
-        found[f"get_rows {name}"] = lambda g, kind=kind: g("get_rows", g.tensor(table, kind), g.rows(ids, I32))
+        found[f"get_rows {name}"] = partial(looked_up, kind=kind)
         if kind in (0, 1, 30, 8, 2):
-            found[f"set_rows {name}"] = lambda g, kind=kind: stored(g, kind)
+            found[f"set_rows {name}"] = partial(stored, kind=kind)
     return found
 
 

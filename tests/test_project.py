@@ -163,3 +163,11 @@ def test_make_help_lists_every_target() -> None:
 def test_every_package_is_packed() -> None:
     packed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     assert sorted(packed) == sorted(dotted(path) for path in everything() if path.name == "__init__.py")
+
+
+def test_no_text_holds_both_sides_of_a_merge() -> None:
+    marker = re.compile(r"^(<{7}|>{7}|\|{7}) ", re.MULTILINE)
+    pages = [path for kind in ("md", "py", "toml", "patch") for path in ROOT.glob(f"*.{kind}")]
+    for folder in (*HALVES, "docs", "tests"):
+        pages += [path for kind in ("md", "py", "toml", "patch") for path in (ROOT / folder).rglob(f"*.{kind}")]
+    assert [path for path in pages if marker.search(path.read_text())] == []

@@ -159,6 +159,19 @@ def test_completions_take_all_kinds_of_prompts(running: Served) -> None:
         assert len(answer.json["choices"]) == (2 if several else 1)
 
 
+def test_messages_keep_to_a_schema_and_think_where_asked(running: Served) -> None:
+    message: dict[str, Any] = {"messages": [USER], "max_tokens": 200, "temperature": 0}
+    shaped = {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}
+    (part,) = running.ask("/v1/messages", {**message, **shaped}).json["content"]
+    assert json.loads(part["text"])["good"] in (True, False)
+    read = {
+        kind: running.ask("/v1/messages", {**message, "max_tokens": 1, "thinking": {"type": kind}}).json["usage"]
+        for kind in ("enabled", "disabled")
+    }
+    tokens = {kind: usage["input_tokens"] + usage.get("cache_read_input_tokens", 0) for kind, usage in read.items()}
+    assert tokens["enabled"] > tokens["disabled"]
+
+
 def test_other_interfaces_are_there(running: Served) -> None:
     message = {"messages": [USER], "max_tokens": 4}
     assert running.ask("/v1/messages", message).json["role"] == "assistant"

@@ -143,22 +143,25 @@ class Run:
         self.faults: list[str] = []
         self.slow: list[str] = []
 
-    def over(self, batches: Sequence[Sequence[Request]]) -> None:
-        """Send all batches, each request of a batch beside others."""
-        left = [*batches]
+    def over(self, batches: Sequence[Sequence[int]]) -> None:
+        """Send requests by their numbers, each beside others of its batch."""
+        left, done = [*batches], 0
         while left:
             with served(self.target, self.folder, *OPTIONS, GGML_NO_BACKTRACE="1") as found:
                 first, base = texts(found), memory(found.facts["pid"])
                 while left:
-                    batch = left.pop(0)
+                    batch = [*map(request, left.pop(0))]  # made now: together they would fill the memory
                     self._send(found, batch)
+                    done += len(batch)
+                    if done % (10 * BATCH) == 0:
+                        print(f"{done} sent, up to number {batch[-1].number}", flush=True)
                     why = self._sound(found, first, base)
                     if why is None:
                         continue
                     log = found.errors.read_text()[-700:]
                     self.fault(f"{why} in requests {batch[0].number} to {batch[-1].number}: {log}")
                     if len(batch) > 1:
-                        left[:0] = [[each] for each in batch]
+                        left[:0] = [[each.number] for each in batch]
                     break
 
     def late(self, what: str) -> None:
@@ -205,7 +208,7 @@ def main() -> int:
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # and so end the server
     numbers = range(given.first, given.first + given.count)
-    batches = [[*map(request, numbers[at : at + given.batch])] for at in range(0, given.count, given.batch)]
+    batches = [numbers[at : at + given.batch] for at in range(0, given.count, given.batch)]
     with tempfile.TemporaryDirectory() as folder, bundled(Path(folder) / "pair") as target:
         run = Run(target, Path(folder))
         run.over(batches)

@@ -11,6 +11,7 @@ import ctypes
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from typing import Any
 
 from gemma_mtp.runtime.faults import CLOSED
@@ -45,10 +46,23 @@ class Tokenizer(LlamaTokenizer):
 
         Raises:
             IndexError: there is no such token.
+            TypeError: it is no whole number.
             RuntimeError: the model was freed.
         """
+        token = index(token)
         found = self._pieces.get((token, special))
         return self._made(token, special) if found is None else found
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = True) -> list[int]:
+        """As llama_cpp's.
+
+        Raises:
+            TypeError: the text is not in bytes.
+        """
+        if not isinstance(text, bytes):
+            raise TypeError(f"tokenize takes bytes, not {type(text).__name__}; of a str give text.encode().")
+        found: list[int] = super().tokenize(text, add_bos, special)
+        return found
 
     def detokenize(
         self, tokens: Sequence[int], prev_tokens: Sequence[int] | None = None, special: bool = False

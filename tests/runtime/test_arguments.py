@@ -220,9 +220,11 @@ def test_logits_that_are_no_numbers(temperature: float, mtp: Llama, monkeypatch:
 
 
 def test_options_are_refused_before_anything_is_loaded() -> None:
-    for name, value in (("n_threads", 100000), ("n_ctx", 2**32 + 512), ("lora_path", "/there/is/none"), ("drafter", 5)):
+    wrong: dict[str, Any] = {"n_threads": 100000, "n_ctx": 2**32 + 512, "lora_path": "/there/is/none", "drafter": 5}
+    for name in wrong:
+        given: dict[str, Any] = {name: wrong[name]}
         with pytest.raises(ValueError, match=name):
-            Llama("/there/is/no/model", **{name: value})
+            Llama("/there/is/no/model", **given)
     assert check_options({"n_threads": np.int64(2), "verbose": 0}) == {"n_threads": 2, "verbose": False}
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
 import pytest
+from children import post, serving
 from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import Llama, as_async
+from gemma_mtp.runtime.programs import program
 from gemma_mtp.runtime.text import Tokenizer
 from llama_cpp import llama_cpp as lib
 from llamas import OPTIONS
@@ -43,12 +46,12 @@ def whole(llm: Llama, **given: Any) -> tuple[str, str]:
 
 def spelling(llm: Llama, tokens: list[int]) -> llama_cpp.LogitsProcessorList:
     """A processor that leaves no choice but these tokens, over and over."""
-    begun = None
+    begun: list[int] = []
 
     def only(ids: Any, scores: Any) -> Any:
-        nonlocal begun
-        begun = len(ids) if begun is None or len(ids) < begun else begun
-        wanted = tokens[(len(ids) - begun) % len(tokens)]
+        if not begun or len(ids) < begun[-1]:
+            begun.append(len(ids))
+        wanted = tokens[(len(ids) - begun[-1]) % len(tokens)]
         scores[np.arange(llm.n_vocab()) != wanted] = -np.inf
         return scores
 
@@ -108,8 +111,8 @@ def test_how_many_tokens(mtp: Llama, text: str) -> None:
         assert [c["choices"][0]["finish_reason"] for c in mtp(PROMPT, **GREEDY | {"max_tokens": most}, stream=True)][
             -1
         ] == "length"
-    for most in (-1, -7, None):
-        answer = mtp("x", temperature=0.0, max_tokens=most)
+    for unlimited in (-1, -7, None):
+        answer = mtp("x", temperature=0.0, max_tokens=unlimited)
         assert answer["usage"]["total_tokens"] == 512 or answer["choices"][0]["finish_reason"] == "stop"
 
 
@@ -245,7 +248,7 @@ def test_pieces_of_any_length(mtp: Llama, monkeypatch: pytest.MonkeyPatch) -> No
             if 0 < size <= 32:
                 assert made == mtp._model.detokenize([token])
     assert lib.llama_vocab_n_tokens(vocab) == len(sizes)
-    everything = mtp.tokenizer().detokenize(list(sizes))
+    everything = Tokenizer(mtp).detokenize(list(sizes))
     assert len(everything) == sum(sizes.values())
 
 
@@ -253,12 +256,17 @@ def test_pieces_of_any_length(mtp: Llama, monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_is_no_token_is_an_error(token: Any, mtp: Llama) -> None:
     """llama.cpp ends the process."""
     wrong = mtp.n_vocab() if token == "n_vocab" else token
+    with pytest.raises(TypeError, match="bytes"):
+        mtp.tokenize("x")
+    with pytest.raises(TypeError, match="float"):
+        mtp.detokenize([2.5])
     with pytest.raises(
         IndexError, match=rf"{wrong} is no token of this model; its ids go from 0 to {mtp.n_vocab() - 1}"
     ):
         mtp.detokenize([2, wrong])
     if wrong > 0:
-        for call in (mtp.create_completion, lambda tokens: next(mtp.generate(tokens))):
+        calls: list[Callable[[list[int]], Any]] = [mtp.create_completion, lambda tokens: next(mtp.generate(tokens))]
+        for call in calls:
             with pytest.raises(ValueError, match=rf"{wrong} is no token"):
                 call([2, wrong])
 
@@ -271,7 +279,7 @@ TIMINGS = [
 
 @pytest.mark.parametrize("mode", ["completion", "stream", "chat", "chat stream", "mirostat", "without drafts"])
 def test_timings_are_told(mode: str, mtp: Llama) -> None:
-    """By llama-server's names, and they are those of `stats`; tests/server/ holds the names against a server's."""
+    """They are those of `stats`."""
     given = GREEDY | {"stream": "stream" in mode, "mtp": False if mode == "without drafts" else None}
     given |= {"mirostat_mode": 2, "temperature": 1.0} if mode == "mirostat" else {}
     mtp.reset()
@@ -287,6 +295,18 @@ def test_timings_are_told(mode: str, mtp: Llama) -> None:
     assert 0 < found["prompt_ms"] + found["predicted_ms"] <= stats.seconds * 1e3 + 1e-6
     assert found["predicted_per_second"] == pytest.approx((stats.tokens - 1) / found["predicted_ms"] * 1e3)
     assert stats.draft_length == (0 if mode == "without drafts" else 3)
+
+
+def test_timings_are_named_as_llama_server_names_them(demo: Pair, tmp_path: Path, mtp: Llama) -> None:
+    given = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0.0}
+    options = ("-c", 512, "-md", demo.drafter, "--spec-type", "draft-mtp", "--spec-draft-n-max", 3)
+    with serving(program("llama-server"), tmp_path / "log", "-m", demo.target, *options) as url:
+        theirs = post(f"{url}/v1/completions", given)["timings"]
+    mtp.reset()
+    ours = mtp(**given)["timings"]
+    assert list(ours) == list(theirs)
+    counted = ("cache_n", "prompt_n", "predicted_n")
+    assert {name: ours[name] for name in counted} == {name: theirs[name] for name in counted}
 
 
 def test_asyncio(mtp: Llama, text: str) -> None:

@@ -44,7 +44,8 @@ def test_a_stop_is_found_where_it_ends_first(seed: int) -> None:
 
 def told(pieces: Sequence[bytes], stops: Sequence[str]) -> tuple[str, list[Any], Text]:
     """A text, the parts of it that a stream would hand on, and what made both."""
-    text, parts = Text(stops), []
+    text = Text(stops)
+    parts: list[Any] = []
     for piece in pieces:
         text.add(piece)
         if text.stopped:

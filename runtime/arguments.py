@@ -268,6 +268,6 @@ OPTIONS: dict[str, Rule] = {
 }
 OURS: dict[str, Rule] = {
     "model_path": Rule(_path, "the path of a GGUF file, a folder with one, or the name of a model of Ollama"),
-    "drafter": Rule(_path, 'the path of a GGUF file, "auto", or None for none').or_none(),
+    "drafter": Rule(_path, 'the path of a GGUF file, "auto"').or_none(" for none"),
     "rpc_servers": Rule(text_of, "HOST:PORT,... of machines where gemma-mtp rpc-server runs").or_none(),
 }

@@ -1,4 +1,4 @@
-"""Which tokens a grammar allows, for the target and for drafts, without asking about the whole vocabulary each time."""
+"""Which tokens a grammar allows, for the target and for drafts."""
 
 from __future__ import annotations
 
@@ -8,46 +8,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gemma_mtp.runtime.native import Ids
+from gemma_mtp.runtime import native
 from llama_cpp import llama_cpp as lib
 
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
-TEXT_BYTES = 4096  # of the longest text of a token
-
-
-class TokenIndex:
-    """Token ids by the first byte of their text.
-
-    Args:
-        vocab: a llama_vocab.
-        n_vocab: its size.
-    """
-
-    def __init__(self, vocab: Any, n_vocab: int) -> None:
-        self.vocab = vocab
-        buffer = ctypes.create_string_buffer(TEXT_BYTES)
-        first = np.full(n_vocab, -1, dtype=np.int32)
-        size = np.zeros(n_vocab, dtype=np.int32)
-        self.spelled = np.zeros(n_vocab, dtype=np.bool_)
-        for token in range(n_vocab):
-            size[token] = lib.llama_token_to_piece(vocab, token, buffer, TEXT_BYTES, 0, True)
-            # A grammar rejects tokens without text, or with text that begins with a zero byte.
-            if size[token] > 0 and buffer[0] != b"\0":
-                first[token] = buffer[0][0]
-                self.spelled[token] = lib.llama_vocab_get_attr(vocab, token) & lib.LLAMA_TOKEN_ATTR_BYTE
-        ends = [token for token in range(n_vocab) if lib.llama_vocab_is_eog(vocab, token)]
-        first[ends] = -1
-        self.ends = np.array(ends, dtype=np.int32)
-        order = np.argsort(first, kind="stable").astype(np.int32)
-        edges = np.searchsorted(first[order], np.arange(257))
-        self.by_byte = [order[edges[byte] : edges[byte + 1]] for byte in range(256)]
-        # Tokens of one byte, to ask with: no token is allowed whose first byte alone is not.
-        lone = [tokens[size[tokens] == 1][:1] for tokens in self.by_byte]
-        self.probes = np.concatenate([*lone, self.ends]).astype(np.int32)
-        self.unprobed = np.concatenate(
-            [tokens for tokens, probe in zip(self.by_byte, lone, strict=True) if not len(probe)] or [self.ends[:0]]
-        )
-        self.probe_byte = first[self.probes]
 
 
 def grammar_sampler(vocab: Any, grammar: Any) -> Any:
@@ -69,29 +33,25 @@ class Mask:
 
     Args:
         sampler: a llama.cpp grammar sampler, owned from here on.
-        index: of the model's tokens.
-        by_byte: whether its rules speak of text alone, so that a first byte can rule out tokens.
+        n_vocab: size of the vocabulary.
     """
 
-    def __init__(self, sampler: Any, index: TokenIndex, by_byte: bool = True) -> None:
-        self._sampler = sampler
+    def __init__(self, sampler: Any, n_vocab: int) -> None:
+        self._sampler, self._n_vocab = sampler, n_vocab
         weakref.finalize(self, lib.llama_sampler_free, sampler)
-        self._index = index
-        self._by_byte = by_byte
-        self._legal: Ids | None = None
+        self._legal: npt.NDArray[np.bool_] | None = None
 
     @classmethod
-    def of(cls, grammar: Any, index: TokenIndex) -> Mask:
+    def of(cls, grammar: Any, vocab: Any, n_vocab: int) -> Mask:
         """The mask of a llama_cpp.LlamaGrammar before the first token.
 
         Raises:
             ValueError: llama.cpp cannot parse the grammar.
         """
-        # <...> outside of quotes names a token
-        return cls(grammar_sampler(index.vocab, grammar), index, by_byte="<" not in grammar._grammar)
+        return cls(grammar_sampler(vocab, grammar), n_vocab)
 
-    def allows(self, ids: Ids) -> npt.NDArray[np.bool_]:
-        """Whether each of the ids may come next, shape of `ids`."""
+    def allows(self, ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        """Whether each of the ids may come next, shape of `ids`, each asked about by itself."""
         candidates = np.zeros(len(ids), dtype=CANDIDATE)
         candidates["id"] = ids
         data = candidates.ctypes.data_as(lib.llama_token_data_p)
@@ -100,29 +60,16 @@ class Mask:
         allowed: npt.NDArray[np.bool_] = candidates["logit"] > -np.inf
         return allowed
 
-    def legal(self) -> Ids:
-        """All ids that may come next, in ascending order; kept until the next `accept`."""
+    def legal(self) -> npt.NDArray[np.bool_]:
+        """Whether each token may come next, shape [n_vocab]; kept until the next `accept`."""
         if self._legal is None:
-            known = self._index
-            if self._by_byte:
-                probed = self.allows(known.probes)
-                bytes_ = known.probe_byte[probed]
-                ids = np.concatenate(
-                    [known.ends, known.unprobed, *(known.by_byte[byte] for byte in bytes_ if byte >= 0)]
-                )
-            else:
-                ids = np.concatenate([known.ends, *known.by_byte])
-            self._legal = np.sort(ids[self.allows(ids)])
+            known = native.grammar_allows(self._sampler, self._n_vocab)
+            self._legal = self.allows(np.arange(self._n_vocab)) if known is None else known
         return self._legal
 
     def forced(self) -> int | None:
         """The next token, if only one may come; the tokens of single bytes, which can spell any text, do not count."""
-        if self._legal is None and self._by_byte and self.allows(self._index.probes).sum() > 1:
-            return None
-        legal = self.legal()
-        if len(legal) > 1:
-            legal = legal[~self._index.spelled[legal]]
-        return int(legal[0]) if len(legal) == 1 else None
+        return native.grammar_forces(self._sampler)
 
     def accept(self, token: int) -> None:
         """Go on with a token, which must be allowed: llama.cpp ends the process otherwise."""
@@ -131,6 +78,6 @@ class Mask:
 
     def fork(self) -> Mask:
         """A copy that goes its own way."""
-        other = Mask(lib.llama_sampler_clone(self._sampler), self._index, self._by_byte)
+        other = Mask(lib.llama_sampler_clone(self._sampler), self._n_vocab)
         other._legal = self._legal
         return other

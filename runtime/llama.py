@@ -38,7 +38,7 @@ from gemma_mtp.runtime.faults import (
     keep_for_good,
     naming_nan,
 )
-from gemma_mtp.runtime.grammar import Mask, TokenIndex
+from gemma_mtp.runtime.grammar import Mask
 from gemma_mtp.runtime.guard import Guard, exclusive, exclusive_stream
 from gemma_mtp.runtime.interrupt import interruptible, while_loading
 from gemma_mtp.runtime.pair import Wanted, fetch_drafter, named, searched
@@ -298,21 +298,17 @@ class Llama(Api):
         temp, top_k = given["temp"], given["top_k"]
         penalties = (given["repeat_penalty"], given["frequency_penalty"], given["presence_penalty"])
         chain = self._init_sampler(**{name: value for name, value in given.items() if name not in NOT_OF_THE_CHAIN})
+        noise = None if temp == 0.0 else seed
         return Sampler(
-            sampling.without_draw(chain),
+            sampling.with_noise(sampling.without_draw(chain), noise),
             self._n_vocab,
-            seed=None if temp == 0.0 else seed,
+            seed=noise,
             keep=1 if temp == 0.0 else top_k if temp > 0.0 and 0 < top_k < self._n_vocab else None,
             penalized=0 if penalties == (1.0, 0.0, 0.0) else max(self.last_n_tokens_size, 0),
-            mask=Mask.of(given["grammar"], self._token_index) if given["grammar"] is not None else None,
+            mask=None if (rules := given["grammar"]) is None else Mask.of(rules, self._model.vocab, self._n_vocab),
             processors=given["logits_processor"] or (),
             input_ids=lambda: self._input_ids,
         )
-
-    @cached_property
-    def _token_index(self) -> TokenIndex:
-        """Tokens by their first byte, for grammars; made with the first of these, as it asks for every token's text."""
-        return TokenIndex(self._model.vocab, self._n_vocab)
 
     def tokenizer(self) -> Tokenizer:
         """As llama_cpp.Llama.tokenizer, with pieces of any length."""

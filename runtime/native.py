@@ -195,6 +195,43 @@ def draft_round(ctx: Any, params: DraftParams, token: int, hidden: Floats, posit
     return tokens[:count]
 
 
+@functools.cache
+def _mtp(name: str, restype: Any, *argtypes: Any) -> Any:
+    """Another function of our include/llama-mtp.h; None where libllama lacks it."""
+    function = getattr(lib._lib, name, None)
+    if function is not None:
+        function.restype, function.argtypes = restype, argtypes
+    return function
+
+
+def noise_stage(seed: int) -> Any:
+    """A llama_sampler that draws with our noise, to be added to a chain; None where libllama lacks it."""
+    function = _mtp("llama_mtp_sampler_init_noise", lib.llama_sampler_p_ctypes, ctypes.c_uint64)
+    return None if function is None else function(seed)
+
+
+def set_noise_position(chain: Any, position: int) -> bool:
+    """Tell a chain where the token to be drawn stands; False for one without a `noise_stage`."""
+    function = _mtp("llama_mtp_sampler_set_pos", ctypes.c_bool, _P, _I)
+    return function is not None and bool(function(chain, position))
+
+
+def grammar_allows(sampler: Any, n_vocab: int) -> npt.NDArray[np.bool_] | None:
+    """Whether a grammar's sampler allows each token next, shape [n_vocab]; None where libllama cannot tell at once."""
+    function = _mtp("llama_mtp_grammar_allowed", ctypes.c_bool, _P, _P)
+    words = np.zeros((n_vocab + 63) // 64, np.uint64)
+    if function is None or not function(sampler, words.ctypes.data):
+        return None
+    return np.unpackbits(words.view(np.uint8), count=n_vocab, bitorder="little").view(np.bool_)
+
+
+def grammar_forces(sampler: Any) -> int | None:
+    """The only token that it allows next, not counting those that spell a byte, if libllama can tell."""
+    function = _mtp("llama_mtp_grammar_forced", _I, _P)
+    token = lib.LLAMA_TOKEN_NULL if function is None else function(sampler)
+    return None if token == lib.LLAMA_TOKEN_NULL else int(token)
+
+
 class DraftBatch:
     """A llama_batch of one entry with a token and a hidden row, which llama_batch_init cannot make.
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from gemma_mtp.runtime import native
 from gemma_mtp.runtime.grammar import CANDIDATE, Mask
 from gemma_mtp.runtime.native import Floats, Ids
 from llama_cpp import llama_cpp as lib
@@ -23,8 +24,6 @@ Doubles = npt.NDArray[np.float64]
 
 MASK = (1 << 64) - 1
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15
-# From how many candidates on the noise is computed only for those that can win.
-WIDE = 4096
 # What a drafter looks at when the chain has no top_k: rarer tokens are not worth a pass over the whole vocabulary.
 DRAFT_KEEP = 256
 
@@ -57,8 +56,8 @@ def mix(word: int) -> int:
     return word ^ (word >> 31)
 
 
-def noise_words(seed: int, position: int, ids: Ids) -> npt.NDArray[np.uint64]:
-    """64 random bits for token ids at a position, shape of `ids`; a pure function of its arguments."""
+def gumbel(seed: int, position: int, ids: Ids) -> Doubles:
+    """Standard Gumbel noise for token ids at a position, shape of `ids`; a pure function of its arguments."""
     key = mix((mix((seed + GOLDEN_GAMMA) & MASK) + position * GOLDEN_GAMMA) & MASK)
     words = ids.astype(np.uint64)
     words += np.uint64(1)
@@ -69,16 +68,6 @@ def noise_words(seed: int, position: int, ids: Ids) -> npt.NDArray[np.uint64]:
     words ^= words >> np.uint64(27)
     words *= np.uint64(0x94D049BB133111EB)
     words ^= words >> np.uint64(31)
-    return words
-
-
-def gumbel(seed: int, position: int, ids: Ids) -> Doubles:
-    """Standard Gumbel noise for token ids at a position, shape of `ids`; a pure function of its arguments."""
-    return gumbel_of(noise_words(seed, position, ids))
-
-
-def gumbel_of(words: npt.NDArray[np.uint64]) -> Doubles:
-    """Standard Gumbel noise from random words; grows with the word."""
     # 52 bits and a half: strictly between 0 and 1, so that both logarithms are finite.
     uniform = ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
     noise: Doubles = -np.log(-np.log(uniform))
@@ -108,28 +97,14 @@ def lowest_best(ids: Ids, scores: Doubles) -> int:
     return int(ids[scores == scores.max()].min())
 
 
-def draw(ids: Ids, scores: Doubles, seed: int, position: int) -> int:
-    """argmax of scores plus noise over candidates, both of shape [n]; noise is only computed where it can matter."""
-    if len(ids) > WIDE:
-        likely = likeliest(scores, DRAFT_KEEP)
-        best = (scores[likely] + gumbel(seed, position, ids[likely])).max()
-        # Any other candidate scores at most `bound`, so it wins only if exp(-exp(-noise)) is at least this uniform.
-        bound = scores[likely].min()
-        uniform = float(np.exp(-np.exp(bound - best)))
-        words = noise_words(seed, position, ids)
-        able = words >= np.uint64(max(int(uniform * 2.0**52) - 4, 0) << 12)
-        able[likely] = True
-        ids, scores = ids[able], scores[able]
-    return lowest_best(ids, scores + gumbel(seed, position, ids))
-
-
 class Sampler:
-    """Chooses tokens: processors, grammar, llama.cpp's chain without the stage that draws, and the draw.
+    """Chooses tokens: processors, grammar, llama.cpp's chain, and the draw.
 
     Only candidates that can survive top_k are handed to the chain, which changes nothing in the result.
 
     Args:
-        chain: llama_cpp's LlamaSampler of penalties, top_k and what follows; the stage that draws is taken off.
+        chain: llama_cpp's LlamaSampler of penalties, top_k and what follows. A `with_noise` draws itself; with another,
+            which must have no stage that draws, the same is done here.
         n_vocab: length of a logits row.
         seed: of the noise, or None to take the most likely candidate.
         keep: how many candidates the chain keeps at most, or None when it has no top_k.
@@ -172,13 +147,7 @@ class Sampler:
         logits = self._processed(logits)
         if self.plain and self.seed is None:
             return int(logits.argmax())
-        ids = self._candidates(logits)
-        ids, scores = self._narrowed(ids, logits)
-        if not len(ids):
-            raise NoTokenLeft(
-                "grammar, logits_processor and logit_bias together leave no token to choose; relax one of them."
-            )
-        token = lowest_best(ids, scores) if self.seed is None else draw(ids, scores, self.seed, position)
+        token = self._chosen(self._candidates(logits), logits, position)
         self.accept(token)
         return token
 
@@ -225,41 +194,52 @@ class Sampler:
 
     def _candidates(self, logits: Floats) -> Ids:
         """Ids among which are all that penalties, grammar and top_k can leave."""
-        ids = self._all
-        if self._keep is not None:
-            ids = likeliest(logits, self._keep + len(self._recent)).astype(np.int32)
-            if self._recent:
-                ids = np.union1d(ids, np.array(self._recent, dtype=np.int32))
-        if self.mask is None:
+        ids = self._all if self.mask is None else np.flatnonzero(self.mask.legal()).astype(np.int32)
+        if self._keep is None:
             return ids
-        if self._keep is not None:
-            ids = ids[self.mask.allows(ids)]
-            # Whatever was not looked at is no more likely than any of these.
-            if len(ids) - np.isin(ids, self._recent).sum() >= self._keep:
-                return ids
-        return self.mask.legal()
+        found = likeliest(logits if self.mask is None else logits[ids], self._keep + len(self._recent))
+        likely = found.astype(np.int32) if self.mask is None else ids[found]
+        if self._recent:
+            recent = np.array(self._recent, dtype=np.int32)
+            likely = np.union1d(likely, recent if self.mask is None else recent[self.mask.legal()[recent]])
+        return likely
 
-    def _narrowed(self, ids: Ids, logits: Floats) -> tuple[Ids, Doubles]:
-        """Candidates and scores that the chain leaves."""
-        if len(ids) < self.n_vocab:
-            logits = logits[ids]
-        if logits.min() == -np.inf:
-            ids, logits = ids[logits > -np.inf], logits[logits > -np.inf]
-        if not len(ids):
-            return ids, logits.astype(np.float64)
+    def _chosen(self, ids: Ids, logits: Floats, position: int) -> int:
+        """The token among candidates."""
+        logits = logits if len(ids) == self.n_vocab else logits[ids]
+        ids, logits = ids[logits > -np.inf], logits[logits > -np.inf]
         candidates = np.zeros(len(ids), dtype=CANDIDATE)
         candidates["id"], candidates["logit"] = ids, logits
         data = candidates.ctypes.data_as(lib.llama_token_data_p)
         array = lib.llama_token_data_array(data=data, size=len(ids), selected=-1, sorted=False)
-        lib.llama_sampler_apply(self._chain.sampler, ctypes.byref(array))
+        draws = native.set_noise_position(self._chain.sampler, position)
+        if len(ids):
+            lib.llama_sampler_apply(self._chain.sampler, ctypes.byref(array))
+        if not array.size or (draws and array.selected < 0):
+            raise NoTokenLeft(
+                "grammar, logits_processor and logit_bias together leave no token to choose; relax one of them."
+            )
+        if draws:
+            return int(array.data[array.selected].id)
         # A stage may leave the result in memory of its own, so the array is read where it points now.
         buffer = (ctypes.c_char * (array.size * CANDIDATE.itemsize)).from_address(ctypes.addressof(array.data.contents))
         left = np.frombuffer(buffer, dtype=CANDIDATE)
-        return left["id"].copy(), left["logit"].astype(np.float64)
+        scores = left["logit"].astype(np.float64)
+        return lowest_best(
+            left["id"], scores if self.seed is None else scores + gumbel(self.seed, position, left["id"])
+        )
 
 
 def without_draw(chain: Any) -> Any:
     """Take the stage that draws (dist or greedy, always the last) off a chain that Llama._init_sampler built."""
     last = lib.llama_sampler_chain_n(chain.sampler) - 1
     lib.llama_sampler_free(lib.llama_sampler_chain_remove(chain.sampler, last))
+    return chain
+
+
+def with_noise(chain: Any, seed: int | None) -> Any:
+    """Have a chain draw with our noise, if there is a seed and libllama has a stage for it."""
+    stage = None if seed is None else native.noise_stage(seed & MASK)
+    if stage:
+        lib.llama_sampler_chain_add(chain.sampler, stage)
     return chain

@@ -46,3 +46,19 @@ def round_with_chances(
     count = function(drafter.ctx, params, 0, token, places[0], position, *places[1:])
     assert count >= 0
     return tokens[:count].tolist(), chances[:count].tolist()
+
+
+def allowed(sampler: Any, n_vocab: int) -> Any:
+    """Whether a grammar allows each token next, shape [n_vocab]."""
+    words = np.zeros((n_vocab + 63) // 64, np.uint64)
+    function = lib._lib.llama_mtp_grammar_allowed
+    function.restype, function.argtypes = ctypes.c_bool, [ctypes.c_void_p, ctypes.c_void_p]
+    assert function(sampler, words.ctypes.data)
+    return np.unpackbits(words.view(np.uint8), bitorder="little")[:n_vocab].astype(bool)
+
+
+def forced(sampler: Any) -> int:
+    """The only token that a grammar allows next, or LLAMA_TOKEN_NULL."""
+    function = lib._lib.llama_mtp_grammar_forced
+    function.restype, function.argtypes = ctypes.c_int32, [ctypes.c_void_p]
+    return int(function(sampler))

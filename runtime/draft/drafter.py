@@ -17,7 +17,7 @@ from gemma_mtp.runtime import devices, native
 from gemma_mtp.runtime.draft.costs import STEP, Costs
 from gemma_mtp.runtime.draft.source import Draft, DraftSource, Proposal, Start
 from gemma_mtp.runtime.native import Floats
-from gemma_mtp.runtime.sampling import MASK, Choose, NoTokenLeft, Sampler
+from gemma_mtp.runtime.sampling import MASK, Choose, NoTokenLeft, Sampler, with_noise
 from gemma_mtp.runtime.target import Target
 from llama_cpp import _internals as internals
 from llama_cpp import llama_cpp as lib
@@ -71,6 +71,7 @@ def _choice(settings: DraftSettings, n_vocab: int) -> Choose:
     chain.add_temp(settings.temp)
     if settings.temp == 0.0:
         return Sampler(chain, n_vocab, seed=None, keep=1)
+    with_noise(chain, settings.seed)
     return Sampler(chain, n_vocab, settings.seed, keep=settings.top_k if 0 < settings.top_k < n_vocab else None)
 
 

@@ -12,11 +12,12 @@ import llama_cpp
 import numpy as np
 import pytest
 from gemma_mtp.convert import Pair
-from gemma_mtp.runtime import Llama, Stats
+from gemma_mtp.runtime import Llama, Stats, native
 from gemma_mtp.runtime.draft.lookup import Lookup
 from gemma_mtp.runtime.grammar import Mask
 from gemma_mtp.runtime.request import MOST, DraftLength
-from gemma_mtp.runtime.sampling import NoTokenLeft, Sampler, draw, gumbel, likeliest, lowest_best
+from gemma_mtp.runtime.sampling import NoTokenLeft, Sampler, gumbel, likeliest, lowest_best, with_noise
+from llama_cpp._internals import LlamaSampler
 from llamas import drafting, see
 from prompts import PROMPT
 
@@ -286,15 +287,15 @@ def test_the_mask_agrees_with_asking_about_every_token(mtp: Llama) -> None:
         ('root ::= ("ab" | "cd" | "é☃" [à-ü]+ | "e")+ "\\n"', "abcdé☃äüe\n"),
         ('root ::= "{" ws "\\"x\\":" ws [0-9]+ "}"\nws ::= [ \\n]*', '{ "x": 12}'),
     ):
-        mask = Mask.of(grammar(rules), mtp._token_index)
+        mask = Mask.of(grammar(rules), mtp._model.vocab, mtp.n_vocab())
         for token in mtp.tokenize(text.encode(), add_bos=False):
             legal = mask.legal()
-            assert legal.tolist() == everything[mask.allows(everything)].tolist()
-            assert token in legal
-            assert mask.forced() is None or mask.forced() in legal
+            assert (legal == mask.allows(everything)).all()
+            assert legal[token]
+            assert mask.forced() is None or legal[mask.forced()]
             other = mask.fork()
-            other.accept(int(legal[0]))
-            assert mask.legal().tolist() == legal.tolist()
+            other.accept(int(legal.argmax()))
+            assert (mask.legal() == legal).all()
             mask.accept(token)
 
 
@@ -312,7 +313,7 @@ def test_a_dead_end_is_an_error_not_an_abort(mtp: Llama) -> None:
 
 
 def test_short_cuts_change_nothing() -> None:
-    """Largest values by blocks, and noise only where it matters, against looking at everything."""
+    """Largest values by blocks, and libllama's noise only where it matters, against looking at everything."""
     chooser = np.random.default_rng(0)
     for size in (3, 100, 3072, 30_000):
         values = np.round(chooser.standard_normal(size) * 3, 1).astype(np.float32)
@@ -321,9 +322,23 @@ def test_short_cuts_change_nothing() -> None:
             found = likeliest(values, count)
             bound = np.sort(values)[-min(count, size)]
             assert set(np.flatnonzero(values >= bound)) <= set(found.tolist())
+        drawn = Sampler(with_noise(LlamaSampler(), 3), size, 3)
+        looked = Sampler(LlamaSampler(), size, 3)
         for position in range(20):
-            scores = values.astype(np.float64)
-            assert draw(ids, scores, 3, position) == lowest_best(ids, scores + gumbel(3, position, ids))
+            wanted = lowest_best(ids, values.astype(np.float64) + gumbel(3, position, ids))
+            assert drawn(values, position) == looked(values, position) == wanted
+
+
+def test_without_our_library_all_is_the_same(mtp: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise, masks and what a grammar forces are made here where libllama has no functions for them."""
+    rules = grammar('root ::= "a" [b-z]+ ("34" [a-z])+')
+
+    def made() -> list[list[int]]:
+        return [tokens_of(mtp, PROMPT, 3, 24, 7, **SAMPLED, **more) for more in ({}, {"grammar": rules})]
+
+    ours = made()
+    monkeypatch.setattr(native, "_mtp", lambda *_: None)
+    assert made() == ours
 
 
 @pytest.mark.parametrize("n_ctx", [256])

@@ -212,7 +212,7 @@ def test_types_of_drafts_of_the_environment_are_added(demo: Pair) -> None:
         (["--api-key", ""], "cannot be sent in an HTTP header"),
         (["--api-key-file", "{tmp}/empty"], "holds no API key"),
         (["--api-key-file", "{tmp}/wrong"], "line 2 of"),
-        (["--draft", "16"], "0<=x<=15"),
+        (["--draft", "16"], "15 at most"),
         (["--foo"], "No such option '--foo'"),
         (["more"], "llama-server's flags stand behind --"),
         (["--", "--foo"], "invalid argument: --foo"),

@@ -26,7 +26,7 @@ from gemma_mtp.runtime.checks import checked, unknown
 from gemma_mtp.runtime.context import Stock
 from gemma_mtp.runtime.draft.costs import Costs, costs_path
 from gemma_mtp.runtime.draft.drafter import Drafter, DraftSettings, attached
-from gemma_mtp.runtime.draft.length import Policy
+from gemma_mtp.runtime.draft.policy import policy_for
 from gemma_mtp.runtime.draft.proposals import Proposals, sources
 from gemma_mtp.runtime.draft.source import DraftSource
 from gemma_mtp.runtime.faults import (
@@ -145,7 +145,7 @@ class Llama(Api):
         # What passes and draft steps take here; from the cache, if this model has run on this machine before.
         self._costs_path = self._costs_file()
         self._costs = Costs.load(self._costs_path, MOST + 1)
-        self._policy = Policy(self._costs, MOST)
+        self._policy = policy_for(self._costs, MOST)
 
     @property
     def model_params(self) -> Any:

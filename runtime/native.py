@@ -106,11 +106,17 @@ def has_gpu() -> bool:
 
 @functools.cache
 def notice_unpatched() -> None:
-    """Say, once per process, that the loaded libllama is not ours."""
+    """Say, once per process, that the loaded libllama is not ours, or an older one of ours."""
     if not patched():
         warnings.warn(
-            "this llama-cpp-python lacks gemma-mtp's patches: MTP works, with one decode per draft token and the "
-            "drafter's dense head. `gemma-mtp build` installs the patched build.",
+            "this llama-cpp-python lacks gemma-mtp's patches: MTP works, with one decode per draft token, the "
+            "drafter's dense head and drafts of a fixed length. `gemma-mtp build` installs the patched build.",
+            stacklevel=2,
+        )
+    elif choices() is None:
+        warnings.warn(
+            "this llama-cpp-python has an older series of gemma-mtp's patches, and drafts are of a fixed length. "
+            "`gemma-mtp build` installs the current one.",
             stacklevel=2,
         )
 
@@ -161,7 +167,48 @@ class DraftParams(ctypes.Structure):
     )
 
 
-_P, _I = ctypes.c_void_p, ctypes.c_int32
+class DraftOffer(ctypes.Structure):
+    """llama_mtp_offer of our include/llama-mtp.h."""
+
+    _fields_ = (
+        ("seq_id", ctypes.c_int32),
+        ("kind", ctypes.c_int32),
+        ("n_max", ctypes.c_int32),
+        ("free", ctypes.c_bool),
+    )
+
+
+_P, _I, _D, _B = ctypes.c_void_p, ctypes.c_int32, ctypes.c_double, ctypes.c_bool
+# What chooses drafts, in our include/llama-mtp.h: the results and the arguments.
+CHOICES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "llama_mtp_costs_init": (_P, (_I,)),
+    "llama_mtp_costs_free": (None, (_P,)),
+    "llama_mtp_costs_observe": (None, (_P, _I, _D)),
+    "llama_mtp_costs_seen": (_I, (_P, _I)),
+    "llama_mtp_costs_seconds": (_D, (_P, _I)),
+    "llama_mtp_costs_get": (None, (_P, _P, _P, _P)),
+    "llama_mtp_costs_set": (None, (_P, _P, _P, _D)),
+    "llama_mtp_policy_init": (_P, (_P, _I, _I)),
+    "llama_mtp_policy_free": (None, (_P,)),
+    "llama_mtp_policy_choose": (None, (_P, _P, _I, _I, _B, _P)),
+    "llama_mtp_policy_observe": (None, (_P, _I, _I, _I, _I, _I)),
+    "llama_mtp_lookup_init": (_P, ()),
+    "llama_mtp_lookup_free": (None, (_P,)),
+    "llama_mtp_lookup_extend": (None, (_P, _P, _I)),
+    "llama_mtp_lookup_find": (_I, (_P, _I, _P, _P)),
+}
+NO_CHOICES = "this libllama does not choose drafts: `gemma-mtp build` installs one that does"
+
+
+@functools.cache
+def choices() -> Any:
+    """The loaded libllama, if it has what chooses drafts (`CHOICES`), ready to be called; None without."""
+    if not all(hasattr(lib._lib, name) for name in CHOICES):
+        return None
+    for name, (result, arguments) in CHOICES.items():
+        function = getattr(lib._lib, name)
+        function.restype, function.argtypes = result, arguments
+    return lib._lib
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gemma_mtp.convert import link
 from gemma_mtp.runtime.pair import Wanted, named, searched
-from gemma_mtp.runtime.request import SAMPLING
+from gemma_mtp.runtime.request import MOST, SAMPLING, DraftLength
 
 # What the command decides, and llama-server must not be told otherwise behind its back.
 DECIDED = {
@@ -50,20 +50,20 @@ class Served:
     projector: Path | None
     undrafted: str | None
 
-    def flags(self, n_draft: int, variables: Mapping[str, str]) -> list[str]:
+    def flags(self, length: DraftLength, variables: Mapping[str, str]) -> list[str]:
         """llama-server's flags for the files, the name, drafting and sampling.
 
         Args:
-            n_draft: tokens to draft in a round at most.
+            length: tokens to draft in a round, or "auto" to go by cost and acceptance.
             variables: the environment.
         """
         made = ["-m", str(self.header.path), "--alias", self.name]
         types = [each for each in variables.get("LLAMA_ARG_SPEC_TYPE", "").split(",") if each not in ("", "none")]
         if self.drafter is not None:
             types += [] if "draft-mtp" in types else ["draft-mtp"]
-            made += ["--spec-draft-model", str(self.drafter), "--spec-draft-n-max", str(n_draft)]
-            # A top-k over the whole vocabulary in one thread, where the drafter has no better way (docs/log.md).
-            made += ["--no-spec-draft-backend-sampling"]
+            most = MOST if length == "auto" else length
+            made += ["--spec-draft-model", str(self.drafter), "--spec-draft-n-max", str(most)]
+            made += [] if length == "auto" else ["--spec-draft-adaptive", "off"]
         else:
             types = [each for each in types if each != "draft-mtp"]
         made += ["--spec-type", ",".join(types) or "none"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from gemma_mtp.runtime import Llama
 from gemma_mtp.runtime.draft.costs import STEP, Costs
-from gemma_mtp.runtime.draft.length import Policy
+from gemma_mtp.runtime.draft.policy import Policy
 from gemma_mtp.runtime.request import MOST
 from llama_cpp import Llama as Stock
 from llama_cpp import llama_cpp as lib

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from gemma_mtp.runtime import native
+from gemma_mtp.runtime.draft.costs import Costs
 from gemma_mtp.runtime.draft.drafter import Drafter, DraftSettings
 from llama_cpp import llama_cpp as lib
 
@@ -62,3 +65,38 @@ def forced(sampler: Any) -> int:
     function = lib._lib.llama_mtp_grammar_forced
     function.restype, function.argtypes = ctypes.c_int32, [ctypes.c_void_p]
     return int(function(sampler))
+
+
+class Company:
+    """`llama_mtp_policy` for several sequences that are decoded together, as llama-server has it.
+
+    Args:
+        costs: what passes and draft steps take.
+        sequences: how many there are.
+        most: longest draft of one.
+    """
+
+    def __init__(self, costs: Costs, sequences: int, most: int) -> None:
+        self.costs, self._lib = costs, native.choices()
+        self._lib.llama_mtp_policy_floor.restype = ctypes.c_double
+        self._lib.llama_mtp_policy_floor.argtypes = (ctypes.c_void_p,)
+        self._policy = self._lib.llama_mtp_policy_init(costs.handle, sequences, most)
+
+    def choose(self, offers: Sequence[tuple[int, int, int, bool]], n_pass: int, equal: bool = False) -> list[int]:
+        """A length for each offer: sequence, kind, longest draft, whether it is free."""
+        made = (native.DraftOffer * len(offers))(*(native.DraftOffer(*offer) for offer in offers))
+        lengths = (ctypes.c_int32 * len(offers))()
+        self._lib.llama_mtp_policy_choose(self._policy, made, len(offers), n_pass, equal, lengths)
+        return [*lengths]
+
+    def floor(self) -> float:
+        """The chance below which one more row does not pay."""
+        return float(self._lib.llama_mtp_policy_floor(self._policy))
+
+    def observe(self, sequence: int, kind: int, drafted: int, accepted: int) -> None:
+        """What became of a draft."""
+        self._lib.llama_mtp_policy_observe(self._policy, sequence, kind, drafted, accepted, accepted + 1)
+
+    def close(self) -> None:
+        """Free it."""
+        self._lib.llama_mtp_policy_free(self._policy)

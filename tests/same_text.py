@@ -2,9 +2,9 @@
 
 Twenty prompts that the bundled pair was not trained on, 128 tokens each: greedy, at temperature 1 with a seed, and by a
 JSON schema. They are asked of `gemma-mtp serve` with one slot, with four that have a context each (-np 4) and with four
-that share one (the default), one request after the other and four at once, with drafts and with --draft 0. Counted are
-answers that are, token for token, those of one slot without drafts; and the share of drafts that were accepted. One
-request after the other has to give all of them, else the exit status is 1; four at once: docs/server.md.
+that share one (the default), one request after the other and four at once, with three drafts, as many as pay, and none.
+Counted are answers that are, token for token, those of one slot without drafts; and the share of drafts that were
+accepted. One request after the other has to give all of them, else the exit status is 1; four at once: docs/server.md.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ASKED: dict[str, dict[str, Any]] = {
     "schema": {"temperature": 1, "seed": 7, "json_schema": SCHEMA},
 }
 SLOTS: dict[str, tuple[object, ...]] = {"one slot": ("-np", 1), "-np 4": ("-np", 4), "default": ()}
-DRAFTS = {"no drafts": 0, "drafts": 3}
+DRAFTS: dict[str, object] = {"no drafts": 0, "drafts": 3, "auto": "auto"}
 TOKENS = 128
 
 

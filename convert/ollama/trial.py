@@ -104,6 +104,7 @@ def _acceptance(server: Sequence[str], model: Stored) -> float | None:
     """The share of drafted tokens that were accepted in an answer of llama-server itself."""
     sampling = {key: model.parameters[key] for key in SET if key in model.parameters}
     body = {"prompt": PROMPT, "n_predict": N_TOKENS, "cache_prompt": False, "ignore_eos": True, **sampling}
+    body |= {"speculative.n_max": model.drafts}  # in every round, where ours would draft as far as it pays
     request = urllib.request.Request(
         f"http://127.0.0.1:{_value(server, '--port')}/completion",
         json.dumps(body).encode(),

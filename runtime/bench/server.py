@@ -138,6 +138,8 @@ class Server(server.Server):
         if drafter is not None:
             arguments += ["--spec-type", "draft-mtp", "--spec-draft-model", str(drafter), "--spec-draft-ngl", layers]
             arguments += ["--spec-draft-n-max", str(length), "--no-spec-draft-backend-sampling"]
+            if "--spec-draft-adaptive" in flags(manual(binary)):  # ours
+                arguments += ["--spec-draft-adaptive", "off"]
             if chance is not None:
                 rates = ",".join(f"{chance ** (place + 1):.9f}" for place in range(length))
                 arguments += ["--spec-synth-rates", rates]

@@ -166,7 +166,7 @@ class Measure:
     def forget(self) -> None:
         """Know nothing of costs and acceptance, as when a pair is first run on a machine, and keep nothing on disk."""
         from gemma_mtp.runtime.draft.costs import Costs
-        from gemma_mtp.runtime.draft.length import Policy
+        from gemma_mtp.runtime.draft.policy import policy_for
         from gemma_mtp.runtime.request import MOST
 
         class Forgotten(Costs):
@@ -174,7 +174,7 @@ class Measure:
                 del path
 
         self.llm._costs = Forgotten(MOST + 1)
-        self.llm._policy = Policy(self.llm._costs, MOST)
+        self.llm._policy = policy_for(self.llm._costs, MOST)
 
     def replay(self, n: int, length: DraftLength, chance: str | None, seed: int) -> dict[str, Any]:
         """Generate about n tokens, whole rounds, with recorded drafts accepted with this chance; length 0 for none.

@@ -14,10 +14,9 @@ from typing import Any
 
 import click
 from gemma_mtp.patches.ui import built_ui
-from gemma_mtp.runtime.request import MOST
+from gemma_mtp.runtime.cli.options import DraftLengthType
+from gemma_mtp.runtime.request import MOST, DraftLength
 
-# Tokens to draft in a round: llama-server's own default.
-DRAFT = 3
 # What a browser is shown where llama.cpp's page was not built.
 PAGE = Path(__file__).parents[1] / "page"
 # Settings of llama.cpp's page at a first visit. Where a model hears, it shows a microphone in place of the button to
@@ -77,12 +76,12 @@ FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 )
 @click.option(
     "--draft",
-    "n_draft",
-    type=click.IntRange(0, MOST),
-    default=DRAFT,
+    "draft_length",
+    type=DraftLengthType(),
+    default="auto",
     show_default=True,
     envvar="LLAMA_ARG_SPEC_DRAFT_N_MAX",
-    help="Tokens to draft in a round at most.",
+    help="Tokens to draft in a round; auto goes by cost and acceptance.",
 )
 @click.option("--no-mtp", is_flag=True, help="Generate without the drafter.")
 @click.option(
@@ -112,9 +111,9 @@ FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 @click.option("--log", type=click.Path(path_type=Path, dir_okay=False), help="File to keep llama-server's log in.")
 @click.option("--json", "as_json", is_flag=True, help="When it is ready, print one JSON object instead.")
 def serve(
-    target: str, rest: tuple[str, ...], host: str, port: int, n_draft: int, drafter: str | None, no_mtp: bool,
-    mmproj: Path | None, no_mmproj: bool, alias: str | None, api_key: str | None, api_key_file: Path | None,
-    rpc: str | None, verbose: bool, log: Path | None, as_json: bool, **others: Any,
+    target: str, rest: tuple[str, ...], host: str, port: int, draft_length: DraftLength, drafter: str | None,
+    no_mtp: bool, mmproj: Path | None, no_mmproj: bool, alias: str | None, api_key: str | None,
+    api_key_file: Path | None, rpc: str | None, verbose: bool, log: Path | None, as_json: bool, **others: Any,
 ) -> None:  # fmt: skip
     """Serve a pair over HTTP with llama-server: OpenAI's API, and llama.cpp's.
 
@@ -139,7 +138,7 @@ def serve(
     serving.check_flags(rest)
     serving.check_keys(host, api_key, api_key_file)
     lenders = machines.addresses(rpc) if rpc else []
-    wanted = None if no_mtp or n_draft == 0 else drafter or "auto"
+    wanted = None if no_mtp or draft_length == 0 else drafter or "auto"
     program = str(programs.program("llama-server"))
     served = serving.served(target, wanted, mmproj, not no_mmproj, alias)
     for address in host.split(","):
@@ -147,7 +146,7 @@ def serve(
     machines.check(lenders)
     flags = ["--host", host, "--port", str(port), *_given(others, served.context(others.pop("n_ctx")), api_key_file)]
     flags += ["--rpc", ",".join(lenders)] if lenders else []
-    command = [program, *served.flags(n_draft, os.environ), *flags, *rest]
+    command = [program, *served.flags(draft_length, os.environ), *flags, *rest]
     with ExitStack() as stack:
         ready = threading.Event()
         shown = _shown(ready, verbose, stack.enter_context(log.open("w") if log else nullcontext()))
@@ -164,7 +163,7 @@ def serve(
         url = _url(host, port, rest)
         facts = {
             "base_url": f"{url}/v1", "model": said["id"], "context": said["meta"]["n_ctx"], "pid": running.pid,
-            "target": str(served.header.path), "drafter": served.drafter and str(served.drafter), "draft": n_draft,
+            "target": str(served.header.path), "drafter": served.drafter and str(served.drafter), "draft": draft_length,
             "undrafted": served.undrafted, "projector": served.projector and str(served.projector),
             "page": f"{url}/" if built_ui() else None, "placed": running.placed,
         }  # fmt: skip
@@ -246,7 +245,8 @@ def _bearer(keys: str | None, file: Path | None) -> str:
 
 def _told(facts: Mapping[str, Any], bearer: str) -> str:
     """What is said when it is ready."""
-    drafts = f"up to {facts['draft']} tokens a round by {facts['drafter']}"
+    tokens = f"as far as it pays, up to {MOST} tokens" if facts["draft"] == "auto" else f"up to {facts['draft']} tokens"
+    drafts = f"{tokens} a round by {facts['drafter']}"
     placed = "; ".join(f"{what}: {where}" for what, where in facts["placed"].items())
     rows = {
         "serving": f"{facts['model']} at {facts['base_url']}, {facts['context']} tokens of context",

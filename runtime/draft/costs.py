@@ -1,4 +1,4 @@
-"""What a target pass and a draft step cost on this machine, learned from the passes that are made anyway."""
+"""What a target pass and a draft step cost on this machine, learned from those made anyway, kept between runs."""
 
 from __future__ import annotations
 
@@ -8,75 +8,61 @@ import math
 import os
 import platform
 import tempfile
+import weakref
+from ctypes import byref, c_double, c_int32
 from pathlib import Path
 from typing import Any
 
 from gemma_mtp.patches import source
+from gemma_mtp.runtime import native
 
 FORMAT = 1
 STEP = 0  # the place of a draft step in the table; places from 1 on are target passes over so many tokens
-GROWTH = 0.05  # how much a pass is hoped to grow with each further token, before it has been measured
 
 
 class Costs:
-    """Seconds of a target pass over n tokens and of a draft step.
+    """Seconds of a target pass over n tokens and of a draft step: `llama_mtp_costs` of include/llama-mtp.h.
 
-    A cost is a factor of its own times the speed of the machine at the moment, both followed in logarithms, so that a
-    slow phase does not look like a dear batch size.
+    Without ours in libllama nothing is learned.
 
     Args:
         most: largest number of tokens in a pass.
+
+    Attributes:
+        handle: what the library knows it by; None where there is none.
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._factor = [0.0] * (most + 1)
-        self._seen = [0] * (most + 1)
-        self._speed = 0.0
-        self._saved = 0
+        self._lib, self._saved = native.choices(), 0
+        self.handle: int | None = None
+        if self._lib is not None:
+            self.handle = self._lib.llama_mtp_costs_init(most)
+            weakref.finalize(self, self._lib.llama_mtp_costs_free, self.handle)
 
     def observe(self, place: int, seconds: float) -> None:
         """Note what a pass over `place` tokens took, or with STEP what a draft step took."""
-        if place > self.most or seconds <= 0:
-            return
-        value = math.log(seconds)
-        wrong = value - self._factor[place] - self._speed
-        if self._seen[place] < 2:
-            # The first two: the smaller, as a hiccup must not make a batch size look dear for good.
-            self._factor[place] += min(wrong, 0.0) if self._seen[place] else wrong
-        else:
-            wrong = min(max(wrong, -0.5), 0.3)
-            self._factor[place] += wrong / min(self._seen[place] + 1, 20)
-            if place != STEP and self._seen[place] >= 3:
-                self._speed += 0.1 * wrong
-        self._seen[place] += 1
+        if self.handle is not None:
+            self._lib.llama_mtp_costs_observe(self.handle, place, seconds)
 
     def seen(self, place: int) -> int:
         """How often a cost was observed."""
-        return self._seen[place] if place <= self.most else 0
-
-    def step_seconds(self) -> float:
-        """Seconds of one draft step; 0.0 before the first."""
-        return math.exp(self._factor[STEP] + self._speed) if self._seen[STEP] else 0.0
+        return int(self._lib.llama_mtp_costs_seen(self.handle, place)) if self.handle is not None else 0
 
     def pass_seconds(self, n: int) -> float:
         """Seconds of a target pass over n tokens: measured, a little less while measured rarely, or else hoped for."""
-        if self._seen[n]:
-            return math.exp(self._factor[n] + self._speed) * (1 - 0.15 / self._seen[n] ** 2)
-        known = [place for place in range(1, self.most + 1) if self._seen[place]]
-        if not known:
-            return 1.0 + GROWTH * (n - 1)
-        nearest = min(known, key=lambda place: (abs(place - n), place))
-        # Beyond what is measured a pass costs at least its share of the largest one measured.
-        grown = (1 + GROWTH * (n - 1)) / (1 + GROWTH * (nearest - 1))
-        return math.exp(self._factor[nearest] + self._speed) * (grown if n > nearest else min(grown, 1.0))
+        return float(self._lib.llama_mtp_costs_seconds(self.handle, n)) if self.handle is not None else 0.0
 
     def save(self, path: Path) -> None:
         """Write the table, if much was learned since; a folder that cannot be written to is left alone."""
-        if sum(self._seen) < 2 * self._saved + 8:
+        if self.handle is None:
             return
-        self._saved = sum(self._seen)
-        text = json.dumps({"format": FORMAT, "factor": self._factor, "seen": self._seen, "speed": self._speed})
+        factor, seen, speed = (c_double * (self.most + 1))(), (c_int32 * (self.most + 1))(), c_double()
+        self._lib.llama_mtp_costs_get(self.handle, factor, seen, byref(speed))
+        if sum(seen) < 2 * self._saved + 8:
+            return
+        self._saved = sum(seen)
+        text = json.dumps({"format": FORMAT, "factor": [*factor], "seen": [*seen], "speed": speed.value})
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
@@ -95,12 +81,17 @@ class Costs:
             factor, seen = [float(x) for x in kept["factor"]], [int(x) for x in kept["seen"]]
             sound = kept["format"] == FORMAT and len(factor) == len(seen) == most + 1
             if sound and all(map(math.isfinite, [*factor, kept["speed"]])) and min(seen) >= 0:
-                costs._factor, costs._speed = factor, float(kept["speed"])
-                costs._seen = [min(count, 8) for count in seen]  # today's measurements count more than kept ones
-                costs._saved = sum(costs._seen)
+                costs._know(factor, [min(count, 8) for count in seen], float(kept["speed"]))
         except (OSError, ValueError, KeyError, TypeError):
             pass
         return costs
+
+    def _know(self, factor: list[float], seen: list[int], speed: float) -> None:
+        """Go on from what an earlier run learned: today's measurements count more, as few of its are."""
+        if self.handle is not None:
+            width = self.most + 1
+            self._lib.llama_mtp_costs_set(self.handle, (c_double * width)(*factor), (c_int32 * width)(*seen), speed)
+            self._saved = sum(seen)
 
 
 def costs_path(**what: Any) -> Path:

@@ -6,38 +6,37 @@ common/ngram-cache.cpp.
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Iterable
-from itertools import takewhile
+import weakref
 
 import numpy as np
+import numpy.typing as npt
+from gemma_mtp.runtime import native
 from gemma_mtp.runtime.draft.source import Draft, DraftSource, Proposal, Start
 from gemma_mtp.runtime.target import Target
 
-GRAM = 3  # tokens that must agree
-TRIED = 8  # earlier places compared for the longest agreement
-AGREEMENT = 32  # agreement beyond this says nothing more
-
 
 class Lookup:
-    """The tokens of a text, and where each run of three stood before.
+    """The tokens of a text, and where each run of three stood before: `llama_mtp_lookup` of include/llama-mtp.h.
 
     Ids below zero stand where an image or a sound is: they equal nothing, each other included, and are never proposed.
+
+    Raises:
+        RuntimeError: libllama lacks it.
     """
 
     def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self._earlier: list[int] = []
-        self._latest: dict[tuple[int, ...], int] = {}
+        self._lib = native.choices()
+        if self._lib is None:
+            raise RuntimeError(native.NO_CHOICES)
+        self._lookup = self._lib.llama_mtp_lookup_init()
+        weakref.finalize(self, self._lib.llama_mtp_lookup_free, self._lookup)
 
-    def extend(self, tokens: Iterable[int]) -> None:
+    def extend(self, tokens: npt.ArrayLike) -> None:
         """Append tokens to the text."""
-        for token in tokens:
-            self.tokens.append(token)
-            key = tuple(self.tokens[-GRAM:])
-            self._earlier.append(self._latest.get(key, -1))
-            if min(key) >= 0:
-                self._latest[key] = len(self.tokens) - 1
+        made = np.ascontiguousarray(tokens, np.int32)
+        self._lib.llama_mtp_lookup_extend(self._lookup, made.ctypes.data, len(made))
 
     def find(self, length: int) -> tuple[list[int], int]:
         """What may follow.
@@ -50,28 +49,9 @@ class Lookup:
             the end of the text; ([], 0) when fewer than three do. Where the earlier place overlaps the end, the text is
             taken to repeat itself.
         """
-        if len(self.tokens) < GRAM:
-            return [], 0
-        place, best, matched = self._earlier[-1], -1, 0
-        for _ in range(TRIED):
-            if place < GRAM - 1:
-                break
-            if self.tokens[place + 1] >= 0 and (agreed := self._agreed(place)) > matched:
-                best, matched = place, agreed
-            place = self._earlier[place]
-        if best < 0:
-            return [], 0
-        period = len(self.tokens) - 1 - best
-        following = (self.tokens[best + 1 + i % period] for i in range(length))
-        return list(takewhile(lambda token: token >= 0, following)), matched
-
-    def _agreed(self, place: int) -> int:
-        """How many tokens up to and including `place` equal the latest ones."""
-        last, tokens = len(self.tokens) - 1, self.tokens
-        for back in range(min(place + 1, AGREEMENT)):
-            if tokens[place - back] != tokens[last - back] or tokens[last - back] < 0:
-                return back
-        return min(place + 1, AGREEMENT)
+        made, matched = (ctypes.c_int32 * max(length, 0))(), ctypes.c_int32()
+        count = self._lib.llama_mtp_lookup_find(self._lookup, length, made, ctypes.byref(matched))
+        return made[:count], matched.value
 
 
 class FromText(DraftSource):
@@ -90,7 +70,7 @@ class FromText(DraftSource):
         """What stood after the latest tokens before; its acceptance is remembered by the length of the agreement."""
         if draft.tokens:
             return None
-        self._lookup.extend(self._target.input_ids[self._read : self._target.n_tokens].tolist())
+        self._lookup.extend(self._target.input_ids[self._read : self._target.n_tokens])
         self._lookup.extend([start.token])
         self._read = self._target.n_tokens + 1
         found, matched = self._lookup.find(room)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from time import perf_counter
 
+from gemma_mtp.runtime import native
 from gemma_mtp.runtime.draft.costs import Costs
 from gemma_mtp.runtime.draft.drafter import Drafter, DraftSettings, FromDrafter
 from gemma_mtp.runtime.draft.forced import FromGrammar
-from gemma_mtp.runtime.draft.length import Policy, fitting
+from gemma_mtp.runtime.draft.length import fitting
 from gemma_mtp.runtime.draft.lookup import FromText
+from gemma_mtp.runtime.draft.policy import Chooses
 from gemma_mtp.runtime.draft.source import Draft, DraftSource, Proposal, Start
 from gemma_mtp.runtime.request import MOST, DraftLength
 from gemma_mtp.runtime.sampling import Sampler
@@ -26,10 +28,10 @@ def sources(
         drafter: its drafter.
         costs: where draft steps are noted.
         settings: how the request chooses, if that is a matter of logits and position alone.
-        length: with a fixed length the drafter drafts, and the text is not looked at.
+        length: with a fixed length the drafter drafts, and the text is not looked at; nor where libllama cannot.
     """
     found: list[DraftSource] = [FromGrammar(), FromDrafter(target, drafter, costs, settings)]
-    return [*found, FromText(target)] if length == "auto" else found
+    return [*found, FromText(target)] if length == "auto" and native.choices() is not None else found
 
 
 class Proposals:
@@ -50,7 +52,7 @@ class Proposals:
         sampler: Sampler,
         sources: Sequence[DraftSource],
         length: DraftLength,
-        policy: Policy,
+        policy: Chooses,
         costs: Costs,
     ) -> None:
         self._target, self._sampler, self._sources, self._policy, self._costs = target, sampler, sources, policy, costs

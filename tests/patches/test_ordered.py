@@ -243,7 +243,7 @@ def test_a_drafter_of_another_target_is_refused(demo: Pair, tiny: dict[str, Path
 @pytest.mark.parametrize("backend", [True, False], ids=["backend sampling", "server's sampler"])
 def test_llama_server_drafts_with_it(backend: bool, demo: Pair, tmp_path: Path) -> None:
     sampling = "--spec-draft-backend-sampling" if backend else "--no-spec-draft-backend-sampling"
-    options = "--spec-draft-model", demo.drafter, "--spec-type", "draft-mtp", sampling, "-c", 512
+    options = "--spec-draft-model", demo.drafter, "--spec-draft-adaptive", "off", sampling, "-c", 512
     with serving(SERVER, tmp_path / "log", "-m", demo.target, *options) as url:
         timings = post(f"{url}/completion", {"prompt": PROMPT, "n_predict": 64, "temperature": 0.0})["timings"]
     assert timings["draft_n_accepted"] > timings["draft_n"] / 3 > 0

@@ -91,7 +91,7 @@ def test_llama_server_finds_its_kernels_from_any_folder(
     portable: Path, demo: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    draft = ("-md", demo.drafter, "--spec-type", "draft-mtp", "--spec-draft-n-max", "3")
+    draft = ("-md", demo.drafter, "--spec-type", "draft-mtp", "--spec-draft-adaptive", "off")
     server = portable / "llama_cpp" / "lib" / "llama-server"
     with serving(server, tmp_path / "log", "-m", demo.target, *draft) as address:
         told = post(f"{address}/completion", {"prompt": "def main(", "n_predict": 12, "temperature": 0})

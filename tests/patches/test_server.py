@@ -13,7 +13,7 @@ from gemma_mtp.convert import Pair
 from prompts import held_out
 
 SERVER = Path(llama_cpp.__file__).parent / "lib" / "llama-server"
-DRAFTS = "--spec-type", "draft-mtp", "--spec-draft-n-max", "4", "--no-spec-draft-backend-sampling"
+DRAFTS = "--spec-type", "draft-mtp", "--spec-draft-n-max", "4", "--spec-draft-adaptive", "off"
 # Far beyond the window of 128 and a batch of 512, where the cells of the window have wrapped around.
 CONTEXT = 2048
 

@@ -25,7 +25,7 @@ from gemma_mtp.runtime.accept import walk
 from gemma_mtp.runtime.borrowed import bind
 from gemma_mtp.runtime.draft.costs import Costs
 from gemma_mtp.runtime.draft.drafter import Drafter
-from gemma_mtp.runtime.draft.length import Policy
+from gemma_mtp.runtime.draft.policy import Policy
 from gemma_mtp.runtime.draft.proposals import Proposals, sources
 from gemma_mtp.runtime.request import MOST
 from gemma_mtp.runtime.sampling import Sampler

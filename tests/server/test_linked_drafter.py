@@ -23,8 +23,8 @@ BODY = {"prompt": PROMPT, "n_predict": 48, "temperature": 0.0}
 
 
 def answered(target: Path, log: Path, *options: object) -> tuple[dict[str, Any], str]:
-    """What a server answers that is given a target alone, and what it said meanwhile."""
-    with serving(SERVER, log, "-m", target, "-c", 512, *options) as url:
+    """What a server answers that is given a target alone, and what it said meanwhile; it drafts in every round."""
+    with serving(SERVER, log, "-m", target, "-c", 512, "--spec-draft-adaptive", "off", *options) as url:
         return post(f"{url}/completion", BODY), log.read_text()
 
 

@@ -55,7 +55,8 @@ def server(seeing: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
 
 def running(pair: Pair, log: Path, *options: object) -> Any:
     projector = next(pair.target.parent.glob("*mmproj*"))
-    return serving(SERVER, log, "-m", pair.target, "--mmproj", projector, "-c", 4096, "-np", 3, *options)
+    files = "-m", pair.target, "--mmproj", projector
+    return serving(SERVER, log, *files, "-c", 4096, "-np", 3, "--spec-draft-adaptive", "off", *options)
 
 
 def chat(url: str, seed: int = 1, **more: Any) -> dict[str, Any]:
@@ -77,6 +78,9 @@ def test_text_after_a_picture_is_drafted_and_the_same(seeing: Pair, server: str,
     with running(seeing, tmp_path / "log", "--spec-draft-model", "none") as url:
         plain = [chat(url, **each) for each in asked]
     assert [texts(answer) for answer in drafted] == [texts(answer) for answer in plain]
+    # as far as it pays, from the text on both sides of the picture too
+    with running(seeing, tmp_path / "auto", "--spec-draft-adaptive", "on") as url:
+        assert [texts(chat(url, **each)) for each in asked] == [texts(answer) for answer in plain]
     assert "draft_n" not in plain[0]["timings"]
 
 
@@ -139,7 +143,8 @@ def test_each_of_several_answers_begins_with_its_own_draft(demo: Pair, tmp_path:
             lines = told.read().decode().splitlines()
         return sum(int(line.split()[1]) for line in lines if "accepted_tokens_total" in line and line[0] != "#")
 
-    with serving(SERVER, tmp_path / "log", "-m", demo.target, "-c", 2048, "-np", 3, "--metrics") as url:
+    options = "-c", 2048, "-np", 3, "--metrics", "--spec-draft-adaptive", "off"
+    with serving(SERVER, tmp_path / "log", "-m", demo.target, *options) as url:
         alone = accepted(url, 1)
         assert alone > 0
         assert accepted(url, 3) == 3 * alone

@@ -69,10 +69,10 @@ def generated(server: Served) -> list[tuple[list[int], int]]:
 def test_a_pair_on_two_machines_says_what_it_says_on_one(
     quantized: Pair, two: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    with served(quantized.target, tmp_path) as found:
+    with served(quantized.target, tmp_path, "--draft", 3) as found:
         assert found.facts["placed"] == {}
         alone = generated(found)
-    with served(quantized.target, tmp_path, "--rpc", names(two)) as found:
+    with served(quantized.target, tmp_path, "--draft", 3, "--rpc", names(two)) as found:
         placed = found.facts["placed"]
         together = generated(found)
     assert [tokens for tokens, _ in together] == [tokens for tokens, _ in alone]
@@ -88,7 +88,7 @@ def test_a_pair_on_two_machines_says_what_it_says_on_one(
 
 def test_layers_that_stay_here(demo: Pair, two: list[dict[str, Any]], tmp_path: Path) -> None:
     """The first ones do; a drafter whose KV cache is here is here too."""
-    with served(demo.target, tmp_path, "--rpc", two[0]["rpc"], "-ngl", "3") as found:
+    with served(demo.target, tmp_path, "--draft", 3, "--rpc", two[0]["rpc"], "-ngl", "3") as found:
         assert found.chat(max_tokens=16).json["timings"]["draft_n_accepted"] > 0
         assert found.facts["placed"]["target"] == f"layers 0-3 on CPU, 4-5 and output on RPC0 ({two[0]['rpc']})"
         assert "drafter" not in found.facts["placed"]

@@ -25,7 +25,7 @@ from gemma_mtp.runtime.bench.settings import Chance, Settings
 from gemma_mtp.runtime.bench.speed import best_length
 from gemma_mtp.runtime.bench.worker import Measure, Worker
 from gemma_mtp.runtime.cli.main import main
-from gemma_mtp.runtime.draft.length import Policy
+from gemma_mtp.runtime.draft.policy import Policy
 from gemma_mtp.runtime.programs import program
 from gemma_mtp.runtime.request import MOST, DraftLength
 from llamas import paying

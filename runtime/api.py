@@ -145,21 +145,23 @@ class Api(Context):
         """
         self.check_open()
         given = checked(REQUEST, bind(Stock.create_completion, *args, **kwargs))
-        # What only the caller's context knows is asked here, before a stream starts.
-        source = self._complete(self.asked(mtp, draft_length, min_tokens), given)
-        if given["stream"]:
-            return self.guard.stream(source, STREAM)
-        with closing(self.guard.stream(source, CALL)) as answers:
-            return next(answers)
-
-    def _complete(self, request: Request, given: dict[str, Any]) -> Generator[Any, Any, None]:
-        """A completion, its seed chosen and told."""
-        asked = self._to_make(given)
+        # What only the caller's context knows is asked here, before a stream starts, and what is wrong is told.
+        request, asked = self.asked(mtp, draft_length, min_tokens), self._to_make(given)
         choosing = {name: given[name] for name in CHOOSING} | {"temp": given["temperature"]}
         if given["logit_bias"]:
             check_bias(given["logit_bias"], self._n_vocab)
             choosing["logits_processor"] = with_bias(choosing["logits_processor"] or (), given["logit_bias"])
-        seed = self._chosen(given["seed"])
+        source = self._complete(request, asked, given["seed"], choosing)
+        if asked.stream:
+            return self.guard.stream(source, STREAM)
+        with closing(self.guard.stream(source, CALL)) as answers:
+            return next(answers)
+
+    def _complete(
+        self, request: Request, asked: Asked, wanted: int | None, choosing: dict[str, Any]
+    ) -> Generator[Any, Any, None]:
+        """A completion, its seed chosen and told."""
+        seed = self._chosen(wanted)
         request.told["seed"] = seed
         self._request, self._logprobs = request, asked.notes
         try:
@@ -212,7 +214,9 @@ class Api(Context):
         request = self.asked(**{name: kwargs.pop(name, None) for name in WISHES})
         given = checked(CHAT, bind(Stock.create_chat_completion, *args, **kwargs))
         check_messages(given["messages"], sees=self.chat_handler is not None)
-        given |= CHAT_TEMPLATE("chat_template_kwargs", chat_template_kwargs) or {}
+        variables = CHAT_TEMPLATE("chat_template_kwargs", chat_template_kwargs) or {}
+        if twice := sorted(variables.keys() & given.keys()):
+            raise ValueError(f"chat_template_kwargs has {', '.join(twice)}; give that as an argument of its own.")
         if self.chat_format == UNSAID:
             self._tell(f"{self.model_path} has no chat template; the chat is in Gemma 4's own format")
         handler = (
@@ -220,7 +224,7 @@ class Api(Context):
             or self._chat_handlers.get(self.chat_format)
             or llama_chat_format.get_chat_completion_handler(self.chat_format)
         )
-        return telling(request, ask(request, lambda: handler(llama=self, **given)))
+        return telling(request, ask(request, lambda: handler(llama=self, **given, **variables)))
 
     @contextmanager
     def counted(self, seed: int, request: Request) -> Iterator[Stats]:

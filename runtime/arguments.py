@@ -74,7 +74,7 @@ def _bias(value: Any) -> dict[int, float]:
 
 
 def _variables(value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping) or "messages" in value:
+    if not isinstance(value, Mapping):
         raise refused()
     return {text_of(name): each for name, each in value.items()}
 

@@ -129,6 +129,7 @@ def test_no_tokens_evaluate_the_prompt(mtp: Llama) -> None:
         assert values == longer[key][: len(tokens) - 1]
     mtp(PROMPT, max_tokens=0)
     assert mtp(PROMPT, **GREEDY)["timings"]["cache_n"] == len(tokens) - 1
+    assert mtp("", max_tokens=0)["usage"] == {"prompt_tokens": 1, "completion_tokens": 0, "total_tokens": 1}
     assert mtp.create_chat_completion(CHAT, max_tokens=0)["choices"][0]["message"]["content"] == ""
 
 

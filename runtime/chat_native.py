@@ -151,7 +151,7 @@ class ChatGrammar:
         Raises:
             ValueError: llama.cpp cannot read the grammar.
         """
-        return call("grammar", model, self._text)
+        return ctypes.cast(call("grammar", model, self._text), ctypes.POINTER(lib.llama_sampler))
 
 
 def grammar_error(sampler: Any) -> str | None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import weakref
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from gemma_mtp.runtime import chat_native
 from gemma_mtp.runtime.native import Ids
 from llama_cpp import llama_cpp as lib
 
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 TEXT_BYTES = 4096  # of the longest text of a token
+# What GBNF says of characters: in it "<" is one of them, elsewhere it begins a token.
+OF_TEXT = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*', re.DOTALL)
 
 
 class TokenIndex:
@@ -50,17 +54,34 @@ class TokenIndex:
         self.probe_byte = first[self.probes]
 
 
-def grammar_sampler(vocab: Any, grammar: Any) -> Any:
-    """llama.cpp's sampler for a llama_cpp.LlamaGrammar, which the caller frees.
+def grammar_sampler(model: Any, grammar: Any) -> Any:
+    """llama.cpp's sampler for a grammar, which the caller frees.
+
+    Args:
+        model: a llama_model.
+        grammar: a llama_cpp.LlamaGrammar, or a `ChatGrammar`.
 
     Raises:
         ValueError: it is not GBNF, or has no root rule.
     """
+    try:
+        if not isinstance(grammar, chat_native.ChatGrammar):
+            if chat_native.functions() is None or grammar._root != "root":
+                return _stock_sampler(model, grammar)
+            grammar = chat_native.ChatGrammar({"grammar": grammar._grammar})
+        return grammar.sampler(model)
+    except ValueError as problem:
+        raise ValueError(
+            f"llama.cpp cannot read this grammar ({problem}); check its syntax (GBNF), and that it has a rule "
+            f"{grammar._root!r}."
+        ) from problem
+
+
+def _stock_sampler(model: Any, grammar: Any) -> Any:
+    vocab = lib.llama_model_get_vocab(model)
     sampler = lib.llama_sampler_init_grammar(vocab, grammar._grammar.encode(), grammar._root.encode())
     if not sampler:
-        raise ValueError(
-            f"llama.cpp cannot read this grammar; check its syntax (GBNF), and that it has a rule {grammar._root!r}."
-        )
+        raise ValueError("it says where when told to be verbose")
     return sampler
 
 
@@ -81,23 +102,28 @@ class Mask:
         self._legal: Ids | None = None
 
     @classmethod
-    def of(cls, grammar: Any, index: TokenIndex) -> Mask:
-        """The mask of a llama_cpp.LlamaGrammar before the first token.
+    def of(cls, grammar: Any, model: Any, index: TokenIndex) -> Mask:
+        """The mask of a grammar (`grammar_sampler`) before the first token.
 
         Raises:
             ValueError: llama.cpp cannot parse the grammar.
         """
-        # <...> outside of quotes names a token
-        return cls(grammar_sampler(index.vocab, grammar), index, by_byte="<" not in grammar._grammar)
+        return cls(grammar_sampler(model, grammar), index, by_byte="<" not in OF_TEXT.sub("", grammar._grammar))
 
     def allows(self, ids: Ids) -> npt.NDArray[np.bool_]:
-        """Whether each of the ids may come next, shape of `ids`."""
+        """Whether each of the ids may come next, shape of `ids`.
+
+        Raises:
+            ValueError: the grammar has become too much for llama.cpp.
+        """
         candidates = np.zeros(len(ids), dtype=CANDIDATE)
         candidates["id"] = ids
         data = candidates.ctypes.data_as(lib.llama_token_data_p)
         array = lib.llama_token_data_array(data=data, size=len(ids), selected=-1, sorted=False)
         lib.llama_sampler_apply(self._sampler, ctypes.byref(array))
         allowed: npt.NDArray[np.bool_] = candidates["logit"] > -np.inf
+        if not allowed.any() and (error := chat_native.grammar_error(self._sampler)) is not None:
+            raise ValueError(f"the grammar cannot be kept to any further: {error}; make it simpler.")
         return allowed
 
     def legal(self) -> Ids:

@@ -127,6 +127,7 @@ class Llama(Api):
         self.stats, self.total_stats = Stats(), Stats()
         self._request = self._logprobs = None
         self._careful, self._counting = Careful(()), False
+        self._named_format = options.get("chat_format")
         if (strange := unknown(options, signature(Stock.__init__).parameters)) is not None:
             self._tell(strange)
         with interruptible() as ended:
@@ -298,10 +299,13 @@ class Llama(Api):
             seed=None if temp == 0.0 else seed,
             keep=1 if temp == 0.0 else top_k if temp > 0.0 and 0 < top_k < self._n_vocab else None,
             penalized=0 if penalties == (1.0, 0.0, 0.0) else max(self.last_n_tokens_size, 0),
-            mask=Mask.of(given["grammar"], self._token_index) if given["grammar"] is not None else None,
+            mask=self._mask(given["grammar"]),
             processors=given["logits_processor"] or (),
             input_ids=lambda: self._input_ids,
         )
+
+    def _mask(self, grammar: Any) -> Mask | None:
+        return None if grammar is None else Mask.of(grammar, self._model.model, self._token_index)
 
     @cached_property
     def _token_index(self) -> TokenIndex:

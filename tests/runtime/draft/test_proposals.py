@@ -286,7 +286,7 @@ def test_the_mask_agrees_with_asking_about_every_token(mtp: Llama) -> None:
         ('root ::= ("ab" | "cd" | "é☃" [à-ü]+ | "e")+ "\\n"', "abcdé☃äüe\n"),
         ('root ::= "{" ws "\\"x\\":" ws [0-9]+ "}"\nws ::= [ \\n]*', '{ "x": 12}'),
     ):
-        mask = Mask.of(grammar(rules), mtp._token_index)
+        mask = Mask.of(grammar(rules), mtp._model.model, mtp._token_index)
         for token in mtp.tokenize(text.encode(), add_bos=False):
             legal = mask.legal()
             assert legal.tolist() == everything[mask.allows(everything)].tolist()

@@ -48,7 +48,8 @@ STOCK_CHATS = (
     "this llama-cpp-python lacks gemma-mtp's patches: tools and schemas are as it has them itself; `gemma-mtp build` "
     "installs the patched build"
 )
-CHATTING = {
+COMPLETING = WISHES | {"response_format": "dict[str, Any] | None"}
+CHATTING = WISHES | {
     "chat_template_kwargs": "dict[str, Any] | None",
     "parallel_tool_calls": "bool | None",
     "reasoning_effort": "str | None",
@@ -127,12 +128,12 @@ class Api(Context):
             raise ValueError('MTP was asked for, but draft_length is 0, for no drafts; give one from 1 on, or "auto".')
         return request
 
-    @like(Stock.__call__, **WISHES)
+    @like(Stock.__call__, **COMPLETING)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        wishes = {name: kwargs.pop(name, None) for name in WISHES}
+        wishes = {name: kwargs.pop(name, None) for name in COMPLETING}
         return self.create_completion(**bind(Stock.__call__, *args, **kwargs), **wishes)
 
-    @like(Stock.create_completion, **WISHES, response_format="dict[str, Any] | None")
+    @like(Stock.create_completion, **COMPLETING)
     def create_completion(
         self,
         *args: Any,
@@ -222,7 +223,7 @@ class Api(Context):
             self._seed = following
         return following
 
-    @like(Stock.create_chat_completion, **WISHES, **CHATTING)
+    @like(Stock.create_chat_completion, **CHATTING)
     def create_chat_completion(
         self,
         *args: Any,

@@ -180,7 +180,9 @@ def _chunks(prepared: Prepared, items: Iterator[dict[str, Any]]) -> Iterator[dic
             begun = True
             yield chunk({"role": "assistant"})
         told.extend((chat_logprobs(choice["logprobs"]) or {"content": ()})["content"])
-        for delta in prepared.answer.add(choice["text"], more=finish in (None, "length")):
+        answer = prepared.answer
+        deltas = answer.read(choice["text"]) if finish is None else answer.add(choice["text"], more=finish == "length")
+        for delta in deltas:
             yield chunk(delta)
         if finish is not None:
             yield chunk({}, _finish(prepared, finish))

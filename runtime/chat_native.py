@@ -11,6 +11,7 @@ import json
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from llama_cpp import llama_cpp as lib
@@ -170,6 +171,10 @@ class Answer:
         message: of it so far, in OpenAI's form.
     """
 
+    # The text is read from its beginning each time, so that a long stream would cost its length squared. Reading it
+    # takes this part of the time at most; what comes in between waits for the next time.
+    SHARE = 0.02
+
     def __init__(self, prepared: Mapping[str, Any]) -> None:
         keys = ("chat_format", "chat_parser", "generation_prompt", "parse_tool_calls", "reasoning_format",
                 "continue_final_message")  # fmt: skip
@@ -179,6 +184,18 @@ class Answer:
         assert known is not None
         weakref.finalize(self, known["answer_free"], self._answer)
         self.message: dict[str, Any] = {"role": "assistant", "content": ""}
+        self._waiting, self._again = "", 0.0
+
+    def read(self, text: str) -> list[dict[str, Any]]:
+        """Go on with a text of a stream, and give its deltas, or none where they are to come with those of the next."""
+        self._waiting += text
+        begun = perf_counter()
+        if begun < self._again:
+            return []
+        deltas = self.add("", more=True)
+        took = perf_counter() - begun
+        self._again = begun + took / self.SHARE
+        return deltas
 
     def add(self, text: str, more: bool) -> list[dict[str, Any]]:
         """Go on with a text, and give the deltas of a stream.
@@ -187,6 +204,7 @@ class Answer:
             text: with the markers among the prepared "preserved_tokens".
             more: whether more may come, or would have come and was cut off.
         """
+        text, self._waiting = self._waiting + text, ""
         made = call("answer_add", self._answer, text.replace("\0", "").encode(), more)
         self.message = made["message"]
         deltas: list[dict[str, Any]] = made["deltas"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 USER = {"role": "user", "content": "import os"}
@@ -24,6 +25,24 @@ BOUNDED = {
     "items": {"type": "object", "properties": {"id": {"type": "integer", "minimum": 10, "maximum": 99},
               "name": {"type": "string", "minLength": 1, "maxLength": 12}}, "required": ["id", "name"]},
 }  # fmt: skip
+
+
+def is_place(given: Any) -> bool:
+    """Whether it is what `PLACE` describes."""
+    return (
+        given.keys() == {"unit", "days", "code", "at", "more"}
+        and given["unit"] in ("celsius", "kelvin")
+        and 2 <= given["days"] < 9
+        and re.fullmatch("[A-C]{3}-(x|y)", given["code"]) is not None
+        and given["at"].keys() == {"x"}
+        and 0 <= given["at"]["x"] <= 9
+        and given["more"] in (True, False, None)
+    )
+
+
+def is_bounded(given: Any) -> bool:
+    """Whether it is what `BOUNDED` describes."""
+    return 2 <= len(given) <= 3 and all(10 <= each["id"] <= 99 and 1 <= len(each["name"]) <= 12 for each in given)
 
 
 def tool(name: str, parameters: Any = None, **more: Any) -> dict[str, Any]:
@@ -77,7 +96,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"type": "object", "patternProperties": {"^a": {}}}, "#/patternProperties"),
     ({"type": "string", "maxLength": 2_000_000}, "#/maxLength"),
     ({"$ref": "https://example.com/schema"}, "unsupported $ref"),
-    ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "$defs/a"),
+    ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "left recursion"),
 ]
 
 

@@ -11,7 +11,7 @@ WHEEL  := $(VENV)/.ready-wheel
 
 .DEFAULT_GOAL := help
 .PHONY: help setup native ui wheel demo test check fix bench bench-convert check-patches check-kernels check-arm check-formats check-stock \
-        check-ollama check-clients check-same-text check-same-calls check-distribution check-coupling check-invariance fuzz clean
+        check-ollama check-clients check-same-text check-same-calls check-schema-answers check-distribution check-coupling check-invariance fuzz clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -100,6 +100,9 @@ check-same-text: $(TESTS) ## answers of `gemma-mtp serve` with drafts and withou
 
 check-same-calls: $(TESTS) ## answers of `Llama` whatever was asked before, with caches, in batches, drafting any number
 	@$(BIN)/python tests/same_calls.py
+
+check-schema-answers: $(TESTS) ## 900 answers of `Llama` under schemas and with tools, at temperature 1
+	@$(BIN)/python tests/schema_answers.py
 
 check-arm: $(BIN)/python ## build libggml for ARM and test what the series touches there, under emulation
 	@$(BIN)/python patches/build.py arm

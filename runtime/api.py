@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from gemma_mtp.convert import link
-from gemma_mtp.runtime.arguments import CHAT, CHAT_TEMPLATE, REQUEST, check_bias, check_messages, check_tokens
+from gemma_mtp.runtime import chat, chat_native
+from gemma_mtp.runtime.arguments import CHAT, REQUEST, check_bias, check_messages, check_tokens
 from gemma_mtp.runtime.borrowed import bind, like
-from gemma_mtp.runtime.chat_format import UNSAID
+from gemma_mtp.runtime.chat_format import UNSAID, stock_grammar
 from gemma_mtp.runtime.checks import checked
 from gemma_mtp.runtime.completion import Asked, completion, lead
 from gemma_mtp.runtime.context import Context, Stock
@@ -43,6 +45,18 @@ CHOOSING = (
 )  # fmt: skip
 
 
+STOCK_CHATS = (
+    "this llama-cpp-python lacks gemma-mtp's patches: tools and schemas are as it has them itself; `gemma-mtp build` "
+    "installs the patched build"
+)
+COMPLETING = WISHES | {"response_format": "dict[str, Any] | None"}
+CHATTING = WISHES | {
+    "chat_template_kwargs": "dict[str, Any] | None",
+    "parallel_tool_calls": "bool | None",
+    "reasoning_effort": "str | None",
+}
+
+
 class Api(Context):
     """What is ours in llama_cpp.Llama's public calls, but for generation itself.
 
@@ -64,6 +78,7 @@ class Api(Context):
     _defaults: Request  # what a request asks for that says nothing itself
     _told: set[str]  # what was said
     _undrafted: str | None  # why nothing can be drafted, and what to do about it
+    _named_format: str | None  # the chat format that the caller named
 
     def _tell(self, reason: str) -> None:
         """Say once per object why a request runs otherwise than one may think."""
@@ -114,27 +129,29 @@ class Api(Context):
             raise ValueError('MTP was asked for, but draft_length is 0, for no drafts; give one from 1 on, or "auto".')
         return request
 
-    @like(Stock.__call__, **WISHES)
+    @like(Stock.__call__, **COMPLETING)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        wishes = {name: kwargs.pop(name, None) for name in WISHES}
+        wishes = {name: kwargs.pop(name, None) for name in COMPLETING}
         return self.create_completion(**bind(Stock.__call__, *args, **kwargs), **wishes)
 
-    @like(Stock.create_completion, **WISHES)
+    @like(Stock.create_completion, **COMPLETING)
     def create_completion(
         self,
         *args: Any,
         mtp: bool | None = None,
         draft_length: DraftLength | None = None,
         min_tokens: int | None = None,
+        response_format: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As llama_cpp.Llama.create_completion, with three more; the answer, or a stream's last chunk, tells more.
+        """As llama_cpp.Llama.create_completion, with four more; the answer, or a stream's last chunk, tells more.
 
         Args:
             args: as there; `max_tokens` of 0 reads the prompt and makes nothing, below 0 or None makes what fits.
             mtp: False generates without drafting; True insists on it.
             draft_length: tokens to draft in a round, or "auto".
             min_tokens: tokens before which none ends the answer.
+            response_format: as OpenAI's chats have it, {"type": "json_schema", "json_schema": {"schema": ...}}.
             kwargs: as there.
 
         Returns:
@@ -145,17 +162,37 @@ class Api(Context):
         """
         self.check_open()
         given = checked(REQUEST, bind(Stock.create_completion, *args, **kwargs))
+        if (form := CHAT["response_format"]("response_format", response_format)) is not None:
+            given["grammar"] = self._of_format(form, given["grammar"])
         # What only the caller's context knows is asked here, before a stream starts, and what is wrong is told.
-        request, asked = self.asked(mtp, draft_length, min_tokens), self._to_make(given)
+        return self._answered(self._begun(self.asked(mtp, draft_length, min_tokens), given), given["stream"])
+
+    def _answered(self, source: Generator[Any, Any, None], stream: bool) -> Any:
+        """The stream of a request that is its own, or its answer."""
+        if stream:
+            return self.guard.stream(source, STREAM)
+        with closing(self.guard.stream(source, CALL)) as answers:
+            return next(answers)
+
+    def _of_format(self, response_format: dict[str, Any], grammar: Any) -> Any:
+        """The grammar of a completion with a response_format."""
+        if grammar is not None:
+            raise ValueError("grammar is given, and a response_format, which has one of its own; give either.")
+        if chat_native.functions() is None:
+            self._tell(STOCK_CHATS)
+            return stock_grammar(response_format)
+        return chat.format_grammar(response_format)
+
+    def _begun(
+        self, request: Request, given: dict[str, Any], shown: Mapping[int, bytes] | None = None
+    ) -> Generator[Any, Any, None]:
+        """A completion, whose arguments are looked at before anything is asked of it."""
+        asked = self._to_make(given, shown or {})
         choosing = {name: given[name] for name in CHOOSING} | {"temp": given["temperature"]}
         if given["logit_bias"]:
             check_bias(given["logit_bias"], self._n_vocab)
             choosing["logits_processor"] = with_bias(choosing["logits_processor"] or (), given["logit_bias"])
-        source = self._complete(request, asked, given["seed"], choosing)
-        if asked.stream:
-            return self.guard.stream(source, STREAM)
-        with closing(self.guard.stream(source, CALL)) as answers:
-            return next(answers)
+        return self._complete(request, asked, given["seed"], choosing)
 
     def _complete(
         self, request: Request, asked: Asked, wanted: int | None, choosing: dict[str, Any]
@@ -173,7 +210,7 @@ class Api(Context):
         finally:
             self._request = self._logprobs = None
 
-    def _to_make(self, given: dict[str, Any]) -> Asked:
+    def _to_make(self, given: dict[str, Any], shown: Mapping[int, bytes]) -> Asked:
         """What a completion shall be, by its arguments."""
         prompt, most = given["prompt"], given["max_tokens"]
         if not isinstance(prompt, str):
@@ -182,7 +219,7 @@ class Api(Context):
         if given["logprobs"] is not None:
             notes = LogProbs(given["logprobs"], given["echo"], lead(self, prompt), self.token_bos())
         asked = {name: given[name] for name in ("prompt", "suffix", "echo", "stop", "stream", "model")}
-        return Asked(max_tokens=None if most is None or most < 0 else most, notes=notes, **asked)
+        return Asked(max_tokens=None if most is None or most < 0 else most, notes=notes, shown=shown, **asked)
 
     def _chosen(self, seed: int | None) -> int:
         """The seed of a completion: its own, which leaves the object's as it is, or the next of the object's."""
@@ -193,38 +230,75 @@ class Api(Context):
             self._seed = following
         return following
 
-    @like(Stock.create_chat_completion, **WISHES, chat_template_kwargs="dict[str, Any] | None")
+    @like(Stock.create_chat_completion, **CHATTING)
     def create_chat_completion(
-        self, *args: Any, chat_template_kwargs: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
+        reasoning_effort: str | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """As llama_cpp.Llama.create_chat_completion, with what `create_completion` has beside stock's, and one more.
+        """As llama_cpp.Llama.create_chat_completion, with what `create_completion` has beside stock's, and three more.
+
+        Templates, tools, schemas and what an answer is taken apart by are llama.cpp's own, as in llama-server. For a
+        `chat_handler`, or a `chat_format` of llama-cpp-python that was named, they are that library's.
 
         Args:
             args: as there.
             chat_template_kwargs: variables for the chat template, for instance {"enable_thinking": True}.
+            parallel_tool_calls: whether an answer may have several calls; as the template has it if nothing is said.
+            reasoning_effort: "none" for no thinking; another lets the model think, where it can.
             kwargs: as there, and `mtp`, `draft_length`, `min_tokens`.
 
         Returns:
-            As there; the answer, or a stream's last chunk, has "seed" and "timings".
+            As there; the answer, or a stream's last chunk, has "seed" and "timings". Thoughts are `reasoning_content`.
 
         Raises:
-            ValueError: an argument is not what it may be, or the chat does not fit the context.
+            ValueError: an argument is not what it may be, a schema asks for what no grammar can say (named by its
+                path), or the chat does not fit the context.
         """
         self.check_open()
         request = self.asked(**{name: kwargs.pop(name, None) for name in WISHES})
-        given = checked(CHAT, bind(Stock.create_chat_completion, *args, **kwargs))
+        more = {"chat_template_kwargs": chat_template_kwargs, "parallel_tool_calls": parallel_tool_calls}
+        bound = bind(Stock.create_chat_completion, *args, **kwargs)
+        given = checked(CHAT, bound | more | {"reasoning_effort": reasoning_effort})
         check_messages(given["messages"], sees=self.chat_handler is not None)
-        variables = CHAT_TEMPLATE("chat_template_kwargs", chat_template_kwargs) or {}
-        if twice := sorted(variables.keys() & given.keys()):
+        variables = given["chat_template_kwargs"] or {}
+        if twice := sorted(variables.keys() & bound.keys()):
             raise ValueError(f"chat_template_kwargs has {', '.join(twice)}; give that as an argument of its own.")
         if self.chat_format == UNSAID:
             self._tell(f"{self.model_path} has no chat template; the chat is in Gemma 4's own format")
+        if self._templates is None:
+            return self._chat_as_stock(request, given, bound.keys())
+        made = chat.prepare(self, self._templates, given)
+        given |= chat.as_completion(made, given)
+        source = chat.answers(made, self._begun(request, given, made.shown), given["stream"])
+        return self._answered(source, given["stream"])
+
+    @cached_property
+    def _templates(self) -> chat_native.Templates | None:
+        """What chats are made of; None where stock makes them."""
+        if self.chat_handler is not None or chat_native.functions() is None:
+            return None
+        try:
+            return chat.templates_of(self, self.chat_format, self._named_format)
+        except ValueError as problem:
+            self._tell(f"llama.cpp cannot read the chat template ({problem}); chats are as llama-cpp-python has them")
+            return None
+
+    def _chat_as_stock(self, request: Request, given: dict[str, Any], known: Collection[str]) -> Any:
+        """A chat by llama-cpp-python's handlers, which take the arguments that it knows."""
+        if chat_native.functions() is None and any(given[name] is not None for name in chat.WANTING):
+            self._tell(STOCK_CHATS)
+        variables = given["chat_template_kwargs"] or {}
         handler = (
             self.chat_handler
             or self._chat_handlers.get(self.chat_format)
             or llama_chat_format.get_chat_completion_handler(self.chat_format)
         )
-        return telling(request, ask(request, lambda: handler(llama=self, **given, **variables)))
+        arguments = {name: given[name] for name in known} | variables
+        return telling(request, ask(request, lambda: handler(llama=self, **arguments)))
 
     @contextmanager
     def counted(self, seed: int, request: Request) -> Iterator[Stats]:
@@ -245,7 +319,7 @@ class Api(Context):
         Within a request its seed is the one that is told, where llama.cpp would draw one and keep it to itself.
         """
         if grammar is not None:
-            check_grammar(self._model.vocab, grammar)
+            check_grammar(self._model.model, grammar)
         self._careful = Careful(logits_processor or ())
         careful = [self._careful] if logits_processor is not None else None
         own = self._seed

@@ -79,6 +79,25 @@ def _variables(value: Any) -> dict[str, Any]:
     return {text_of(name): each for name, each in value.items()}
 
 
+def _tools(value: Any) -> list[dict[str, Any]]:
+    made = list(value) if listed(value) else [value]
+    if not all(isinstance(each, Mapping) for each in made):
+        raise refused()
+    return made
+
+
+def _choice(value: Any) -> Any:
+    if not isinstance(value, str | Mapping):
+        raise refused()
+    return value
+
+
+def _typed(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not isinstance(value.get("type"), str):
+        raise refused()
+    return dict(value)
+
+
 def _seed(value: Any) -> int:
     if not isinstance(value, Integral):
         raise refused()
@@ -119,8 +138,15 @@ REQUEST: dict[str, Rule] = {
 CHAT: dict[str, Rule] = {name: rule for name, rule in REQUEST.items() if name != "prompt"} | {
     "logprobs": FLAG.or_none(),
     "top_logprobs": COUNT.or_none(),
+    "tools": Rule(_tools, "a list of tools, each a dict as OpenAI has it").or_none(),
+    "tool_choice": Rule(_choice, '"none", "auto", "required", or a dict that names a tool').or_none(),
+    "functions": Rule(_tools, "a list of functions, each a dict as OpenAI has it").or_none(),
+    "function_call": Rule(_choice, '"none", "auto", or a dict that names a function').or_none(),
+    "response_format": Rule(_typed, 'a dict with a "type"').or_none(),
+    "chat_template_kwargs": Rule(_variables, "a dict of variables for the chat template").or_none(),
+    "parallel_tool_calls": FLAG.or_none(),
+    "reasoning_effort": Rule(text_of, 'a text, "none" for no thinking').or_none(),
 }
-CHAT_TEMPLATE = Rule(_variables, "a dict of variables for the chat template").or_none()
 GENERATE = REQUEST | {"temp": REQUEST["temperature"], "reset": FLAG, "penalize_nl": FLAG}
 
 

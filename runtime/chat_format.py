@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama_cpp import Llama, llama_chat_format
+from llama_cpp import Llama, LlamaGrammar, llama_chat_format
 
 # Asked for, and taken because neither the file nor the caller says anything.
 GEMMA_FORMATS = NAME, UNSAID = "gemma-4", "gemma-4, for want of a template"
@@ -44,3 +45,11 @@ def gemma_handler(llm: Llama) -> Any:
     return llama_chat_format.Jinja2ChatFormatter(
         template=TEMPLATE.read_text(encoding="utf-8"), eos_token=eos, bos_token=bos, stop_token_ids=[llm.token_eos()]
     ).to_chat_handler()
+
+
+def stock_grammar(response_format: Mapping[str, Any]) -> LlamaGrammar | None:
+    """The grammar of a response_format as llama-cpp-python has it, for a library without llama.cpp's converter."""
+    kind = response_format.get("type")
+    holder = response_format.get("json_schema") if kind == "json_schema" else response_format
+    schema = (holder or {}).get("schema") or {"type": "object"}
+    return None if kind == "text" else LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)

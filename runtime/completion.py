@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +36,7 @@ class Asked:
         stream: whether the answer comes in chunks.
         model: what the answer calls the model, None for its path.
         notes: keeps log-probabilities, if they are wanted.
+        shown: the text of control tokens that the answer's text shows, for whoever takes it apart.
         created: when it was asked for, in seconds since 1970.
         id: of the answer.
     """
@@ -48,6 +49,7 @@ class Asked:
     stream: bool = False
     model: str | None = None
     notes: LogProbs | None = None
+    shown: Mapping[int, bytes] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
     id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4()}")
 
@@ -124,7 +126,7 @@ class Made:
                 self.finish = "stop"
                 return
             self.tokens.append(token)
-            self._add(self._piece(token))
+            self._add(self.asked.shown.get(token) or self._piece(token))
             if self.text.stopped:
                 self.finish = "stop"
                 return

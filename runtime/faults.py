@@ -66,13 +66,13 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return checked(OPTIONS, options)
 
 
-def check_grammar(vocab: Any, grammar: Any) -> None:
+def check_grammar(model: Any, grammar: Any) -> None:
     """Refuse a grammar that llama.cpp cannot read; a sampler chain would take the null pointer and crash.
 
     Raises:
         ValueError: it is not GBNF, or has no root rule.
     """
-    lib.llama_sampler_free(grammar_sampler(vocab, grammar))
+    lib.llama_sampler_free(grammar_sampler(model, grammar))
 
 
 class Closed:

@@ -8,23 +8,40 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gemma_mtp.runtime import native
+from gemma_mtp.runtime import chat_native, native
 from llama_cpp import llama_cpp as lib
 
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
-def grammar_sampler(vocab: Any, grammar: Any) -> Any:
-    """llama.cpp's sampler for a llama_cpp.LlamaGrammar, which the caller frees.
+def grammar_sampler(model: Any, grammar: Any) -> Any:
+    """llama.cpp's sampler for a grammar, which the caller frees.
+
+    Args:
+        model: a llama_model.
+        grammar: a llama_cpp.LlamaGrammar, or a `ChatGrammar`.
 
     Raises:
         ValueError: it is not GBNF, or has no root rule.
     """
+    try:
+        if not isinstance(grammar, chat_native.ChatGrammar):
+            if chat_native.functions() is None or grammar._root != "root":
+                return _stock_sampler(model, grammar)
+            grammar = chat_native.ChatGrammar({"grammar": grammar._grammar})
+        return grammar.sampler(model)
+    except ValueError as problem:
+        raise ValueError(
+            f"llama.cpp cannot read this grammar ({problem}); check its syntax (GBNF), and that it has a rule "
+            f"{grammar._root!r}."
+        ) from problem
+
+
+def _stock_sampler(model: Any, grammar: Any) -> Any:
+    vocab = lib.llama_model_get_vocab(model)
     sampler = lib.llama_sampler_init_grammar(vocab, grammar._grammar.encode(), grammar._root.encode())
     if not sampler:
-        raise ValueError(
-            f"llama.cpp cannot read this grammar; check its syntax (GBNF), and that it has a rule {grammar._root!r}."
-        )
+        raise ValueError("it says where when told to be verbose")
     return sampler
 
 
@@ -42,22 +59,28 @@ class Mask:
         self._legal: npt.NDArray[np.bool_] | None = None
 
     @classmethod
-    def of(cls, grammar: Any, vocab: Any, n_vocab: int) -> Mask:
-        """The mask of a llama_cpp.LlamaGrammar before the first token.
+    def of(cls, grammar: Any, model: Any, n_vocab: int) -> Mask:
+        """The mask of a grammar (`grammar_sampler`) before the first token.
 
         Raises:
             ValueError: llama.cpp cannot parse the grammar.
         """
-        return cls(grammar_sampler(vocab, grammar), n_vocab)
+        return cls(grammar_sampler(model, grammar), n_vocab)
 
     def allows(self, ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-        """Whether each of the ids may come next, shape of `ids`, each asked about by itself."""
+        """Whether each of the ids may come next, shape of `ids`, each asked about by itself.
+
+        Raises:
+            ValueError: the grammar has become too much for llama.cpp.
+        """
         candidates = np.zeros(len(ids), dtype=CANDIDATE)
         candidates["id"] = ids
         data = candidates.ctypes.data_as(lib.llama_token_data_p)
         array = lib.llama_token_data_array(data=data, size=len(ids), selected=-1, sorted=False)
         lib.llama_sampler_apply(self._sampler, ctypes.byref(array))
         allowed: npt.NDArray[np.bool_] = candidates["logit"] > -np.inf
+        if not allowed.any() and (error := chat_native.grammar_error(self._sampler)) is not None:
+            raise ValueError(f"the grammar cannot be kept to any further: {error}; make it simpler.")
         return allowed
 
     def legal(self) -> npt.NDArray[np.bool_]:

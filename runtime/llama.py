@@ -128,6 +128,7 @@ class Llama(Api):
         self.stats, self.total_stats = Stats(), Stats()
         self._request = self._logprobs = None
         self._careful, self._counting = Careful(()), False
+        self._named_format = options.get("chat_format")
         if (strange := unknown(options, signature(Stock.__init__).parameters)) is not None:
             self._tell(strange)
         with interruptible() as ended:
@@ -305,7 +306,7 @@ class Llama(Api):
             seed=noise,
             keep=1 if temp == 0.0 else top_k if temp > 0.0 and 0 < top_k < self._n_vocab else None,
             penalized=0 if penalties == (1.0, 0.0, 0.0) else max(self.last_n_tokens_size, 0),
-            mask=None if (rules := given["grammar"]) is None else Mask.of(rules, self._model.vocab, self._n_vocab),
+            mask=None if (rules := given["grammar"]) is None else Mask.of(rules, self._model.model, self._n_vocab),
             processors=given["logits_processor"] or (),
             input_ids=lambda: self._input_ids,
         )

@@ -287,7 +287,7 @@ def test_the_mask_agrees_with_asking_about_every_token(mtp: Llama) -> None:
         ('root ::= ("ab" | "cd" | "é☃" [à-ü]+ | "e")+ "\\n"', "abcdé☃äüe\n"),
         ('root ::= "{" ws "\\"x\\":" ws [0-9]+ "}"\nws ::= [ \\n]*', '{ "x": 12}'),
     ):
-        mask = Mask.of(grammar(rules), mtp._model.vocab, mtp.n_vocab())
+        mask = Mask.of(grammar(rules), mtp._model.model, mtp.n_vocab())
         for token in mtp.tokenize(text.encode(), add_bos=False):
             legal = mask.legal()
             assert (legal == mask.allows(everything)).all()

@@ -26,6 +26,8 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "prepare": (_P, _P, _S),
     "schema": (_P, _S),
     "grammar": (_P, _P, _S, _E),
+    "grammar_allowed": (_B, _P, _P),
+    "grammar_forced": (ctypes.c_int32, _P),
     "grammar_error": (_P, _P),
     "answer_init": (_P, _S, _E),
     "answer_free": (None, _P),

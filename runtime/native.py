@@ -7,10 +7,12 @@ import functools
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from gemma_mtp.runtime import chat_native
 from llama_cpp import llama_cpp as lib
 from llama_cpp import llama_cpp_ext as ext
 
@@ -263,20 +265,26 @@ def set_noise_position(chain: Any, position: int) -> bool:
     return function is not None and bool(function(chain, position))
 
 
+def _of_grammars(name: str, restype: Any, *argtypes: Any) -> Iterator[Any]:
+    """A question to a sampler of a grammar: as llama.cpp has these, and as libllama-common has those of chats."""
+    if (function := _mtp(f"llama_mtp_grammar_{name}", restype, *argtypes)) is not None:
+        yield function
+    if (known := chat_native.functions()) is not None:
+        yield known[f"grammar_{name}"]
+
+
 def grammar_allows(sampler: Any, n_vocab: int) -> npt.NDArray[np.bool_] | None:
     """Whether a grammar's sampler allows each token next, shape [n_vocab]; None where libllama cannot tell at once."""
-    function = _mtp("llama_mtp_grammar_allowed", ctypes.c_bool, _P, _P)
     words = np.zeros((n_vocab + 63) // 64, np.uint64)
-    if function is None or not function(sampler, words.ctypes.data):
+    if not any(function(sampler, words.ctypes.data) for function in _of_grammars("allowed", ctypes.c_bool, _P, _P)):
         return None
     return np.unpackbits(words.view(np.uint8), count=n_vocab, bitorder="little").view(np.bool_)
 
 
 def grammar_forces(sampler: Any) -> int | None:
     """The only token that it allows next, not counting those that spell a byte, if libllama can tell."""
-    function = _mtp("llama_mtp_grammar_forced", _I, _P)
-    token = lib.LLAMA_TOKEN_NULL if function is None else function(sampler)
-    return None if token == lib.LLAMA_TOKEN_NULL else int(token)
+    tokens = (int(function(sampler)) for function in _of_grammars("forced", _I, _P))
+    return next((token for token in tokens if token != lib.LLAMA_TOKEN_NULL), None)
 
 
 class DraftBatch:

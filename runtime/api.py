@@ -8,15 +8,16 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from gemma_mtp.convert import link
 from gemma_mtp.runtime.borrowed import bind, like
 from gemma_mtp.runtime.chat_format import UNSAID
+from gemma_mtp.runtime.checks import CHAT, CHAT_TEMPLATE, REQUEST, check_bias, check_messages, check_tokens, checked
+from gemma_mtp.runtime.completion import Asked, completion, lead
 from gemma_mtp.runtime.context import Context, Stock
 from gemma_mtp.runtime.faults import Careful, check_grammar
 from gemma_mtp.runtime.guard import CALL, STREAM, exclusive
 from gemma_mtp.runtime.logprobs import LogProbs
+from gemma_mtp.runtime.processors import with_bias
 from gemma_mtp.runtime.request import (
     WISHES,
     DraftLength,
@@ -26,13 +27,19 @@ from gemma_mtp.runtime.request import (
     checked_length,
     chosen_seed,
     following_seed,
+    has_seed,
     tell,
     telling,
 )
-from gemma_mtp.runtime.sampling import reading
 from gemma_mtp.runtime.stats import Stats
-from llama_cpp import LogitsProcessorList, llama_chat_format
+from llama_cpp import llama_chat_format
 from llama_cpp import llama_cpp as lib
+
+# Arguments of a completion that `generate` has under the same name.
+CHOOSING = (
+    "top_k", "top_p", "min_p", "typical_p", "repeat_penalty", "frequency_penalty", "presence_penalty", "tfs_z",
+    "mirostat_mode", "mirostat_tau", "mirostat_eta", "logits_processor", "stopping_criteria", "grammar",
+)  # fmt: skip
 
 
 class Api(Context):
@@ -89,13 +96,15 @@ class Api(Context):
     def draft_length(self, value: DraftLength) -> None:
         self._defaults = self._possible(replace(self._defaults, draft_length=checked_length(value)))
 
-    def asked(self, mtp: bool | None, draft_length: DraftLength | None) -> Request:
+    def asked(
+        self, mtp: bool | None = None, draft_length: DraftLength | None = None, min_tokens: int | None = None
+    ) -> Request:
         """All that a call asks for: what it says itself, else the call around it, else this object.
 
         Raises:
             ValueError: a wish is not what it may be, or cannot be had.
         """
-        return self._possible(asked(mtp, draft_length).within(self._defaults))
+        return self._possible(asked(mtp, draft_length, min_tokens).within(self._defaults))
 
     def _possible(self, request: Request) -> Request:
         if request.mtp and self._undrafted is not None:
@@ -105,86 +114,120 @@ class Api(Context):
         return request
 
     @like(Stock.__call__, **WISHES)
-    def __call__(
-        self, *args: Any, mtp: bool | None = None, draft_length: DraftLength | None = None, **kwargs: Any
-    ) -> Any:
-        given = bind(Stock.__call__, *args, **kwargs)
-        return self.create_completion(**given, mtp=mtp, draft_length=draft_length)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        wishes = {name: kwargs.pop(name, None) for name in WISHES}
+        return self.create_completion(**bind(Stock.__call__, *args, **kwargs), **wishes)
 
     @like(Stock.create_completion, **WISHES)
     def create_completion(
-        self, *args: Any, mtp: bool | None = None, draft_length: DraftLength | None = None, **kwargs: Any
-    ) -> Any:
-        self.check_open()
-        given = bind(Stock.create_completion, *args, **kwargs)
-        if given["logit_bias"] is not None and given["logits_processor"] is not None:
-            # Stock loses both: it takes the None that list.extend returns for the new list.
-            given["logits_processor"] = _with_bias(given["logits_processor"], given["logit_bias"])
-            given["logit_bias"] = None
-        given["stopping_criteria"] = reading(given["stopping_criteria"])
-        stream = given["stream"]
-        # What only the caller's context knows is asked here, before a stream starts.
-        source = self._complete(self.asked(mtp, draft_length), **given)
-        answers = self.guard.stream(source, STREAM if stream else CALL)
-        return answers if stream else next(answers)
-
-    def _complete(
-        self, request: Request, prompt: str | list[int], logprobs: int | None, max_tokens: int | None, **given: Any
-    ) -> Generator[Any, Any, None]:
-        """Stock's completion, its seed chosen and told, its log-probabilities kept here instead of there."""
-        wanted = None if logprobs is None else LogProbs(logprobs, given["echo"], [] if prompt else [self.token_bos()])
-        seed = following_seed(self._seed) if given["seed"] is None else chosen_seed(given["seed"])
-        request.told["seed"] = seed
-        self._request, self._logprobs = request, wanted
-        try:
-            given |= {"max_tokens": -1 if max_tokens is None else max_tokens, "seed": seed}
-            source = super()._create_completion(prompt, **given)
-            if wanted is not None:
-                source = wanted.attached(self, prompt, source, given["stream"])
-            with self.counted(seed) as stats, closing(source):
-                for item in source:
-                    stats.lap()
-                    yield tell(request, item)
-        finally:
-            self._request = self._logprobs = None
-
-    @like(Stock.create_chat_completion, **WISHES, chat_template_kwargs="dict[str, Any] | None")
-    def create_chat_completion(
         self,
         *args: Any,
         mtp: bool | None = None,
         draft_length: DraftLength | None = None,
-        chat_template_kwargs: dict[str, Any] | None = None,
+        min_tokens: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As llama_cpp.Llama.create_chat_completion, with three more; the answer, or a stream's last chunk, has "seed".
+        """As llama_cpp.Llama.create_completion, with three more; the answer, or a stream's last chunk, tells more.
+
+        Args:
+            args: as there; `max_tokens` of 0 reads the prompt and makes nothing, below 0 or None makes what fits.
+            mtp: False generates without drafting; True insists on it.
+            draft_length: tokens to draft in a round, or "auto".
+            min_tokens: tokens before which none ends the answer.
+            kwargs: as there.
+
+        Returns:
+            As there; with "seed", and "timings" with the names that llama-server has for them.
+
+        Raises:
+            ValueError: an argument is not what it may be, or the prompt does not fit the context.
+        """
+        self.check_open()
+        given = checked(REQUEST, bind(Stock.create_completion, *args, **kwargs))
+        # What only the caller's context knows is asked here, before a stream starts.
+        source = self._complete(self.asked(mtp, draft_length, min_tokens), given)
+        if given["stream"]:
+            return self.guard.stream(source, STREAM)
+        with closing(self.guard.stream(source, CALL)) as answers:
+            return next(answers)
+
+    def _complete(self, request: Request, given: dict[str, Any]) -> Generator[Any, Any, None]:
+        """A completion, its seed chosen and told."""
+        asked = self._to_make(given)
+        choosing = {name: given[name] for name in CHOOSING} | {"temp": given["temperature"]}
+        if given["logit_bias"]:
+            check_bias(given["logit_bias"], self._n_vocab)
+            choosing["logits_processor"] = with_bias(choosing["logits_processor"] or (), given["logit_bias"])
+        seed = self._chosen(given["seed"])
+        request.told["seed"] = seed
+        self._request, self._logprobs = request, asked.notes
+        try:
+            with self.counted(seed, request) as stats, closing(completion(self, asked, choosing)) as source:
+                for item in source:
+                    stats.lap()
+                    request.told["timings"] = stats.timings()
+                    yield tell(request, item)
+        finally:
+            self._request = self._logprobs = None
+
+    def _to_make(self, given: dict[str, Any]) -> Asked:
+        """What a completion shall be, by its arguments."""
+        prompt, most = given["prompt"], given["max_tokens"]
+        if not isinstance(prompt, str):
+            check_tokens(prompt, self._n_vocab)
+        notes = None
+        if given["logprobs"] is not None:
+            notes = LogProbs(given["logprobs"], given["echo"], lead(self, prompt), self.token_bos())
+        asked = {name: given[name] for name in ("prompt", "suffix", "echo", "stop", "stream", "model")}
+        return Asked(max_tokens=None if most is None or most < 0 else most, notes=notes, **asked)
+
+    def _chosen(self, seed: int | None) -> int:
+        """The seed of a completion: its own, which leaves the object's as it is, or the next of the object's."""
+        if seed is not None:
+            return chosen_seed(seed)
+        following = following_seed(self._seed)
+        if has_seed(self._seed):
+            self._seed = following
+        return following
+
+    @like(Stock.create_chat_completion, **WISHES, chat_template_kwargs="dict[str, Any] | None")
+    def create_chat_completion(
+        self, *args: Any, chat_template_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
+        """As llama_cpp.Llama.create_chat_completion, with what `create_completion` has beside stock's, and one more.
 
         Args:
             args: as there.
-            mtp: False generates without drafting; True insists on it.
-            draft_length: tokens to draft in a round, or "auto".
             chat_template_kwargs: variables for the chat template, for instance {"enable_thinking": True}.
-            kwargs: as there.
+            kwargs: as there, and `mtp`, `draft_length`, `min_tokens`.
+
+        Returns:
+            As there; the answer, or a stream's last chunk, has "seed" and "timings".
+
+        Raises:
+            ValueError: an argument is not what it may be, or the chat does not fit the context.
         """
         self.check_open()
+        request = self.asked(**{name: kwargs.pop(name, None) for name in WISHES})
+        given = checked(CHAT, bind(Stock.create_chat_completion, *args, **kwargs))
+        check_messages(given["messages"], sees=self.chat_handler is not None)
+        given |= CHAT_TEMPLATE("chat_template_kwargs", chat_template_kwargs) or {}
         if self.chat_format == UNSAID:
             self._tell(f"{self.model_path} has no chat template; the chat is in Gemma 4's own format")
-        given = bind(Stock.create_chat_completion, *args, **kwargs) | (chat_template_kwargs or {})
         handler = (
             self.chat_handler
             or self._chat_handlers.get(self.chat_format)
             or llama_chat_format.get_chat_completion_handler(self.chat_format)
         )
-        request = self.asked(mtp, draft_length)
         return telling(request, ask(request, lambda: handler(llama=self, **given)))
 
     @contextmanager
-    def counted(self, seed: int) -> Iterator[Stats]:
+    def counted(self, seed: int, request: Request) -> Iterator[Stats]:
         """Counters and clock of a request: of a completion, or of tokens that are generated without one."""
         if self._counting:  # the tokens of a completion
             yield self.stats
             return
-        self._counting, self.stats = True, Stats(seed=seed)
+        self._counting, self.stats = True, Stats(seed=seed, draft_length=request.length)
         try:
             yield self.stats
         finally:
@@ -230,16 +273,3 @@ class Api(Context):
         made = [super(Api, self).embed(text, normalize, truncate, True) for text in input]
         rows, count = [row for row, _ in made], sum(n for _, n in made)
         return (rows, count) if return_count else rows
-
-
-def _with_bias(processors: Any, bias: dict[int, float]) -> LogitsProcessorList:
-    """Logits processors with a bias after them."""
-    ids = np.array([int(token) for token in bias], dtype=np.intp)
-    added = np.array([float(value) for value in bias.values()], dtype=np.single)
-
-    def add_bias(input_ids: npt.NDArray[np.intc], scores: npt.NDArray[np.single]) -> npt.NDArray[np.single]:
-        del input_ids
-        scores[ids] += added
-        return scores
-
-    return LogitsProcessorList([*processors, add_bias])

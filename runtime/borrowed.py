@@ -26,7 +26,6 @@ PRIVATE = {
         "_lora_adapter": "empty where llama.cpp could not read the file, which stock lets pass",
         "_chat_handlers": "the chat templates of the file",
         "_init_sampler": "the chain of a request, whose last stage we replace",
-        "_create_completion": "the generator behind create_completion and __call__",
     },
     "llama_cpp.LlamaGrammar": {
         "_grammar": "its text",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -11,12 +12,14 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 from gemma_mtp.runtime import native
-from gemma_mtp.runtime.faults import CLOSED, explain_decode
+from gemma_mtp.runtime.faults import CLOSED, FORKED, explain_decode
 from gemma_mtp.runtime.guard import Guard, exclusive
+from gemma_mtp.runtime.interrupt import aborting, interruptible
 from gemma_mtp.runtime.native import Floats
 from llama_cpp import llama_cpp as lib
 
 Stock = llama_cpp.Llama
+LONG = 32  # tokens from which on a decode can be interrupted in its middle
 
 
 class Context(llama_cpp.Llama):
@@ -29,6 +32,7 @@ class Context(llama_cpp.Llama):
         input_ids: which they are, shape [n_ctx]; ids below zero stand for an image or a sound.
         scores: all their logits with logits_all, shape [n_ctx, n_vocab]; else a single row that nobody reads.
         guard: lets one thread in at a time; `guard.patience` is how many seconds others wait.
+        pid: of the process that loaded it.
     """
 
     n_tokens: int
@@ -36,6 +40,7 @@ class Context(llama_cpp.Llama):
     input_ids: npt.NDArray[np.intc]
     scores: npt.NDArray[np.single]
     guard: Guard
+    pid: int
     _ctx: Any
 
     def fit_arrays(self) -> None:
@@ -50,14 +55,21 @@ class Context(llama_cpp.Llama):
         self.scores = np.zeros((rows, self._n_vocab), dtype=np.single)
 
     def check_open(self) -> None:
-        """Raise RuntimeError if there is nothing to run: the model was freed, or loaded without weights."""
-        if self._ctx.ctx is None:
+        """Raise RuntimeError if there is nothing to run.
+
+        The model was freed, or shall be by a `close` in another thread; or it was loaded without weights, or before a
+        fork, after which the threads that compute are missing.
+        """
+        if self.guard.ending or self._ctx.ctx is None:
             raise RuntimeError(CLOSED)
+        if os.getpid() != self.pid:
+            raise RuntimeError(FORKED)
         if self._ctx.memory is None:
             raise RuntimeError("this Llama was loaded with vocab_only=True and has no weights; load it without.")
 
     def decode(self, tokens: Sequence[int], draft: Sequence[int]) -> int:
         """As `Target.decode`."""
+        self.check_open()
         past = self.n_tokens
         if not draft:
             self.eval(tokens)
@@ -87,13 +99,26 @@ class Context(llama_cpp.Llama):
         before = self.n_tokens
         self._check_room(len(tokens))
         try:
-            super().eval(tokens)
+            if len(tokens) < LONG:
+                super().eval(tokens)
+            else:
+                with interruptible(lambda: self.guard.ending) as ended, aborting(self.ctx, ended):
+                    super().eval(tokens)
         except BaseException as problem:
             self.n_tokens = before
             self.roll_back()
             if isinstance(problem, RuntimeError):
                 raise explain_decode(problem) from problem
             raise
+
+    def read(self, tokens: list[int]) -> None:
+        """Decode a prompt, all of it; what the KV cache shares with it is kept.
+
+        Raises:
+            ValueError: as `reuse_prefix`.
+            RuntimeError: as `eval`.
+        """
+        self.eval(self.reuse_prefix(tokens))
 
     def _check_room(self, count: int) -> None:
         if self.n_tokens + count > self._n_ctx:

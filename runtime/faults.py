@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,15 +10,26 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from gemma_mtp.convert import link
+from gemma_mtp.runtime.checks import OPTIONS, checked
 from gemma_mtp.runtime.grammar import grammar_sampler
-from gemma_mtp.runtime.sampling import readable
+from gemma_mtp.runtime.native import Floats
+from gemma_mtp.runtime.sampling import Choose, NoTokenLeft, readable
 from jinja2 import TemplateSyntaxError
 from llama_cpp import llama_cpp as lib
 
 # In stock's words for a file that llama.cpp did not take.
 LOADING = "load model from file"
 CLOSED = "this Llama is closed; load the model again."
+FORKED = (
+    "this Llama was loaded before a fork, which does not take along the threads that compute; load it in the process "
+    'that uses it, or start that one with multiprocessing.get_context("spawn").'
+)
+NAN = (
+    "the model's logits are no numbers (nan): its weights are damaged, or a computation overflowed; check the file "
+    "with gemma-mtp verify, and convert it again."
+)
 # What llama_decode returns (include/llama.h), and what helps.
 DECODE = {
     1: "the KV cache has no room for the batch; raise n_ctx, or shorten the prompt or max_tokens",
@@ -39,20 +51,18 @@ BY_NUMBER = {number: (name, block) for name, (number, block) in CACHE_TYPES.item
 SMALL_BLOCK = 32  # of which the heads of every Gemma 4 are multiples
 
 
-def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse arguments of llama_cpp.Llama that end the process inside llama.cpp.
+def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of llama_cpp.Llama as they may be.
 
     Raises:
         ValueError: naming the argument and what it may be.
     """
-    for name, least in (("n_ctx", 0), ("n_batch", 1), ("n_ubatch", 0)):
-        if options.get(name, least) < least:
-            raise ValueError(f"{name} is {options[name]}; it counts tokens, {least} at least.")
     for name in ("type_k", "type_v"):
         value = options.get(name)
         if value is not None and (type(value) is not int or value not in BY_NUMBER):
             known = ", ".join(f"{number} ({each})" for each, (number, _) in CACHE_TYPES.items())
             raise ValueError(f"{name} is {value!r}; a KV cache holds these types of ggml, by number: {known}.")
+    return checked(OPTIONS, options)
 
 
 def check_grammar(vocab: Any, grammar: Any) -> None:
@@ -71,6 +81,28 @@ class Closed:
 
     def __getattr__(self, name: str) -> Any:
         raise RuntimeError(CLOSED)
+
+
+def keep_for_good(thing: Any) -> None:
+    """Never free something, not even as the process ends."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+def naming_nan(choose: Choose) -> Choose:
+    """A choice that tells when there is none because the logits are no numbers."""
+
+    def chosen(logits: Floats, position: int) -> int:
+        try:
+            token = choose(logits, position)
+        except (ValueError, NoTokenLeft) as problem:
+            if np.isnan(logits).any():
+                raise RuntimeError(NAN) from problem
+            raise
+        if np.isnan(logits[token]):
+            raise RuntimeError(NAN)
+        return token
+
+    return chosen
 
 
 class Careful:

@@ -80,11 +80,13 @@ class Guard:
     Attributes:
         patience: seconds that a call waits for another thread, and after which a stream that nobody reads is given up.
         dropped: set when nobody has the object any more, nor its streams: then a call from any thread ends an open one.
+        ending: set when the object is to be freed: who is at work in it shall come to an end, and nobody waits in vain.
     """
 
     def __init__(self, patience: float = 5.0) -> None:
         self.patience = patience
-        self.dropped = False
+        self.dropped = self.ending = False
+        self._last: Callable[[], None] | None = None
         self._holder: Holder | None = None
         self._changed = threading.Condition()
 
@@ -136,14 +138,32 @@ class Guard:
         finally:
             self._close(source)
 
+    def finish(self, free: Callable[[], None]) -> None:
+        """Free the object: a stream ends, and a call of another thread does at its next step, which is waited for.
+
+        From within a call, for instance by a handler of a signal, it is freed when that call ends.
+
+        Args:
+            free: does it.
+        """
+        self.ending = True
+        if self.nested():
+            self._last = free
+            return
+        self._take(None, CALL)
+        try:
+            free()
+        finally:
+            self._free()
+
     def _take(self, source: Generator[Any, Any, None] | None, what: str) -> None:
         """Become the thread inside, ending a stream that was left open; with a source, that owns the object now."""
         until = monotonic() + self.patience
         with self._changed:
             while (left := self._holder) is not None and not self._may_end(left):
-                if (remaining := until - monotonic()) <= 0:
+                if not self.ending and monotonic() >= until:
                     raise RuntimeError(str(left))
-                self._changed.wait(min(remaining, POLL))
+                self._changed.wait(POLL)
             self._holder = Holder(source, what)
         if left is not None and left.stream is not None:
             try:
@@ -154,7 +174,7 @@ class Guard:
 
     def _may_end(self, holder: Holder) -> bool:
         """Whether a stream may be ended for another call's sake."""
-        return holder.abandoned(self.patience) or (self.dropped and holder.inside is None)
+        return holder.abandoned(self.patience) or ((self.dropped or self.ending) and holder.inside is None)
 
     def _leave(self) -> None:
         """Hand out an item of the open stream."""
@@ -182,10 +202,15 @@ class Guard:
             self._free()
 
     def _free(self) -> None:
-        """Let the next one in."""
-        with self._changed:
-            self._holder = None
-            self._changed.notify_all()
+        """Let the next one in, and free the object first if that was wished for within the call that ends."""
+        last, self._last = self._last, None
+        try:
+            if last is not None:
+                last()
+        finally:
+            with self._changed:
+                self._holder = None
+                self._changed.notify_all()
 
 
 class Guarded(Protocol):

@@ -6,32 +6,47 @@ A `Llama` is an `Api` (stock's calls with our keywords), which is a `Context` (t
 from __future__ import annotations
 
 import ctypes
+import os
 import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import cached_property
 from os import PathLike, fspath
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Self
 
 import llama_cpp
 from gemma_mtp.convert import link
 from gemma_mtp.runtime import chat_format, devices, loop, native, rpc, sampling
 from gemma_mtp.runtime.api import Api
-from gemma_mtp.runtime.borrowed import bind, like
+from gemma_mtp.runtime.borrowed import bind, like, signature
+from gemma_mtp.runtime.checks import GENERATE, OURS, check_tokens, checked, unknown
 from gemma_mtp.runtime.context import Stock
 from gemma_mtp.runtime.draft.costs import Costs, costs_path
 from gemma_mtp.runtime.draft.drafter import Drafter, DraftSettings, attached
 from gemma_mtp.runtime.draft.length import Policy
 from gemma_mtp.runtime.draft.proposals import Proposals, sources
 from gemma_mtp.runtime.draft.source import DraftSource
-from gemma_mtp.runtime.faults import Careful, Closed, check_options, explaining_decode, explaining_load
+from gemma_mtp.runtime.faults import (
+    Careful,
+    Closed,
+    check_options,
+    explaining_decode,
+    explaining_load,
+    keep_for_good,
+    naming_nan,
+)
 from gemma_mtp.runtime.grammar import Mask, TokenIndex
-from gemma_mtp.runtime.guard import Guard, exclusive_stream
+from gemma_mtp.runtime.guard import Guard, exclusive, exclusive_stream
+from gemma_mtp.runtime.interrupt import interruptible, while_loading
 from gemma_mtp.runtime.pair import Wanted, fetch_drafter, named, searched
-from gemma_mtp.runtime.request import MOST, WISHES, DraftLength, Request, checked_length, checked_mtp, chosen_seed
+from gemma_mtp.runtime.processors import processors_of
+from gemma_mtp.runtime.request import DRAFTING, MOST, DraftLength, Request, checked_length, checked_mtp, chosen_seed
 from gemma_mtp.runtime.sampling import Sampler, reading
 from gemma_mtp.runtime.stats import Stats
+from gemma_mtp.runtime.text import Tokenizer
+from llama_cpp import LlamaTokenizer
 from llama_cpp._utils import suppress_stdout_stderr
 
 # Arguments of llama_cpp.Llama under which no drafter can work.
@@ -81,6 +96,7 @@ class Llama(Api):
     """
 
     drafter: Drafter | None
+    tokenizer_: Any
 
     def __init__(
         self,
@@ -93,9 +109,10 @@ class Llama(Api):
         **options: Any,
     ) -> None:
         # For close() and __del__, should what follows raise.
-        self._stack, self.guard, self.drafter = ExitStack(), Guard(), None
+        self._stack, self.guard, self.drafter, self.pid = ExitStack(), Guard(), None, os.getpid()
         wishes = Request(mtp, checked_length(draft_length))
-        check_options(options)
+        checked(OURS, {"model_path": model_path, "drafter": drafter, "rpc_servers": rpc_servers})
+        options = check_options(options)
         native.check_cpu()
         self.rpc_servers, self._devices = rpc_servers, None
         if rpc_servers:
@@ -110,14 +127,18 @@ class Llama(Api):
         self.stats, self.total_stats = Stats(), Stats()
         self._request = self._logprobs = None
         self._careful, self._counting = Careful(()), False
-        self._load(model_path, options)
-        self.fit_arrays()
+        if (strange := unknown(options, signature(Stock.__init__).parameters)) is not None:
+            self._tell(strange)
+        with interruptible() as ended:
+            self._progress = while_loading(ended)
+            self._load(model_path, options)
+            self.fit_arrays()
+            if path is not None and reason is None:
+                native.notice_unpatched()
+                # Weakly, so that dropping the object frees it at once, as it does stock's.
+                self.drafter = self._stack.enter_context(attached(weakref.proxy(self), path))
         if path is not None and reason is not None:
             self._tell(reason)
-        elif path is not None:
-            native.notice_unpatched()
-            # Weakly, so that dropping the object frees it at once, as it does stock's.
-            self.drafter = self._stack.enter_context(attached(weakref.proxy(self), path))
         elif missing is not None and reason is None and mtp is not False:
             self._tell(f"generating without MTP: {missing}")
         # What passes and draft steps take here; from the cache, if this model has run on this machine before.
@@ -133,6 +154,7 @@ class Llama(Api):
     @model_params.setter
     def model_params(self, made: Any) -> None:
         """Stock makes them as it loads the model, and leaves the devices to llama.cpp."""
+        made.progress_callback = self._progress
         if self._devices is not None:
             made.devices = ctypes.addressof(self._devices)
         self._model_params = made
@@ -152,11 +174,13 @@ class Llama(Api):
                 raise RuntimeError(f"Failed to initialize LoRA adapter from lora path: {self.lora_path}")
         if options.get("seed") == 0:  # stock takes it for none
             self._seed = 0
+        if isinstance(self.tokenizer_, LlamaTokenizer):
+            self.tokenizer_ = Tokenizer(self)
         self._chat_handlers |= dict.fromkeys(chat_format.GEMMA_FORMATS, chat_format.gemma_handler(self))
         if self.chat_format == chat_format.FALLBACK and not options.get("chat_format"):
             self.chat_format = chat_format.UNSAID
 
-    @like(Stock.generate, **WISHES)
+    @like(Stock.generate, **DRAFTING)
     @exclusive_stream
     def generate(
         self, *args: Any, mtp: bool | None = None, draft_length: DraftLength | None = None, **kwargs: Any
@@ -169,22 +193,53 @@ class Llama(Api):
             draft_length: tokens to draft in a round, or "auto".
             kwargs: as there.
         """
-        given = bind(Stock.generate, *args, **kwargs)
-        given["tokens"] = list(given["tokens"])
+        given = checked(GENERATE, bind(Stock.generate, *args, **kwargs))
+        check_tokens(given["tokens"], self._n_vocab)
         given["stopping_criteria"] = reading(given["stopping_criteria"])
         own = mtp is not None or draft_length is not None
         request = self.asked(mtp, draft_length) if own or self._request is None else self._request
+        given["logits_processor"] = processors_of(
+            given["logits_processor"], request.min_tokens or 0, lambda: self._ends
+        )
         mirostat = given["mirostat_mode"] != 0 and given["temp"] > 0
         if mirostat and request.mtp:
             raise ValueError(f"MTP was asked for, but {MIROSTAT}; leave mirostat_mode at 0.")
-        seed = chosen_seed(self._seed)
-        with self.counted(seed) as stats, explaining_decode():
-            if self._logprobs is not None:
-                self._logprobs.begin(self, given["tokens"])
+        seed = self._seed_now()
+        with self.counted(seed, request) as stats, explaining_decode():
+            self._begin(given["tokens"], stats)
             if self.draft_model is None and not mirostat:
                 yield from self._drafting(given, seed, request, stats)
             else:
                 yield from stats.counting(self._as_stock(given))
+
+    def _seed_now(self) -> int:
+        """The seed of the completion that runs, or of tokens that are generated without one."""
+        return chosen_seed(self.stats.seed if self._counting else self._seed)
+
+    def _begin(self, tokens: list[int], stats: Stats) -> None:
+        """Keep the log-probabilities of a prompt's tokens, if they are wanted."""
+        if self._logprobs is not None:
+            clock = perf_counter()
+            stats.prompt_tokens = self._logprobs.begin(self, tokens)
+            stats.prompt_seconds = perf_counter() - clock
+
+    def _reuse(self, tokens: list[int], stats: Stats) -> list[int]:
+        """As `reuse_prefix`, counted."""
+        left = self.reuse_prefix(tokens)
+        stats.cached_tokens = self.n_tokens - stats.prompt_tokens
+        return left
+
+    @exclusive
+    def read(self, tokens: list[int]) -> None:
+        """As `Context.read`, as a part of a request."""
+        with self.counted(self._seed_now(), self.asked()) as stats, explaining_decode():
+            self._begin(tokens, stats)
+            left, clock = self._reuse(tokens, stats), perf_counter()
+            self.eval(left)
+            stats.prompt_tokens += len(left)
+            stats.prompt_seconds += perf_counter() - clock
+            stats.lap()
+            stats.time_to_first_token = stats.seconds
 
     def _as_stock(self, given: dict[str, Any]) -> Generator[int, Sequence[int] | None, None]:
         """Stock's own loop, for what only it can do."""
@@ -206,10 +261,12 @@ class Llama(Api):
 
         sampler = self._choice(given, seed)
         try:
-            left = self.reuse_prefix(tokens if given["reset"] else [*self._input_ids.tolist(), *tokens])
+            left = self._reuse(tokens if given["reset"] else [*self._input_ids.tolist(), *tokens], stats)
             asked = self.sources(sampler, request.length, DraftSettings.of(given, seed))
             proposals = Proposals(self, sampler, asked, request.length, self._policy, self._costs)
-            choose = sampler if self._logprobs is None else self._logprobs.recording(sampler)
+            choose = naming_nan(sampler)
+            if self._logprobs is not None:
+                choose = self._logprobs.recording(choose)
             yield from loop.generate(self, left, choose, proposals, stop, stats)
         finally:
             if self._costs.seen(1):
@@ -251,6 +308,15 @@ class Llama(Api):
         """Tokens by their first byte, for grammars; made with the first of these, as it asks for every token's text."""
         return TokenIndex(self._model.vocab, self._n_vocab)
 
+    def tokenizer(self) -> Tokenizer:
+        """As llama_cpp.Llama.tokenizer, with pieces of any length."""
+        return Tokenizer(self)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """All tokens that end an answer."""
+        return [token for token in range(self._n_vocab) if self.ends(token)]
+
     def _costs_file(self) -> Path:
         settings = ("n_threads", "n_ubatch", "flash_attn_type", "type_k", "type_v", "offload_kqv")
         return costs_path(
@@ -264,15 +330,22 @@ class Llama(Api):
         )
 
     def close(self) -> None:
-        """Free drafter and model; a stream still open ends.
+        """Free drafter and model; a stream still open ends, and so does a call of another thread at its next step."""
+        self.guard.finish(self._free)
 
-        Raises:
-            RuntimeError: another thread has been using the object for `guard.patience` seconds.
-        """
-        with self.guard.call():
+    def _free(self) -> None:
+        self.drafter = None
+        self._ctx = self._model = self.tokenizer_ = Closed()
+        if os.getpid() == self.pid:
             self._stack.close()
-            self.drafter = None
-            self._ctx = self._model = self.tokenizer_ = Closed()
+        else:  # it is the other process's, and so are the threads that would have to end
+            keep_for_good(self._stack.pop_all())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __del__(self) -> None:
         if hasattr(self, "guard"):

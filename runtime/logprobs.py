@@ -6,10 +6,10 @@ Gemma 4. A response needs of a row the chosen token and the few most likely ones
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+import codecs
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-import llama_cpp
 import numpy as np
 from gemma_mtp.runtime.native import Floats
 from gemma_mtp.runtime.sampling import Choose
@@ -46,14 +46,14 @@ class LogProbs:
         top: how many of the most likely tokens at each position.
         echo: whether the prompt's own tokens are wanted as well.
         lead: tokens that stock counts as completed before the first: the BOS token, if the prompt is empty.
+        bos: the BOS token, which answers do not name.
     """
 
-    def __init__(self, top: int, echo: bool, lead: list[int]) -> None:
-        self.top = top
-        self.echo = echo
+    def __init__(self, top: int, echo: bool, lead: list[int], bos: int) -> None:
+        self.top, self.echo, self.bos = top, echo, bos
         self.lead = len(lead)
         self.prompt: list[int] = []
-        self.completion = lead
+        self.completion = list(lead)
         self._at: dict[int, tuple[float, list[tuple[int, float]]]] = {}
 
     def add(self, position: int, logits: Floats, token: int) -> None:
@@ -71,15 +71,18 @@ class LogProbs:
 
         return recorded
 
-    def begin(self, target: Target, tokens: list[int]) -> None:
+    def begin(self, target: Target, tokens: list[int]) -> int:
         """Note the prompt; if its own tokens are wanted, decode it with logits for all of them, but for the last.
+
+        Returns:
+            How many tokens were decoded.
 
         Raises:
             ValueError: they are wanted, and not all of them are tokens.
         """
         self.prompt = tokens
         if not self.echo:
-            return
+            return 0
         if min(tokens, default=0) < 0:
             raise ValueError("echo with logprobs needs a prompt of text; this one holds an image or a sound.")
         target.reset()
@@ -90,6 +93,7 @@ class LogProbs:
             target.n_tokens = start + len(chunk)
             for i in range(len(chunk)):
                 self.add(start + i + 1, target.logits(row + i), tokens[start + i + 1])
+        return max(len(tokens) - 1, 0)
 
     def watching(
         self, source: Generator[int, Sequence[int] | None, None], chosen_from: Callable[[int], Floats]
@@ -112,83 +116,45 @@ class LogProbs:
             sent = yield token
             position += 1 + len(sent or ())
 
-    def response(self, llm: llama_cpp.Llama, start: int, count: int, offset: Callable[[int], int]) -> dict[str, Any]:
-        """The `logprobs` part of a choice, for the completion's tokens or, from a negative start, the prompt's too.
+    def told(
+        self, numbers: range, spell: Callable[[int], str], offset: Offset, piece: Callable[[int], bytes]
+    ) -> dict[str, Any]:
+        """The `logprobs` part of a choice, for tokens numbered from the completion's first: below 0 the prompt's.
 
         Args:
-            llm: for its tokenizer.
-            start: first token, counted from the completion's first.
-            count: how many.
-            offset: gives the text offset of a token, from its number.
+            numbers: which tokens, one after the other.
+            spell: the text of a token id.
+            offset: of the first of them; afterwards that of the token behind the last.
+            piece: what the token of a number adds to the text.
         """
         found: dict[str, Any] = {"tokens": [], "text_offset": [], "token_logprobs": [], "top_logprobs": []}
-        for number in range(start, start + count):
+        for number in numbers:
             position = len(self.prompt) + number - (self.lead if number >= 0 else 0)
             token = self.prompt[number] if number < 0 else self.completion[number]
-            if token == llm.token_bos():
-                continue
-            text = _text(llm, [token])
-            found["tokens"].append(text)
-            found["text_offset"].append(offset(number))
-            logprob, best = self._at.get(position, (None, []))  # nothing says how likely a prompt's first token is
-            found["token_logprobs"].append(logprob)
-            top = {_text(llm, [i]): value for i, value in best}
-            found["top_logprobs"].append(None if logprob is None else top | {text: logprob})
+            if token != self.bos:
+                # Nothing says how likely a prompt's first token is.
+                logprob, best = self._at.get(position, (None, []))
+                text = spell(token)
+                found["tokens"].append(text)
+                found["text_offset"].append(offset.characters)
+                found["token_logprobs"].append(logprob)
+                top = {spell(i): value for i, value in best} | {text: logprob}
+                found["top_logprobs"].append(None if logprob is None else top)
+            offset.add(piece(number))
         return found
 
-    def attached(
-        self, llm: llama_cpp.Llama, prompt: str | list[int], answers: Iterator[dict[str, Any]], stream: bool
-    ) -> Generator[dict[str, Any], None, None]:
-        """What stock answers when it is not asked for log-probabilities, whole or in chunks, with them."""
-        if stream:
-            return self._in_chunks(llm, len(prompt), answers)
-        return (self._in_whole(llm, len(prompt), answer) for answer in answers)
 
-    def _in_whole(self, llm: llama_cpp.Llama, length: int, answer: dict[str, Any]) -> dict[str, Any]:
-        count = answer["usage"]["completion_tokens"]
-        first = 1 if self.prompt[:1] == [llm.token_bos()] else 0
-        start = first - len(self.prompt) if self.echo else 0
-        tokens = self.prompt[first:] * self.echo + self.completion[:count]
-        before = 0 if self.echo else length
-        found = self.response(
-            llm, start, len(tokens), lambda number: before + len(_text(llm, tokens[: number - start]))
-        )
-        if self.echo and found["tokens"]:  # as OpenAI's API has it
-            found["token_logprobs"][0] = found["top_logprobs"][0] = None
-        answer["choices"][0]["logprobs"] = found
-        return answer
+class Offset:
+    """How many characters of a text stand before a token.
 
-    def _in_chunks(
-        self, llm: llama_cpp.Llama, length: int, chunks: Iterator[dict[str, Any]]
-    ) -> Generator[dict[str, Any], None, None]:
-        """A chunk holds one token; or several, where a character is spread over them.
+    Args:
+        start: before the first.
+    """
 
-        (Stock then sends them one by one, and the character is lost.)
-        """
-        done = 0
-        for chunk in chunks:
-            choice = chunk["choices"][0]
-            if choice["finish_reason"] is None:
-                count = _covered(llm, self.completion[done:], choice["text"])
-                choice["logprobs"] = self.response(
-                    llm, done, count, lambda number: length + len(_text(llm, self.completion[:number]))
-                )
-                done += count
-            yield chunk
+    def __init__(self, start: int) -> None:
+        self.characters = start
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
 
-
-def _text(llm: llama_cpp.Llama, tokens: list[int]) -> str:
-    text: str = llm.detokenize(tokens).decode("utf-8", errors="ignore")
-    return text
-
-
-def _covered(llm: llama_cpp.Llama, tokens: list[int], text: str) -> int:
-    """How many tokens a chunk's text is made of: the fewest that are whole characters and say the same, or one."""
-    wanted = text.encode()
-    for count in range(1, len(tokens) + 1):
-        made = llm.detokenize(tokens[:count])
-        if made == wanted:
-            return count
-        if len(made) > len(wanted):
-            break
-    return min(1, len(tokens))
+    def add(self, piece: bytes) -> None:
+        """Go on by a token, of which this is the piece."""
+        self.characters += len(self._decoder.decode(piece))

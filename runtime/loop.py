@@ -60,7 +60,8 @@ def generate(
             target.logits(row)  # waits for a device that computes on its own
             pass_seconds = perf_counter() - begun
             if stats.tokens == 0:
-                stats.prompt_tokens, stats.prompt_seconds = len(tokens), pass_seconds
+                stats.prompt_tokens += len(tokens)
+                stats.prompt_seconds += pass_seconds
             else:
                 stats.passed(pass_seconds)
             past = target.n_tokens

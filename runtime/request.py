@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, Literal
 
+from gemma_mtp.runtime.checks import REQUEST
+
 DraftLength = int | Literal["auto"]
 # The longest draft. With the token before it these are 16 rows of a batch: up to there a row's logits are those it has
 # alone, beyond it llama.cpp multiplies with other kernels, and the text would depend on how far was drafted.
@@ -54,9 +56,14 @@ def following_seed(seed: int) -> int:
 
     Else as llama_cpp.Llama has it, so that an object with a seed makes the same sequence of completions again.
     """
-    if int(seed) & DRAWN == DRAWN:
+    if not has_seed(seed):
         return chosen_seed(seed)
     return random.Random(int(seed)).randint(0, 2**32) % DRAWN
+
+
+def has_seed(seed: Any) -> bool:
+    """Whether an object has a seed of its own, or wants one drawn for every request."""
+    return int(seed) & DRAWN != DRAWN
 
 
 def checked_mtp(value: Any) -> bool | None:
@@ -77,6 +84,7 @@ class Request:
     Attributes:
         mtp: False generates without drafting; True insists on it, and is an error where nothing can be drafted.
         draft_length: tokens to draft in a round, or "auto".
+        min_tokens: tokens before which none ends the answer.
         told: what the answer says beside llama_cpp.Llama's keys, for a chat handler passes on only what it knows.
 
     Raises:
@@ -85,18 +93,21 @@ class Request:
 
     mtp: bool | None = None
     draft_length: DraftLength | None = None
+    min_tokens: int | None = None
     told: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         checked_mtp(self.mtp)
         if self.draft_length is not None:
             object.__setattr__(self, "draft_length", checked_length(self.draft_length))
+        REQUEST["min_tokens"]("min_tokens", self.min_tokens)
 
     def within(self, around: Request) -> Request:
         """These wishes, and those of what is around where there is none here."""
         return Request(
             mtp=around.mtp if self.mtp is None else self.mtp,
             draft_length=around.draft_length if self.draft_length is None else self.draft_length,
+            min_tokens=around.min_tokens if self.min_tokens is None else self.min_tokens,
             told=self.told,
         )
 
@@ -124,15 +135,15 @@ def asking(request: Request) -> Iterator[None]:
         ASKED.reset(token)
 
 
-def asked(mtp: bool | None, draft_length: Any) -> Request:
+def asked(mtp: bool | None, draft_length: Any, min_tokens: int | None = None) -> Request:
     """The request of a call: what it says itself, and what the call around it said.
 
     Raises:
         ValueError: a wish is not what it may be.
     """
     around = ASKED.get()
-    own = Request(mtp, draft_length) if around is NOTHING else Request(mtp, draft_length, around.told)
-    return own.within(around)
+    told = {} if around is NOTHING else around.told
+    return Request(mtp, draft_length, min_tokens, told).within(around)
 
 
 def _stepping(request: Request, chunks: Iterator[Any]) -> Generator[Any, None, None]:
@@ -177,4 +188,5 @@ def telling(request: Request, answer: Any) -> Any:
     return chunks()
 
 
-WISHES = {"mtp": "bool | None", "draft_length": "DraftLength | None"}
+DRAFTING = {"mtp": "bool | None", "draft_length": "DraftLength | None"}
+WISHES = {**DRAFTING, "min_tokens": "int | None"}

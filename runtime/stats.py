@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from time import perf_counter
 from typing import Any
 
+OF_ONE = ("seed", "draft_length")  # what only a single request has
+
 
 @dataclass
 class Stats:
@@ -15,6 +17,7 @@ class Stats:
     Attributes:
         seed: what the random numbers of the request came from: given with the same arguments it makes the same tokens.
             None in a sum.
+        draft_length: how many tokens a draft was to have, a number or "auto". None in a sum.
         tokens: tokens handed to the caller.
         drafts: rounds with a draft.
         drafted: tokens proposed.
@@ -25,6 +28,7 @@ class Stats:
             that the grammar allowed).
         accepted_from: `accepted` by source.
         target_passes: decodes of the target after the prompt.
+        cached_tokens: prompt tokens that the KV cache held already.
         prompt_tokens: prompt tokens that were decoded, not taken from the cache.
         prompt_seconds: time for these.
         seconds: by the clock on the wall, from the start of the request until its last token, or its whole answer, was
@@ -40,6 +44,7 @@ class Stats:
     """
 
     seed: int | None = None
+    draft_length: int | str | None = None
     tokens: int = 0
     drafts: int = 0
     drafted: int = 0
@@ -49,6 +54,7 @@ class Stats:
     drafted_from: dict[str, int] = field(default_factory=dict)
     accepted_from: dict[str, int] = field(default_factory=dict)
     target_passes: int = 0
+    cached_tokens: int = 0
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
     seconds: float = 0.0
@@ -85,6 +91,11 @@ class Stats:
     def mean_accepted(self) -> float:
         """Accepted tokens per draft."""
         return self.accepted / self.drafts if self.drafts else 0.0
+
+    @property
+    def mean_drafted(self) -> float:
+        """Drafted tokens per draft: the length that was chosen, on average."""
+        return self.drafted / self.drafts if self.drafts else 0.0
 
     @property
     def speedup(self) -> float | None:
@@ -145,7 +156,9 @@ class Stats:
 
     def add(self, other: Stats) -> None:
         """Add another request's counters to these."""
-        for name, value in ((each.name, getattr(other, each.name)) for each in fields(other) if each.name != "seed"):
+        for name, value in (
+            (each.name, getattr(other, each.name)) for each in fields(other) if each.name not in OF_ONE
+        ):
             if isinstance(value, list):
                 mine: list[int] = getattr(self, name)
                 grow(mine, len(value))
@@ -158,10 +171,31 @@ class Stats:
             else:
                 setattr(self, name, getattr(self, name) + value)
 
+    def timings(self) -> dict[str, Any]:
+        """What llama-server tells under "timings", by the same names and the same clock.
+
+        `prompt_ms` goes from the start of the request to its first token and `predicted_ms` from there to the last, the
+        first being the prompt's; "draft_n" and "draft_n_accepted" are there where drafts were.
+        """
+        prompt, answer = self.time_to_first_token * 1e3, self.generation_seconds * 1e3
+        steps = max(self.tokens - 1, 0)
+        found: dict[str, Any] = {
+            "cache_n": self.cached_tokens,
+            "prompt_n": self.prompt_tokens,
+            "prompt_ms": prompt,
+            "prompt_per_token_ms": prompt / self.prompt_tokens if self.prompt_tokens else 0.0,
+            "prompt_per_second": self.prompt_tokens / prompt * 1e3 if prompt else 0.0,
+            "predicted_n": self.tokens,
+            "predicted_ms": answer,
+            "predicted_per_token_ms": answer / steps if steps else 0.0,
+            "predicted_per_second": self.tokens_per_second,
+        }
+        return found | ({"draft_n": self.drafted, "draft_n_accepted": self.accepted} if self.drafted else {})
+
     def as_dict(self) -> dict[str, Any]:
         """Counters and the ratios derived from them, ready for JSON."""
         ratios = (
-            "acceptance", "mean_accepted", "tokens_per_target_pass",
+            "acceptance", "mean_accepted", "mean_drafted", "tokens_per_target_pass",
             "generation_seconds", "tokens_per_second", "speedup",
         )  # fmt: skip
         values = ((name, getattr(self, name)) for name in ratios)
@@ -170,6 +204,8 @@ class Stats:
     def line(self) -> str:
         """One line for people."""
         text = f"{self.tokens} tokens, {self.tokens_per_second:.1f} tokens/s"
+        if self.tokens and self.time_to_first_token:
+            text += f", the first after {self.time_to_first_token:.2f} s"
         seed = "" if self.seed is None else f", seed {self.seed}"
         if not self.drafts:
             return f"{text}, without MTP{seed}"
@@ -183,16 +219,18 @@ class Stats:
 
     def report(self) -> str:
         """Several lines for people: what was drafted and accepted, and what it brought."""
+        held = f", {self.cached_tokens} were in the cache" if self.cached_tokens else ""
         rows = [
             ("tokens", f"{self.tokens} in {self.seconds:.2f} s"),
             ("first token", f"after {self.time_to_first_token:.2f} s, then {self.tokens_per_second:.1f} per second"),
-            ("prompt", f"{self.prompt_tokens} tokens read in {self.prompt_seconds:.2f} s"),
+            ("prompt", f"{self.prompt_tokens} tokens read in {self.prompt_seconds:.2f} s{held}"),
             ("target passes", f"{self.target_passes}, {self.tokens_per_target_pass:.2f} tokens each"),
         ]
         if self.drafts:
+            wanted = "" if self.draft_length is None else f" (draft_length {self.draft_length})"
             pairs = zip(self.accepted_per_position, self.drafted_per_position, strict=True)
             rows += [
-                ("drafted", f"{self.drafted} tokens in {self.drafts} drafts"),
+                ("drafted", f"{self.drafted} tokens in {self.drafts} drafts, {self.mean_drafted:.2f} in each{wanted}"),
                 ("accepted", f"{self.accepted} ({self.acceptance:.0%}), {self.mean_accepted:.2f} per draft"),
                 ("by position", " ".join(f"{hit / of:.2f}" for hit, of in pairs)),
             ]

@@ -78,7 +78,7 @@ CALLS: dict[str, Callable[[Llama], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [*(name for name in CALLS if name != "close")])
 def test_another_thread_is_refused_while_a_stream_is_read(
     name: str, usable: Llama, wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +137,99 @@ def test_close_frees_a_stream_whose_reader_is_gone(demo: Pair) -> None:
     llm.close()
     with pytest.raises(RuntimeError, match="later call"):
         next(stream)
+
+
+def test_close_ends_a_stream_that_is_read(demo: Pair) -> None:
+    llm = Llama(demo.target, **OPTIONS)
+    llm.guard.patience = 3600.0
+    with ThreadPoolExecutor(1) as reader:
+        stream = llm(PROMPT, **GREEDY, stream=True)
+        assert reader.submit(next, stream).result(GUARD)["choices"]
+        llm.close()
+        with pytest.raises(RuntimeError, match="later call"):
+            reader.submit(next, stream).result(GUARD)
+
+
+@pytest.mark.parametrize("call", ["completion", "generate", "prompt"])
+def test_close_ends_a_call_of_another_thread(call: str, demo: Pair) -> None:
+    """At its next step, however long it would have gone on."""
+    llm = Llama(demo.target, **OPTIONS | {"n_ctx": 2048})
+    context, inside, go = llm._ctx, threading.Event(), threading.Event()
+    real = llm._ctx.decode
+
+    def slow(batch: Any) -> None:
+        inside.set()
+        assert go.wait(GUARD)
+        real(batch)
+
+    llm._ctx.decode = slow
+    calls: dict[str, Callable[[], Any]] = {
+        "completion": lambda: llm(PROMPT, temperature=0.0, max_tokens=1500),
+        "generate": lambda: list(zip(range(1500), llm.generate([2, 5]), strict=False)),
+        "prompt": lambda: llm.eval([5] * 1500),
+    }
+    with ThreadPoolExecutor(2) as pool:
+        working = pool.submit(calls[call])
+        assert inside.wait(GUARD)
+        closing_it = pool.submit(llm.close)
+        while not llm.guard.ending:
+            pass
+        go.set()
+        closing_it.result(GUARD)
+        with pytest.raises(RuntimeError, match=r"closed|aborted"):
+            working.result(GUARD)
+    assert context.ctx is None
+
+
+def test_close_within_a_call_frees_when_it_ends(demo: Pair) -> None:
+    """A logits processor here; a handler of a signal is the same."""
+    llm = Llama(demo.target, **OPTIONS)
+    context, seen = llm._ctx, []
+
+    def close(ids: Any, scores: Any) -> Any:
+        llm.close()
+        seen.append(context.ctx is not None)
+        return scores
+
+    with pytest.raises(RuntimeError, match="closed"):
+        llm(PROMPT, **GREEDY, logits_processor=llama_cpp.LogitsProcessorList([close]))
+    assert seen == [True]
+    assert context.ctx is None
+
+
+def test_with_closes(demo: Pair) -> None:
+    with Llama(demo.target, **OPTIONS) as llm:
+        context = llm._ctx
+        assert llm(PROMPT, **GREEDY)["choices"]
+    assert context.ctx is None
+
+
+FORK = """
+import os, sys
+from gemma_mtp.runtime import Llama
+llm = Llama(sys.argv[1], n_ctx=256, n_threads=2, verbose=False)
+stream = llm("import os", max_tokens=20, stream=True)
+next(stream)
+if not (child := os.fork()):
+    for call in (lambda: llm("x"), lambda: next(stream), lambda: llm.eval([5]), lambda: llm.create_chat_completion([])):
+        try:
+            call()
+            os._exit(3)
+        except RuntimeError as problem:
+            assert "spawn" in str(problem), problem
+    llm.close()
+    del llm, stream
+    sys.exit(0)
+assert os.waitpid(child, 0)[1] == 0
+print(llm("import os", max_tokens=2)["usage"]["completion_tokens"])
+"""
+
+
+def test_after_a_fork_it_says_what_to_do(demo: Pair) -> None:
+    """The threads that compute are missing in the child, which would wait for them for ever; it can end, though."""
+    command = [sys.executable, "-c", FORK, demo.target]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=GUARD)
+    assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
 
 
 class Reader:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import weakref
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import cached_property
 from os import PathLike, fspath
@@ -287,8 +287,14 @@ class Llama(Api):
         native_round = settings if sampler.plain and native.drafts_rounds() else None
         return sources(self, self.drafter, self._costs, native_round, length)
 
-    def _choice(self, given: Mapping[str, Any], seed: int) -> Sampler:
-        """What chooses tokens under these arguments: llama.cpp's sampler chain, with our noise for its draw."""
+    def _choice(self, given: Mapping[str, Any], seed: int, ids: Callable[[], Any] | None = None) -> Sampler:
+        """What chooses tokens under these arguments: llama.cpp's sampler chain, with our noise for its draw.
+
+        Args:
+            given: arguments of `generate`.
+            seed: of the noise.
+            ids: gives the tokens so far; None for the object's own.
+        """
         temp, top_k = given["temp"], given["top_k"]
         penalties = (given["repeat_penalty"], given["frequency_penalty"], given["presence_penalty"])
         chain = self._init_sampler(**{name: value for name, value in given.items() if name not in NOT_OF_THE_CHAIN})
@@ -300,7 +306,7 @@ class Llama(Api):
             penalized=0 if penalties == (1.0, 0.0, 0.0) else max(self.last_n_tokens_size, 0),
             mask=Mask.of(given["grammar"], self._token_index) if given["grammar"] is not None else None,
             processors=given["logits_processor"] or (),
-            input_ids=lambda: self._input_ids,
+            input_ids=ids or (lambda: self._input_ids),
         )
 
     @cached_property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -154,10 +154,7 @@ class Api(Context):
     def _complete(self, request: Request, given: dict[str, Any]) -> Generator[Any, Any, None]:
         """A completion, its seed chosen and told."""
         asked = self._to_make(given)
-        choosing = {name: given[name] for name in CHOOSING} | {"temp": given["temperature"]}
-        if given["logit_bias"]:
-            check_bias(given["logit_bias"], self._n_vocab)
-            choosing["logits_processor"] = with_bias(choosing["logits_processor"] or (), given["logit_bias"])
+        choosing = self._choosing(given)
         seed = self._chosen(given["seed"])
         request.told["seed"] = seed
         self._request, self._logprobs = request, asked.notes
@@ -169,6 +166,14 @@ class Api(Context):
                     yield tell(request, item)
         finally:
             self._request = self._logprobs = None
+
+    def _choosing(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of `generate` for those of a completion."""
+        choosing = {name: given[name] for name in CHOOSING if name in given} | {"temp": given["temperature"]}
+        if given["logit_bias"]:
+            check_bias(given["logit_bias"], self._n_vocab)
+            choosing["logits_processor"] = with_bias(choosing["logits_processor"] or (), given["logit_bias"])
+        return choosing
 
     def _to_make(self, given: dict[str, Any]) -> Asked:
         """What a completion shall be, by its arguments."""
@@ -212,14 +217,17 @@ class Api(Context):
         given = checked(CHAT, bind(Stock.create_chat_completion, *args, **kwargs))
         check_messages(given["messages"], sees=self.chat_handler is not None)
         given |= CHAT_TEMPLATE("chat_template_kwargs", chat_template_kwargs) or {}
+        return telling(request, ask(request, lambda: self._handler()(llama=self, **given)))
+
+    def _handler(self) -> Any:
+        """What formats messages and reads answers."""
         if self.chat_format == UNSAID:
             self._tell(f"{self.model_path} has no chat template; the chat is in Gemma 4's own format")
-        handler = (
+        return (
             self.chat_handler
             or self._chat_handlers.get(self.chat_format)
             or llama_chat_format.get_chat_completion_handler(self.chat_format)
         )
-        return telling(request, ask(request, lambda: handler(llama=self, **given)))
 
     @contextmanager
     def counted(self, seed: int, request: Request) -> Iterator[Stats]:

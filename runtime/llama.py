@@ -19,7 +19,6 @@ from typing import Any, Self
 import llama_cpp
 from gemma_mtp.convert import link
 from gemma_mtp.runtime import chat_format, devices, loop, native, rpc, sampling
-from gemma_mtp.runtime.api import Api
 from gemma_mtp.runtime.borrowed import bind, like, signature
 from gemma_mtp.runtime.checks import GENERATE, OURS, check_tokens, checked, unknown
 from gemma_mtp.runtime.context import Stock
@@ -40,6 +39,7 @@ from gemma_mtp.runtime.faults import (
 from gemma_mtp.runtime.grammar import Mask, TokenIndex
 from gemma_mtp.runtime.guard import Guard, exclusive, exclusive_stream
 from gemma_mtp.runtime.interrupt import interruptible, while_loading
+from gemma_mtp.runtime.many.calls import Many
 from gemma_mtp.runtime.pair import Wanted, fetch_drafter, named, searched
 from gemma_mtp.runtime.processors import processors_of
 from gemma_mtp.runtime.request import DRAFTING, MOST, DraftLength, Request, checked_length, checked_mtp, chosen_seed
@@ -60,7 +60,7 @@ NOT_OF_THE_CHAIN = ("tokens", "reset", "logits_processor", "stopping_criteria", 
 MIROSTAT = "mirostat draws its own random numbers"
 
 
-class Llama(Api):
+class Llama(Many):
     """Drop-in `llama_cpp.Llama` that generates with the drafter linked to its target.
 
     Tokens for a seed do not depend on whether, how far or with what was drafted (but for near-ties that floating point
@@ -317,11 +317,6 @@ class Llama(Api):
     def tokenizer(self) -> Tokenizer:
         """As llama_cpp.Llama.tokenizer, with pieces of any length."""
         return Tokenizer(self)
-
-    @cached_property
-    def _ends(self) -> list[int]:
-        """All tokens that end an answer."""
-        return [token for token in range(self._n_vocab) if self.ends(token)]
 
     def _costs_file(self) -> Path:
         settings = ("n_threads", "n_ubatch", "flash_attn_type", "type_k", "type_v", "offload_kqv")

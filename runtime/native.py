@@ -178,9 +178,7 @@ def drafts_rounds() -> bool:
     return _llama_mtp_draft() is not None
 
 
-def draft_round(
-    ctx: Any, params: DraftParams, token: int, hidden: Floats, position: int, sequence: int = 0
-) -> Ids:
+def draft_round(ctx: Any, params: DraftParams, token: int, hidden: Floats, position: int, sequence: int = 0) -> Ids:
     """Draft up to `params.n_max` tokens of a sequence in one call; the other arguments are those of Drafter.draft.
 
     Returns:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Protocol
 
 from gemma_mtp.runtime.draft.costs import Costs
 from gemma_mtp.runtime.draft.drafter import Drafter, DraftSettings, FromDrafter
 from gemma_mtp.runtime.draft.forced import FromGrammar
-from gemma_mtp.runtime.draft.length import Policy, fitting
+from gemma_mtp.runtime.draft.length import fitting
 from gemma_mtp.runtime.draft.lookup import FromText
 from gemma_mtp.runtime.draft.source import Draft, DraftSource, Proposal, Start
 from gemma_mtp.runtime.request import MOST, DraftLength
@@ -31,6 +32,18 @@ def sources(
     """
     found: list[DraftSource] = [FromGrammar(), FromDrafter(target, drafter, costs, settings)]
     return [*found, FromText(target)] if length == "auto" else found
+
+
+class Chooses(Protocol):
+    """Chooses a source of drafts and a length for every round, and learns what became of them."""
+
+    most: int
+
+    def choose(self, offers: Mapping[str, tuple[int, bool]]) -> tuple[str, int]:
+        """As `Policy.choose`."""
+
+    def observe(self, source: str, drafted: int, accepted: int, tokens: int) -> None:
+        """As `Policy.observe`."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,7 @@ class Proposals:
         sampler: Sampler,
         sources: Sequence[DraftSource],
         length: DraftLength,
-        policy: Policy,
+        policy: Chooses,
         costs: Costs,
     ) -> None:
         self._target, self._sampler, self._sources, self._policy, self._costs = target, sampler, sources, policy, costs

@@ -11,7 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from gemma_mtp.runtime.draft.length import HYSTERESIS, PROBE_SHARE, REFRESH, Acceptance, Doubles, Prices
+from gemma_mtp.runtime.draft.length import (
+    CLEARLY,
+    HYSTERESIS,
+    PROBE_SHARE,
+    REFRESH,
+    REST,
+    Acceptance,
+    Doubles,
+    Prices,
+)
 
 # For each source the longest draft it can give now, and whether its tokens are free.
 Offers = Mapping[str, tuple[int, bool]]
@@ -47,7 +56,7 @@ class SharedPolicy:
         self.costs, self.most = costs, most
         self._acceptance: list[dict[str, Acceptance]] = [{} for _ in range(count)]
         self._tried = max([1, *(rows // count for rows in range(count, count * (most + 1) + 1) if costs.seen(rows))])
-        self._previous = self._idle = self._drafting = 0
+        self._previous = self._idle = self._drafting = self._rest = 0
 
     def choose(self, offers: Mapping[int, Offers], n_pass: int) -> dict[int, tuple[str, int]]:
         """Sources and lengths for a round.
@@ -64,6 +73,10 @@ class SharedPolicy:
             return nothing
         if self.costs.seen(n_pass) < 2 or self._drafting >= REFRESH:
             self._drafting = 0
+            return nothing
+        if self._rest > 0:
+            self._rest -= 1
+            self._idle += 1
             return nothing
         plain = self.costs.pass_seconds(n_pass)
         longest = min(self.most, 2 * self._tried - 1)
@@ -83,7 +96,10 @@ class SharedPolicy:
             acceptance.passed(tokens)
 
     def _of(self, number: int, kind: str) -> Acceptance:
-        return self._acceptance[number].setdefault(kind, Acceptance(self.most))
+        known = self._acceptance[number]
+        if kind not in known:
+            known[kind] = Acceptance(self.most)
+        return known[kind]
 
     def _best(self, number: int, offers: Offers, longest: int, speed: float) -> Best:
         """The best of a sequence's sources, draft steps weighed at the speed of plain passes, in tokens a second."""
@@ -95,9 +111,10 @@ class SharedPolicy:
             tokens = np.concatenate([[0.0], np.cumsum(self._of(number, kind).reach(most))])
             steps = np.arange(most + 1) * (not free)
             worth = tokens - steps * self.costs.step_seconds() * speed
-            lengths = np.array([int(worth[: min(n, most) + 1].argmax()) for n in range(longest + 1)])
-            # A first token is always tried where its row is there anyway, for what it tells.
-            lengths[1:] = np.maximum(lengths[1:], 1)
+            # The best of no more than n. One token is always tried where its row is there anyway, for what it tells.
+            higher = np.concatenate([[True], worth[1:] > np.maximum.accumulate(worth)[:-1]])
+            lengths = np.maximum.accumulate(np.where(higher, np.arange(most + 1), 0))
+            lengths = np.maximum(lengths[np.minimum(np.arange(longest + 1), most)], np.arange(longest + 1) > 0)
             if not found.kind or worth.max() > top:
                 top, found = float(worth.max()), Best(kind, lengths, tokens[lengths], steps[lengths])
         return found
@@ -118,8 +135,11 @@ class SharedPolicy:
         if not common and len(rate) > 1:
             # Where drafts do not pay, one now and then, for what it tells: the dearer, the rarer.
             lost = (1 - rate[1] / rate[0]) * self.costs.pass_seconds(2 * n_pass)
-            if self._idle >= max(8, int(lost / (PROBE_SHARE * plain))):
+            wait = max(8, int(lost / (PROBE_SHARE * plain))) - self._idle
+            if wait <= 0:
                 return 1
+            if rate[1:].max() < CLEARLY * rate[0]:
+                self._rest = min(REST, wait - 1)
         self._previous = common
         return common
 

@@ -9,9 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from gemma_mtp.convert import link
+from gemma_mtp.runtime.arguments import CHAT, CHAT_TEMPLATE, REQUEST, check_bias, check_messages, check_tokens
 from gemma_mtp.runtime.borrowed import bind, like
 from gemma_mtp.runtime.chat_format import UNSAID
-from gemma_mtp.runtime.checks import CHAT, CHAT_TEMPLATE, REQUEST, check_bias, check_messages, check_tokens, checked
+from gemma_mtp.runtime.checks import checked
 from gemma_mtp.runtime.completion import Asked, completion, lead
 from gemma_mtp.runtime.context import Context, Stock
 from gemma_mtp.runtime.faults import Careful, check_grammar

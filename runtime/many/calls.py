@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from gemma_mtp.runtime.api import Api
+from gemma_mtp.runtime.arguments import CHAT, CHAT_TEMPLATE, GENERATE, REQUEST, check_messages
 from gemma_mtp.runtime.borrowed import bind
-from gemma_mtp.runtime.checks import CHAT, CHAT_TEMPLATE, FLAG, GENERATE, REQUEST, check_messages, checked, whole
+from gemma_mtp.runtime.checks import FLAG, checked, whole
 from gemma_mtp.runtime.completion import Made, limit, prompt_tokens
 from gemma_mtp.runtime.context import Stock
 from gemma_mtp.runtime.draft.drafter import Drafter

@@ -75,6 +75,10 @@ class Many(Api):
             ValueError, TypeError: an argument is not what it may be.
             RuntimeError: memory is short.
         """
+        return self._stream(prompts, self.completions(**options), "prompts", n_parallel, as_completed)
+
+    def completions(self, **options: Any) -> Prepare:
+        """What makes jobs of prompts, for `answered`; arguments and errors as `create_completions`."""
         wishes, options = _split(options)
         self._check(REQUEST, bind(Stock.create_completion, "", **options), wishes)
 
@@ -83,7 +87,7 @@ class Many(Api):
             given = checked(REQUEST, bind(Stock.create_completion, **(options | more)))
             return self._job(given, self.asked(**(wishes | own)))
 
-        return self._stream(prompts, prepare, "prompts", n_parallel, as_completed)
+        return prepare
 
     def create_chat_completions(
         self,
@@ -110,6 +114,10 @@ class Many(Api):
             ValueError, TypeError: an argument is not what it may be.
             RuntimeError: memory is short.
         """
+        return self._stream(conversations, self.chats(**options), "conversations", n_parallel, as_completed)
+
+    def chats(self, **options: Any) -> Prepare:
+        """What makes jobs of conversations, for `answered`; arguments and errors as `create_chat_completions`."""
         wishes, options = _split(options)
         variables = options.pop("chat_template_kwargs", None)
         CHAT_TEMPLATE("chat_template_kwargs", variables)
@@ -126,7 +134,7 @@ class Many(Api):
             job: Job = self._asking(given, self.asked(**(wishes | own)), [])
             return job
 
-        return self._stream(conversations, prepare, "conversations", n_parallel, as_completed)
+        return prepare
 
     def _check(self, rules: Mapping[str, Any], given: dict[str, Any], wishes: dict[str, Any]) -> None:
         """What all prompts ask for, looked at before the first."""
@@ -179,18 +187,21 @@ class Many(Api):
         if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
             raise ValueError(f"{name} is {type(items).__name__}; give a list of them, or an iterator.")
         count = min(n_parallel, len(items)) if isinstance(items, Sequence) else n_parallel
-        found = self._answered(iter(items), prepare, count)
-        return self.guard.stream(_paired(found) if as_completed else _in_order(found), STREAM)
+        return self.answered(items, prepare, count, as_completed)
 
-    def answered(self, items: Iterable[Any], prepare: Prepare, count: int) -> Generator[Answer, None, None]:
+    def answered(
+        self, items: Iterable[Any], prepare: Prepare, count: int, as_completed: bool = False
+    ) -> Generator[Any, None, None]:
         """As the calls, for items of any kind.
 
         Args:
             items: what is asked; exceptions stand for themselves.
             prepare: makes a job of one; what it raises is the answer.
             count: sequences.
+            as_completed: as there.
         """
-        return self.guard.stream(self._answered(iter(items), prepare, count), STREAM)
+        found = self._answered(iter(items), prepare, count)
+        return self.guard.stream(_paired(found) if as_completed else _in_order(found), STREAM)
 
     def _answered(self, items: Iterator[Any], prepare: Prepare, count: int) -> Generator[Answer, None, None]:
         self.check_open()

@@ -93,7 +93,10 @@ class Answers:
     def write(self, number: int, line: bytes, answer: Mapping[str, Any]) -> None:
         """Append the answer to a line of prompts."""
         made = {"line": number, **answer, "digest": self._prompts.digest(line)}
-        data = (json.dumps(made, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+        try:
+            data = json.dumps(made, ensure_ascii=False).encode() + b"\n"
+        except UnicodeEncodeError:  # half a surrogate, in an id
+            data = json.dumps(made).encode() + b"\n"
         while data:  # a disk that is full takes a part, and raises at the next
             data = data[os.write(self._file, data) :]
 

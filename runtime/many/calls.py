@@ -40,6 +40,7 @@ class Many(Api):
     drafter: Drafter | None
     _costs_path: Path
     _choice: Callable[..., Sampler]
+    _rounds: type[Rounds] = Rounds
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -212,7 +213,7 @@ class Many(Api):
         self.stats = stats = Stats()
         try:
             with closing(Slots(self, count, self.drafter)) as slots:
-                yield from Rounds(slots, self._choice, self._costs_path, stats).run(jobs)
+                yield from self._rounds(slots, self._choice, self._costs_path, stats).run(jobs)
         finally:
             self.total_stats.add(stats)
 

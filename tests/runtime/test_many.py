@@ -11,9 +11,8 @@ import pytest
 from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import Llama
 from gemma_mtp.runtime.draft.costs import STEP, Costs
-from gemma_mtp.runtime.many import rounds
 from gemma_mtp.runtime.many.slots import Slots
-from llama_cpp import LlamaGrammar
+from llama_cpp import LlamaGrammar, _internals
 from llamas import OPTIONS
 from prompts import PROMPT, held_out
 
@@ -43,7 +42,7 @@ def paying(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(costs, "observe", lambda place, seconds: None)
         return costs
 
-    monkeypatch.setattr(rounds.Costs, "load", load)
+    monkeypatch.setattr(Costs, "load", load)
 
 
 @pytest.fixture
@@ -285,9 +284,10 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
 @pytest.mark.parametrize(("options", "kind", "words"), WRONG, ids=lambda value: str(value)[:20])
 def test_what_is_wrong_for_all_is_told_at_once(llm: Llama, options: Any, kind: type[Exception], words: str) -> None:
     """Before anything is read."""
-    for call, items in ((llm.create_completions, [PROMPT]), (llm.create_chat_completions, [MESSAGES])):
-        with pytest.raises(kind, match=words):
-            call(items, **options)
+    with pytest.raises(kind, match=words):
+        llm.create_completions([PROMPT], **options)
+    with pytest.raises(kind, match=words):
+        llm.create_chat_completions([MESSAGES], **options)
 
 
 @pytest.mark.parametrize("prompts", [PROMPT, {"prompt": PROMPT}, 3, None])
@@ -351,13 +351,12 @@ def test_without_a_drafter(demo: Pair, llm: Llama) -> None:
 
 def test_no_memory_for_so_many(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error with the next step, and the object is free."""
-    from gemma_mtp.runtime.many import slots
 
     def none(**options: Any) -> Any:
         raise ValueError("Failed to create llama_context")
 
     with monkeypatch.context() as patch:
-        patch.setattr(slots.internals, "LlamaContext", none)
+        patch.setattr(_internals, "LlamaContext", none)
         with pytest.raises(RuntimeError, match="lower n_parallel"):
             list(llm.create_completions([PROMPT], **SHORT))
     assert said(llm.create_completion(PROMPT, **SHORT))

@@ -161,38 +161,34 @@ class Api(Context):
             ValueError: an argument is not what it may be, or the prompt does not fit the context.
         """
         self.check_open()
-        given = checked(REQUEST, bind(Stock.create_completion, *args, **kwargs))
-        if (form := CHAT["response_format"]("response_format", response_format)) is not None:
-            given["grammar"] = self._of_format(form, given["grammar"])
+        given = self._completing(bind(Stock.create_completion, *args, **kwargs), response_format)
         # What only the caller's context knows is asked here, before a stream starts, and what is wrong is told.
-        return self._answered(self._begun(self.asked(mtp, draft_length, min_tokens), given), given["stream"])
+        return self._read(self._begun(self.asked(mtp, draft_length, min_tokens), given), given["stream"])
 
-    def _answered(self, source: Generator[Any, Any, None], stream: bool) -> Any:
+    def _read(self, source: Generator[Any, Any, None], stream: bool) -> Any:
         """The stream of a request that is its own, or its answer."""
         if stream:
             return self.guard.stream(source, STREAM)
         with closing(self.guard.stream(source, CALL)) as answers:
             return next(answers)
 
-    def _of_format(self, response_format: dict[str, Any], grammar: Any) -> Any:
-        """The grammar of a completion with a response_format."""
-        if grammar is not None:
+    def _completing(self, bound: dict[str, Any], response_format: Any) -> dict[str, Any]:
+        """The arguments of a completion, checked, with the grammar of its response_format."""
+        given = checked(REQUEST, bound)
+        if (form := CHAT["response_format"]("response_format", response_format)) is None:
+            return given
+        if given["grammar"] is not None:
             raise ValueError("grammar is given, and a response_format, which has one of its own; give either.")
         if chat_native.functions() is None:
             self._tell(STOCK_CHATS)
-            return stock_grammar(response_format)
-        return chat.format_grammar(response_format)
+            return given | {"grammar": stock_grammar(form)}
+        return given | {"grammar": chat.format_grammar(form)}
 
     def _begun(
         self, request: Request, given: dict[str, Any], shown: Mapping[int, bytes] | None = None
     ) -> Generator[Any, Any, None]:
         """A completion, whose arguments are looked at before anything is asked of it."""
-        asked = self._to_make(given, shown or {})
-        choosing = {name: given[name] for name in CHOOSING} | {"temp": given["temperature"]}
-        if given["logit_bias"]:
-            check_bias(given["logit_bias"], self._n_vocab)
-            choosing["logits_processor"] = with_bias(choosing["logits_processor"] or (), given["logit_bias"])
-        return self._complete(request, asked, given["seed"], choosing)
+        return self._complete(request, self._to_make(given, shown or {}), given["seed"], self._choosing(given))
 
     def _complete(
         self, request: Request, asked: Asked, wanted: int | None, choosing: dict[str, Any]
@@ -209,6 +205,14 @@ class Api(Context):
                     yield tell(request, item)
         finally:
             self._request = self._logprobs = None
+
+    def _choosing(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of `generate` for those of a completion."""
+        choosing = {name: given[name] for name in CHOOSING if name in given} | {"temp": given["temperature"]}
+        if given["logit_bias"]:
+            check_bias(given["logit_bias"], self._n_vocab)
+            choosing["logits_processor"] = with_bias(choosing["logits_processor"] or (), given["logit_bias"])
+        return choosing
 
     def _to_make(self, given: dict[str, Any], shown: Mapping[int, bytes]) -> Asked:
         """What a completion shall be, by its arguments."""
@@ -262,19 +266,24 @@ class Api(Context):
         request = self.asked(**{name: kwargs.pop(name, None) for name in WISHES})
         more = {"chat_template_kwargs": chat_template_kwargs, "parallel_tool_calls": parallel_tool_calls}
         bound = bind(Stock.create_chat_completion, *args, **kwargs)
-        given = checked(CHAT, bound | more | {"reasoning_effort": reasoning_effort})
-        check_messages(given["messages"], sees=self.chat_handler is not None)
-        variables = given["chat_template_kwargs"] or {}
-        if twice := sorted(variables.keys() & bound.keys()):
-            raise ValueError(f"chat_template_kwargs has {', '.join(twice)}; give that as an argument of its own.")
-        if self.chat_format == UNSAID:
-            self._tell(f"{self.model_path} has no chat template; the chat is in Gemma 4's own format")
+        given = self._chatting(bound, more | {"reasoning_effort": reasoning_effort})
         if self._templates is None:
-            return self._chat_as_stock(request, given, bound.keys())
+            arguments = self._for_handler(given, bound)
+            return telling(request, ask(request, lambda: self._handler()(llama=self, **arguments)))
         made = chat.prepare(self, self._templates, given)
         given |= chat.as_completion(made, given)
         source = chat.answers(made, self._begun(request, given, made.shown), given["stream"])
-        return self._answered(source, given["stream"])
+        return self._read(source, given["stream"])
+
+    def _chatting(self, bound: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a chat, stock's and ours, checked."""
+        given = checked(CHAT, bound | more)
+        check_messages(given["messages"], sees=self.chat_handler is not None)
+        if twice := sorted((given["chat_template_kwargs"] or {}).keys() & bound.keys()):
+            raise ValueError(f"chat_template_kwargs has {', '.join(twice)}; give that as an argument of its own.")
+        if self.chat_format == UNSAID:
+            self._tell(f"{self.model_path} has no chat template; the chat is in Gemma 4's own format")
+        return given
 
     @cached_property
     def _templates(self) -> chat_native.Templates | None:
@@ -287,18 +296,19 @@ class Api(Context):
             self._tell(f"llama.cpp cannot read the chat template ({problem}); chats are as llama-cpp-python has them")
             return None
 
-    def _chat_as_stock(self, request: Request, given: dict[str, Any], known: Collection[str]) -> Any:
-        """A chat by llama-cpp-python's handlers, which take the arguments that it knows."""
+    def _for_handler(self, given: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
+        """The arguments that llama-cpp-python's chat handlers know."""
         if chat_native.functions() is None and any(given[name] is not None for name in chat.WANTING):
             self._tell(STOCK_CHATS)
-        variables = given["chat_template_kwargs"] or {}
-        handler = (
+        return {name: given[name] for name in known} | (given["chat_template_kwargs"] or {})
+
+    def _handler(self) -> Any:
+        """What formats messages and reads answers where llama-cpp-python does."""
+        return (
             self.chat_handler
             or self._chat_handlers.get(self.chat_format)
             or llama_chat_format.get_chat_completion_handler(self.chat_format)
         )
-        arguments = {name: given[name] for name in known} | variables
-        return telling(request, ask(request, lambda: handler(llama=self, **arguments)))
 
     @contextmanager
     def counted(self, seed: int, request: Request) -> Iterator[Stats]:

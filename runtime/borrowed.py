@@ -35,7 +35,7 @@ PRIVATE = {
         "_lib": "the loaded libllama, for functions without a binding",
     },
     "llama_cpp": {
-        "_internals": "LlamaModel and LlamaSampler, for the drafter",
+        "_internals": "LlamaModel and LlamaSampler, for the drafter; LlamaContext, for several sequences",
         "_utils": "suppress_stdout_stderr",
     },
 }

@@ -145,10 +145,11 @@ def answers(
             yield from _chunks(prepared, completions)
         else:
             for item in completions:
-                yield _whole(prepared, item)
+                yield whole(prepared, item)
 
 
-def _whole(prepared: Prepared, item: dict[str, Any]) -> dict[str, Any]:
+def whole(prepared: Prepared, item: dict[str, Any]) -> dict[str, Any]:
+    """The answer of a chat, from that of its completion."""
     (choice,) = item["choices"]
     prepared.answer.add(choice["text"], more=choice["finish_reason"] == "length")
     message = dict(prepared.answer.message)

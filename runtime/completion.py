@@ -122,19 +122,24 @@ class Made:
     def reading(self, source: Iterator[int], most: int) -> Iterator[dict[str, Any]]:
         """Take tokens until the end, giving the chunks of a stream."""
         for token in source:
-            if self._llm.ends(token) or token in self._ends:
-                self.finish = "stop"
-                return
-            self.tokens.append(token)
-            self._add(self.asked.shown.get(token) or self._piece(token))
-            if self.text.stopped:
-                self.finish = "stop"
-                return
-            if self.asked.stream:
+            going = self.take(token, most)
+            if self.asked.stream and self.finish != "stop":
                 yield from self.chunks(self.text.ready())
-            if len(self.tokens) >= most:
+            if not going:
                 return
         self.finish = "stop"  # the stopping criteria's
+
+    def take(self, token: int, most: int) -> bool:
+        """Go on with a token; False at the end, which is there with `most` tokens at the latest."""
+        if self._llm.ends(token) or token in self._ends:
+            self.finish = "stop"
+            return False
+        self.tokens.append(token)
+        self._add(self.asked.shown.get(token) or self._piece(token))
+        if self.text.stopped:
+            self.finish = "stop"
+            return False
+        return len(self.tokens) < most
 
     def chunks(self, parts: Iterator[Part]) -> Iterator[dict[str, Any]]:
         """Chunks of parts of the text, each of one token or more."""

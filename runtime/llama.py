@@ -8,9 +8,8 @@ from __future__ import annotations
 import ctypes
 import os
 import weakref
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from functools import cached_property
 from os import PathLike, fspath
 from pathlib import Path
 from time import perf_counter
@@ -19,7 +18,6 @@ from typing import Any, Self
 import llama_cpp
 from gemma_mtp.convert import link
 from gemma_mtp.runtime import chat_format, devices, loop, native, rpc, sampling
-from gemma_mtp.runtime.api import Api
 from gemma_mtp.runtime.arguments import GENERATE, OURS, check_tokens
 from gemma_mtp.runtime.borrowed import bind, like, signature
 from gemma_mtp.runtime.checks import checked, unknown
@@ -41,6 +39,7 @@ from gemma_mtp.runtime.faults import (
 from gemma_mtp.runtime.grammar import Mask
 from gemma_mtp.runtime.guard import Guard, exclusive, exclusive_stream
 from gemma_mtp.runtime.interrupt import interruptible, while_loading
+from gemma_mtp.runtime.many.calls import Many
 from gemma_mtp.runtime.pair import Wanted, fetch_drafter, named, searched
 from gemma_mtp.runtime.processors import processors_of
 from gemma_mtp.runtime.request import DRAFTING, MOST, DraftLength, Request, checked_length, checked_mtp, chosen_seed
@@ -61,7 +60,7 @@ NOT_OF_THE_CHAIN = ("tokens", "reset", "logits_processor", "stopping_criteria", 
 MIROSTAT = "mirostat draws its own random numbers"
 
 
-class Llama(Api):
+class Llama(Many):
     """Drop-in `llama_cpp.Llama` that generates with the drafter linked to its target.
 
     Tokens for a seed do not depend on whether, how far or with what was drafted (but for near-ties that floating point
@@ -294,8 +293,14 @@ class Llama(Api):
         native_round = settings if sampler.plain and native.drafts_rounds() else None
         return sources(self, self.drafter, self._costs, native_round, length)
 
-    def _choice(self, given: Mapping[str, Any], seed: int) -> Sampler:
-        """What chooses tokens under these arguments: llama.cpp's sampler chain, with our noise for its draw."""
+    def _choice(self, given: Mapping[str, Any], seed: int, ids: Callable[[], Any] | None = None) -> Sampler:
+        """What chooses tokens under these arguments: llama.cpp's sampler chain, with our noise for its draw.
+
+        Args:
+            given: arguments of `generate`.
+            seed: of the noise.
+            ids: gives the tokens so far; None for the object's own.
+        """
         temp, top_k = given["temp"], given["top_k"]
         penalties = (given["repeat_penalty"], given["frequency_penalty"], given["presence_penalty"])
         chain = self._init_sampler(**{name: value for name, value in given.items() if name not in NOT_OF_THE_CHAIN})
@@ -308,17 +313,12 @@ class Llama(Api):
             penalized=0 if penalties == (1.0, 0.0, 0.0) else max(self.last_n_tokens_size, 0),
             mask=None if (rules := given["grammar"]) is None else Mask.of(rules, self._model.model, self._n_vocab),
             processors=given["logits_processor"] or (),
-            input_ids=lambda: self._input_ids,
+            input_ids=ids or (lambda: self._input_ids),
         )
 
     def tokenizer(self) -> Tokenizer:
         """As llama_cpp.Llama.tokenizer, with pieces of any length."""
         return Tokenizer(self)
-
-    @cached_property
-    def _ends(self) -> list[int]:
-        """All tokens that end an answer."""
-        return [token for token in range(self._n_vocab) if self.ends(token)]
 
     def _costs_file(self) -> Path:
         settings = ("n_threads", "n_ubatch", "flash_attn_type", "type_k", "type_v", "offload_kqv")

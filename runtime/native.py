@@ -227,8 +227,8 @@ def drafts_rounds() -> bool:
     return _llama_mtp_draft() is not None
 
 
-def draft_round(ctx: Any, params: DraftParams, token: int, hidden: Floats, position: int) -> Ids:
-    """Draft up to `params.n_max` tokens in one call; the arguments are those of Drafter.draft.
+def draft_round(ctx: Any, params: DraftParams, token: int, hidden: Floats, position: int, sequence: int = 0) -> Ids:
+    """Draft up to `params.n_max` tokens of a sequence in one call; the other arguments are those of Drafter.draft.
 
     Returns:
         The token ids, shape [drafted].
@@ -238,7 +238,7 @@ def draft_round(ctx: Any, params: DraftParams, token: int, hidden: Floats, posit
     """
     tokens = np.empty(params.n_max, np.int32)
     row = np.ascontiguousarray(hidden, np.float32)
-    count = _llama_mtp_draft()(ctx, params, 0, token, row.ctypes.data, position, tokens.ctypes.data, None)
+    count = _llama_mtp_draft()(ctx, params, sequence, token, row.ctypes.data, position, tokens.ctypes.data, None)
     if count < 0:
         raise RuntimeError(f"llama_decode of the drafter returned {count}")
     return tokens[:count]
@@ -292,13 +292,14 @@ class DraftBatch:
 
     Args:
         width: length of the hidden row, the target's embedding length.
+        sequence: whose token it is.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, sequence: int = 0) -> None:
         self.hidden = np.zeros(width, dtype=np.float32)
         self._token = (lib.llama_token * 1)()
         self._position = (lib.llama_pos * 1)()
-        self._sequences = (lib.llama_seq_id * 1)(0)
+        self._sequences = (lib.llama_seq_id * 1)(sequence)
         self._batch = lib.llama_batch(
             n_tokens=1,
             token=self._token,

@@ -82,13 +82,15 @@ class Drafter:
         ctx: the drafter's llama_context, made with `ctx_other` set to the target's.
         n_vocab: vocabulary size of both.
         width: the target's embedding length, that of the hidden rows.
+        sequence: which of the target's it drafts for.
     """
 
-    def __init__(self, ctx: Any, n_vocab: int, width: int) -> None:
+    def __init__(self, ctx: Any, n_vocab: int, width: int, sequence: int = 0) -> None:
         self.ctx = ctx
         self.n_vocab = n_vocab
         self.width = width
-        self._batch = native.DraftBatch(width)
+        self.sequence = sequence
+        self._batch = native.DraftBatch(width, sequence)
 
     def draft(self, token: int, hidden: Floats, position: int, length: int, choose: Choose) -> list[int]:
         """Guess the tokens that follow `token`.
@@ -112,7 +114,8 @@ class Drafter:
             RuntimeError: llama.cpp refused to decode.
         """
         if isinstance(choose, DraftSettings) and native.drafts_rounds():
-            made: list[int] = native.draft_round(self.ctx, choose.params(length), token, hidden, position).tolist()
+            params = choose.params(length)
+            made: list[int] = native.draft_round(self.ctx, params, token, hidden, position, self.sequence).tolist()
             return made
         made = []
         for step in range(1, length + 1):
@@ -193,23 +196,48 @@ def attached(target: llama_cpp.Llama, path: Path) -> Iterator[Drafter]:
         RuntimeError: llama.cpp cannot load the file or make the context.
     """
     with closing(load_model(target, path)) as model:
-        params = lib.llama_context_params()
-        ctypes.memmove(ctypes.byref(params), ctypes.byref(target.context_params), ctypes.sizeof(params))
-        params.ctx_type, params.ctx_other = lib.LLAMA_CONTEXT_TYPE_MTP, target.ctx
+        params = copied(target.context_params)
         params.n_ctx, params.embeddings = target.n_ctx(), False
-        # One token a step: the compute buffer would otherwise hold n_ubatch rows of vocabulary size. llama.cpp asserts
-        # one for each sequence that the target's context allows.
-        params.n_batch = params.n_ubatch = max(1, params.n_seq_max)
-        with suppress_stdout_stderr(disable=target.verbose):
-            ctx = lib.llama_init_from_model(model.model, params)
-        if not ctx:
-            raise RuntimeError(f"llama.cpp could not make a drafter context for {path}; verbose=True shows why")
-        try:
-            native.expose_hidden_rows(target.ctx, every_token=True)
-            native.expose_hidden_rows(ctx, every_token=False)
+        with context(model.model, params, target.ctx, target.verbose) as ctx:
             yield Drafter(ctx, target.n_vocab(), target.n_embd())
-        finally:
-            lib.llama_free(ctx)
+
+
+def copied(params: Any) -> Any:
+    """A copy of llama_context_params."""
+    made = lib.llama_context_params()
+    ctypes.memmove(ctypes.byref(made), ctypes.byref(params), ctypes.sizeof(made))
+    return made
+
+
+@contextmanager
+def context(model: Any, params: Any, target: Any, verbose: bool) -> Iterator[Any]:
+    """A drafter's context over a target's, for a block; both keep hidden rows.
+
+    Args:
+        model: the drafter's llama_model.
+        params: llama_context_params that the target's context was made with.
+        target: its llama_context.
+        verbose: whether llama.cpp may say what it says.
+
+    Raises:
+        RuntimeError: llama.cpp cannot make it.
+    """
+    params = copied(params)
+    params.ctx_type, params.ctx_other = lib.LLAMA_CONTEXT_TYPE_MTP, target
+    # One token a step: the compute buffer would otherwise hold n_ubatch rows of vocabulary size. llama.cpp asserts one
+    # for each sequence that the target's context allows.
+    params.n_batch = params.n_ubatch = max(1, params.n_seq_max)
+    params.n_outputs_max = 0
+    with suppress_stdout_stderr(disable=verbose):
+        ctx = lib.llama_init_from_model(model, params)
+    if not ctx:
+        raise RuntimeError("llama.cpp could not make a context for the drafter; verbose=True shows why")
+    try:
+        native.expose_hidden_rows(target, every_token=True)
+        native.expose_hidden_rows(ctx, every_token=False)
+        yield ctx
+    finally:
+        lib.llama_free(ctx)
 
 
 def metadata(target: llama_cpp.Llama) -> dict[str, int | str]:

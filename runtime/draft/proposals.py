@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from time import perf_counter
 
 from gemma_mtp.runtime import native
@@ -32,6 +33,32 @@ def sources(
     """
     found: list[DraftSource] = [FromGrammar(), FromDrafter(target, drafter, costs, settings)]
     return [*found, FromText(target)] if length == "auto" and native.choices() is not None else found
+
+
+@dataclass(frozen=True)
+class Offered:
+    """What could be drafted: what is certain stands in the draft already.
+
+    Attributes:
+        draft: to be added to.
+        offers: of the sources, by what their acceptance is remembered under.
+    """
+
+    draft: Draft
+    offers: dict[str, Proposal]
+
+    def lengths(self) -> dict[str, tuple[int, bool]]:
+        """For each the longest draft it can give now, and whether its tokens are free."""
+        return {kind: (offer.most, offer.free) for kind, offer in self.offers.items()}
+
+    def take(self, kind: str, length: int) -> Draft:
+        """The draft with so many tokens of one of them, none with length 0."""
+        clock = perf_counter()
+        self.draft.kind = kind
+        if length:
+            self.offers[kind].take(length)
+        self.draft.seconds += perf_counter() - clock
+        return self.draft
 
 
 class Proposals:
@@ -66,22 +93,30 @@ class Proposals:
             token: the last token of the sequence.
             row: batch row of the token before it.
         """
+        offered = self.offered(token, row, self._most)
+        return offered.take(*self._choose(offered))
+
+    def offered(self, token: int, row: int, most: int) -> Offered:
+        """What the sources offer to follow `token`; as `make`.
+
+        Args:
+            token: the last token of the sequence.
+            row: batch row of the token before it.
+            most: tokens that are wanted at most.
+        """
         draft = Draft()
         if not self._sources:
-            return draft
+            return Offered(draft, {})
         clock = perf_counter()
-        room = fitting(self._most, self._target.n_tokens, self._target.n_ctx(), self._target.n_batch)
+        room = fitting(min(most, self._most), self._target.n_tokens, self._target.n_ctx(), self._target.n_batch)
         start = Start(token, row, self._sampler.fork())
         offers: dict[str, Proposal] = {}
         for source in self._sources:
             proposal = source.propose(start, draft, room - len(draft.tokens))
             if proposal is not None:
                 offers[proposal.kind] = proposal
-        draft.kind, length = self._choose(offers)
-        if length:
-            offers[draft.kind].take(length)
         draft.seconds = perf_counter() - clock
-        return draft
+        return Offered(draft, offers)
 
     def learn(self, draft: Draft, accepted: int, made: int, pass_seconds: float) -> None:
         """Note how a round went.
@@ -93,14 +128,18 @@ class Proposals:
             pass_seconds: time of the target's pass.
         """
         self._costs.observe(len(draft.tokens) + 1, pass_seconds)
+        self.outcome(draft, accepted, made)
+
+    def outcome(self, draft: Draft, accepted: int, made: int) -> None:
+        """As `learn`, without what the pass took."""
         for source in self._sources:
             source.learn(draft, accepted)
         forced = draft.sources.count(FromGrammar.NAME)
         if accepted >= forced:
             self._policy.observe(draft.kind, len(draft.tokens) - forced, accepted - forced, made)
 
-    def _choose(self, offers: dict[str, Proposal]) -> tuple[str, int]:
+    def _choose(self, offered: Offered) -> tuple[str, int]:
         """Kind and length of what is taken."""
-        if self._length != "auto":
-            return next(((kind, offer.most) for kind, offer in offers.items()), ("", 0))
-        return self._policy.choose({kind: (offer.most, offer.free) for kind, offer in offers.items()})
+        if self._length != "auto" or not self._sources:
+            return next(((kind, offer.most) for kind, offer in offered.offers.items()), ("", 0))
+        return self._policy.choose(offered.lengths())

@@ -1,0 +1,1 @@
+"""Many prompts at once: `create_completions` and `create_chat_completions`."""

@@ -79,18 +79,16 @@ def check_counts(timings: dict[str, Any], most: int) -> None:
 
 
 def test_drafts_are_tried_and_told(servers: tuple[str, str]) -> None:
+    """Since the server started, as it does not try again soon where drafts do not pay."""
     found = answers(servers[0], {"temperature": 0})
-    assert sum(answer["timings"].get("draft_n", 0) for answer in found) > 0
     assert all(answer["timings"]["speedup"] > 0 for answer in found)
-    metrics = urllib.request.urlopen(f"{servers[0]}/metrics").read().decode()
-    for line in (
-        'num_draft_tokens_per_pos_total{position="0"}',
-        'num_draft_tokens_from_total{source="mtp"}',
-        'num_accepted_tokens_from_total{source="lookup"}',
-        "speedup",
-        "plain_seconds_total",
-    ):
-        assert f"llamacpp:spec_decode_{line} " in metrics, line
+    with urllib.request.urlopen(f"{servers[0]}/metrics") as told:
+        lines = [line.rpartition(" ") for line in told.read().decode().splitlines() if line[0] != "#"]
+    metrics = {name.removeprefix("llamacpp:spec_decode_"): float(value) for name, _, value in lines}
+    assert metrics["num_draft_tokens_total"] >= metrics['num_draft_tokens_from_total{source="mtp"}'] > 0
+    assert metrics['num_draft_tokens_per_pos_total{position="0"}'] > 0
+    assert metrics['num_accepted_tokens_from_total{source="lookup"}'] >= 0
+    assert metrics["speedup"] > 0 and metrics["plain_seconds_total"] > 0
 
 
 def test_a_request_may_fix_its_length(servers: tuple[str, str]) -> None:

@@ -30,6 +30,7 @@ from chats import (
 from gemma_mtp.convert import Pair
 from gemma_mtp.patches import source
 from gemma_mtp.runtime import Llama, chat, chat_native
+from gemma_mtp.runtime.grammar import Mask
 from llama_cpp import LlamaGrammar
 from llamas import OPTIONS, drafting
 from serves import Served, served
@@ -180,8 +181,7 @@ def test_long_texts_are_bounded(llm: Llama) -> None:
 
 def accepted(llm: Llama, grammar: str, text: str) -> bool:
     """Whether a grammar allows a text, and its end."""
-    mask = llm._mask(LlamaGrammar.from_string(grammar, verbose=False))
-    assert mask is not None
+    mask = Mask.of(LlamaGrammar.from_string(grammar, verbose=False), llm._model.model, llm.n_vocab())
     for token in llm.tokenize(text.encode(), add_bos=False, special=False):
         if not mask.allows(ids([token]))[0]:
             return False

@@ -13,6 +13,7 @@ from gemma_mtp.runtime import Llama
 from gemma_mtp.runtime.draft.costs import STEP, Costs
 from gemma_mtp.runtime.many.slots import Slots
 from llama_cpp import LlamaGrammar, _internals
+from llama_cpp.llama_chat_format import LlamaChatCompletionHandlerRegistry, register_chat_completion_handler
 from llamas import OPTIONS
 from prompts import PROMPT, held_out
 
@@ -146,7 +147,7 @@ def test_chats(llm: Llama) -> None:
     assert {"seed", "timings"} <= first.keys()
 
 
-def test_a_chat_handler_that_asks_twice(llm: Llama) -> None:
+def test_a_chat_format_whose_handler_asks_twice(demo: Pair) -> None:
     """Each time it gets what it would get alone."""
 
     def handler(*, llama: Any, messages: Any, **others: Any) -> Any:
@@ -154,14 +155,14 @@ def test_a_chat_handler_that_asks_twice(llm: Llama) -> None:
         first = llama.create_completion(messages[0]["content"], **SHORT)
         return llama.create_completion(prompt=first["choices"][0]["text"] + "(", **SHORT)
 
-    llm._chat_handlers["twice"], kept = handler, llm.chat_format
-    llm.chat_format = "twice"
+    chats = [[{"role": "user", "content": text}] for text in held_out(5)]
+    register_chat_completion_handler("twice")(handler)
     try:
-        alone = [said(llm.create_chat_completion([{"role": "user", "content": text}]))[:2] for text in held_out(5)]
-        chats = [[{"role": "user", "content": text}] for text in held_out(5)]
-        assert [said(answer)[:2] for answer in llm.create_chat_completions(chats, n_parallel=2)] == alone
+        with closing(Llama(demo.target, chat_format="twice", **OPTIONS)) as llm:
+            alone = [said(llm.create_chat_completion(each))[:2] for each in chats]
+            assert [said(answer)[:2] for answer in llm.create_chat_completions(chats, n_parallel=2)] == alone
     finally:
-        llm.chat_format = kept
+        LlamaChatCompletionHandlerRegistry().unregister_chat_handler("twice")
 
 
 def test_prompts_are_taken_when_there_is_room(llm: Llama) -> None:

@@ -9,7 +9,15 @@ from dataclasses import replace
 from typing import Any
 
 from gemma_mtp.convert import link
-from gemma_mtp.runtime.arguments import CHAT, CHAT_TEMPLATE, REQUEST, check_bias, check_messages, check_tokens
+from gemma_mtp.runtime.arguments import (
+    CHAT,
+    CHAT_TEMPLATE,
+    REQUEST,
+    check_bias,
+    check_messages,
+    check_tokens,
+    check_variables,
+)
 from gemma_mtp.runtime.borrowed import bind, like
 from gemma_mtp.runtime.chat_format import UNSAID
 from gemma_mtp.runtime.checks import checked
@@ -145,18 +153,19 @@ class Api(Context):
         """
         self.check_open()
         given = checked(REQUEST, bind(Stock.create_completion, *args, **kwargs))
-        # What only the caller's context knows is asked here, before a stream starts.
-        source = self._complete(self.asked(mtp, draft_length, min_tokens), given)
-        if given["stream"]:
+        # What only the caller's context knows is asked here, before a stream starts, and what is wrong is told.
+        request, asked = self.asked(mtp, draft_length, min_tokens), self._to_make(given)
+        source = self._complete(request, asked, given["seed"], self._choosing(given))
+        if asked.stream:
             return self.guard.stream(source, STREAM)
         with closing(self.guard.stream(source, CALL)) as answers:
             return next(answers)
 
-    def _complete(self, request: Request, given: dict[str, Any]) -> Generator[Any, Any, None]:
+    def _complete(
+        self, request: Request, asked: Asked, wanted: int | None, choosing: dict[str, Any]
+    ) -> Generator[Any, Any, None]:
         """A completion, its seed chosen and told."""
-        asked = self._to_make(given)
-        choosing = self._choosing(given)
-        seed = self._chosen(given["seed"])
+        seed = self._chosen(wanted)
         request.told["seed"] = seed
         self._request, self._logprobs = request, asked.notes
         try:
@@ -217,8 +226,9 @@ class Api(Context):
         request = self.asked(**{name: kwargs.pop(name, None) for name in WISHES})
         given = checked(CHAT, bind(Stock.create_chat_completion, *args, **kwargs))
         check_messages(given["messages"], sees=self.chat_handler is not None)
-        given |= CHAT_TEMPLATE("chat_template_kwargs", chat_template_kwargs) or {}
-        return telling(request, ask(request, lambda: self._handler()(llama=self, **given)))
+        variables = CHAT_TEMPLATE("chat_template_kwargs", chat_template_kwargs) or {}
+        check_variables(variables, given)
+        return telling(request, ask(request, lambda: self._handler()(llama=self, **given, **variables)))
 
     def _handler(self) -> Any:
         """What formats messages and reads answers."""

@@ -74,7 +74,7 @@ def _bias(value: Any) -> dict[int, float]:
 
 
 def _variables(value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping) or "messages" in value:
+    if not isinstance(value, Mapping):
         raise refused()
     return {text_of(name): each for name, each in value.items()}
 
@@ -146,6 +146,16 @@ def check_bias(bias: Mapping[int, float], count: int) -> None:
             raise ValueError(
                 f"logit_bias names {token}, which is no token of this model; ids go from 0 to {count - 1}."
             )
+
+
+def check_variables(variables: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse variables for a chat template that are arguments of a chat.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if twice := sorted(variables.keys() & given.keys()):
+        raise ValueError(f"chat_template_kwargs has {', '.join(twice)}; give that as an argument of its own.")
 
 
 def check_messages(messages: Any, sees: bool) -> None:
@@ -268,6 +278,6 @@ OPTIONS: dict[str, Rule] = {
 }
 OURS: dict[str, Rule] = {
     "model_path": Rule(_path, "the path of a GGUF file, a folder with one, or the name of a model of Ollama"),
-    "drafter": Rule(_path, 'the path of a GGUF file, "auto", or None for none').or_none(),
+    "drafter": Rule(_path, 'the path of a GGUF file, "auto"').or_none(" for none"),
     "rpc_servers": Rule(text_of, "HOST:PORT,... of machines where gemma-mtp rpc-server runs").or_none(),
 }

@@ -54,12 +54,6 @@ def refused() -> ValueError:
     return ValueError()
 
 
-def _bounds(least: float, most: float, unlimited: float) -> str:
-    if most < unlimited:
-        return f" from {least:g} to {most:g}"
-    return f", {least:g} at least" if least > -unlimited else ""
-
-
 def whole(least: int = -INT32, most: int = INT32, words: str = "") -> Rule:
     """A whole number within bounds; a bool is none."""
 
@@ -68,7 +62,8 @@ def whole(least: int = -INT32, most: int = INT32, words: str = "") -> Rule:
             raise refused()
         return int(value)
 
-    return Rule(check, f"a whole number{_bounds(least, most, INT32)}{words}")
+    bounds = " of 32 bits" if (least, most) == (-INT32, INT32) else f" from {least} to {most}"
+    return Rule(check, f"a whole number{bounds}{words}")
 
 
 def number(least: float = -math.inf, most: float = math.inf, above: float | None = None, words: str = "") -> Rule:
@@ -82,7 +77,11 @@ def number(least: float = -math.inf, most: float = math.inf, above: float | None
             raise refused()
         return made
 
-    bounds = _bounds(least, most, math.inf) if above is None else f" above {above:g}"
+    bounds = ""
+    if above is not None:
+        bounds = f" above {above:g}"
+    elif least > -math.inf:
+        bounds = f" from {least:g} to {most:g}" if most < math.inf else f" from {least:g} on"
     return Rule(check, f"a finite number{bounds}{words}")
 
 

@@ -36,6 +36,8 @@ class Asked:
         stream: whether the answer comes in chunks.
         model: what the answer calls the model, None for its path.
         notes: keeps log-probabilities, if they are wanted.
+        created: when it was asked for, in seconds since 1970.
+        id: of the answer.
     """
 
     prompt: str | list[int]
@@ -71,6 +73,7 @@ def completion(llm: Context, asked: Asked, choosing: dict[str, Any]) -> Generato
         with closing(llm.generate(prompt, **choosing)) as source:
             yield from made.reading(source, most)
     else:
+        made.tokens.clear()
         llm.read(prompt)
     if llm.verbose:
         llm._ctx.print_timings()

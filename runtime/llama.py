@@ -338,15 +338,16 @@ class Llama(Many):
 
     def close(self) -> None:
         """Free drafter and model; a stream still open ends, and so does a call of another thread at its next step."""
-        self.guard.finish(self._free)
+        if os.getpid() == self.pid:
+            self.guard.finish(self._free)
+        else:  # after a fork: it is the other process's, and so are the threads that would have to end
+            keep_for_good(self._stack.pop_all())
+            self._free()
 
     def _free(self) -> None:
+        self._stack.close()
         self.drafter = None
         self._ctx = self._model = self.tokenizer_ = Closed()
-        if os.getpid() == self.pid:
-            self._stack.close()
-        else:  # it is the other process's, and so are the threads that would have to end
-            keep_for_good(self._stack.pop_all())
 
     def __enter__(self) -> Self:
         return self

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_mtp.runtime.api import Api
-from gemma_mtp.runtime.arguments import CHAT, CHAT_TEMPLATE, GENERATE, REQUEST, check_messages
+from gemma_mtp.runtime.arguments import CHAT, CHAT_TEMPLATE, GENERATE, REQUEST, check_messages, check_variables
 from gemma_mtp.runtime.borrowed import bind
 from gemma_mtp.runtime.checks import FLAG, checked, whole
 from gemma_mtp.runtime.completion import Made, limit, prompt_tokens
@@ -131,8 +131,9 @@ class Many(Api):
             template = more.pop("chat_template_kwargs", variables)
             given = checked(CHAT, bind(Stock.create_chat_completion, **(options | more)))
             check_messages(given["messages"], sees=False)
-            given |= CHAT_TEMPLATE("chat_template_kwargs", template) or {}
-            job: Job = self._asking(given, self.asked(**(wishes | own)), [])
+            template = CHAT_TEMPLATE("chat_template_kwargs", template) or {}
+            check_variables(template, given)
+            job: Job = self._asking(given | template, self.asked(**(wishes | own)), [])
             return job
 
         return prepare
@@ -201,10 +202,10 @@ class Many(Api):
             count: sequences.
             as_completed: as there.
         """
-        found = self._answered(iter(items), prepare, count)
+        found = self._through(iter(items), prepare, count)
         return self.guard.stream(_paired(found) if as_completed else _in_order(found), STREAM)
 
-    def _answered(self, items: Iterator[Any], prepare: Prepare, count: int) -> Generator[Answer, None, None]:
+    def _through(self, items: Iterator[Any], prepare: Prepare, count: int) -> Generator[Answer, None, None]:
         self.check_open()
         first = list(islice(items, 1))
         if not first:

@@ -106,7 +106,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "drafter": ([None, "auto", Path("x")], [5, True]),
     "rpc_servers": ([None, "a:1"], [5, ["a:1"]]),
     "top_logprobs": ([None, 0, 5], COUNTS),
-    "chat_template_kwargs": ([None, {}, {"enable_thinking": True}], [5, {5: 1}, {"messages": []}]),
+    "chat_template_kwargs": ([None, {}, {"enable_thinking": True}], [5, {5: 1}]),
 }
 TABLES = OPTIONS | OURS | CHAT | REQUEST
 GOOD = [(name, value) for name, (values, _) in VALUES.items() if name in TABLES for value in values]
@@ -184,6 +184,15 @@ def test_requests_are_refused_at_the_door(name: str, value: Any, stream: bool, m
 def test_messages(value: Any, said: str, mtp: Llama) -> None:
     with pytest.raises(ValueError, match=said):
         mtp.create_chat_completion(value, max_tokens=1)
+
+
+def test_a_stream_is_refused_before_it_is_read(mtp: Llama) -> None:
+    for wrong in ({"prompt": [2, 10**6]}, {"logit_bias": {10**6: 1.0}}):
+        given: dict[str, Any] = {"prompt": PROMPT, "stream": True} | wrong
+        with pytest.raises(ValueError, match="1000000"):
+            mtp(**given)
+    with pytest.raises(ValueError, match=r"chat_template_kwargs has messages, stop; give"):
+        mtp.create_chat_completion([{"role": "user", "content": "x"}], chat_template_kwargs={"stop": 1, "messages": []})
 
 
 def test_parts_of_text_are_taken(mtp: Llama) -> None:

@@ -14,6 +14,7 @@ import pytest
 from children import post, serving
 from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import Llama, as_async
+from gemma_mtp.runtime.logprobs import top_logprobs
 from gemma_mtp.runtime.programs import program
 from gemma_mtp.runtime.text import Tokenizer
 from llama_cpp import llama_cpp as lib
@@ -128,6 +129,7 @@ def test_no_tokens_evaluate_the_prompt(mtp: Llama) -> None:
         assert values == longer[key][: len(tokens) - 1]
     mtp(PROMPT, max_tokens=0)
     assert mtp(PROMPT, **GREEDY)["timings"]["cache_n"] == len(tokens) - 1
+    assert mtp("", max_tokens=0)["usage"] == {"prompt_tokens": 1, "completion_tokens": 0, "total_tokens": 1}
     assert mtp.create_chat_completion(CHAT, max_tokens=0)["choices"][0]["message"]["content"] == ""
 
 
@@ -348,3 +350,18 @@ def test_a_text_that_begins_with_a_space(mtp: Llama) -> None:
     assert mtp.detokenize(tokens) == b"  x"
     chunks = mtp("", **GREEDY, stream=True)
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == mtp("", **GREEDY)["choices"][0]["text"]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_most_likely_tokens_are_those_of_the_sorted_row(seed: int) -> None:
+    """As stock sorts them: of equal ones the higher id first."""
+    draw = np.random.default_rng(seed)
+    row = draw.integers(-9, 9, 300).astype(np.float32) if seed % 2 else draw.normal(0, 4, 300).astype(np.float32)
+    row[draw.integers(0, 300, 40)] = -np.inf
+    logprobs = llama_cpp.Llama.logits_to_logprobs(row)
+    ordered = sorted(zip(logprobs.tolist(), range(300), strict=True), reverse=True)
+    for top in (0, 1, 5, 64, 300, 400):
+        chosen, best = top_logprobs(row, 7, top)
+        assert chosen == pytest.approx(float(logprobs[7]))
+        assert [token for token, _ in best] == [token for _, token in ordered[:top]]
+        assert [value for _, value in best] == pytest.approx([value for value, _ in ordered[:top]])

@@ -68,7 +68,7 @@ def answer_lines(llm: Llama, answers: Answers, parallel: int, chat: bool, settin
         settings: for all lines, as for a completion; a line's own come before them.
     """
     asked: dict[int, tuple[int, bytes, Any]] = {}  # what was taken and is not answered, by number among these
-    texts, chats = llm.completions(**settings), llm.chats(**settings)
+    texts, chats = llm.jobs_of_prompts(**settings), llm.jobs_of_chats(**settings)
 
     def items() -> Iterator[Any]:
         for place, (number, line) in enumerate(answers.left()):

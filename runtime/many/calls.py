@@ -76,9 +76,9 @@ class Many(Api):
             ValueError, TypeError: an argument is not what it may be.
             RuntimeError: memory is short.
         """
-        return self._stream(prompts, self.completions(**options), "prompts", n_parallel, as_completed)
+        return self._stream(prompts, self.jobs_of_prompts(**options), "prompts", n_parallel, as_completed)
 
-    def completions(self, **options: Any) -> Prepare:
+    def jobs_of_prompts(self, **options: Any) -> Prepare:
         """What makes jobs of prompts, for `answered`; arguments and errors as `create_completions`."""
         wishes, options = _split(options)
         self._check(REQUEST, bind(Stock.create_completion, "", **options), wishes)
@@ -115,9 +115,9 @@ class Many(Api):
             ValueError, TypeError: an argument is not what it may be.
             RuntimeError: memory is short.
         """
-        return self._stream(conversations, self.chats(**options), "conversations", n_parallel, as_completed)
+        return self._stream(conversations, self.jobs_of_chats(**options), "conversations", n_parallel, as_completed)
 
-    def chats(self, **options: Any) -> Prepare:
+    def jobs_of_chats(self, **options: Any) -> Prepare:
         """What makes jobs of conversations, for `answered`; arguments and errors as `create_chat_completions`."""
         wishes, options = _split(options)
         variables = options.pop("chat_template_kwargs", None)

@@ -189,8 +189,8 @@ def test_one_that_fails_is_told_in_its_place(llm: Llama) -> None:
     items: list[Any] = [
         PROMPT, long, {"prompt": PROMPT, "grammar": bad}, 7, {"prompt": PROMPT, "temperature": "hot"},
         {"prompt": PROMPT, "logits_processor": broken}, OSError("unreadable"), {"prompt": PROMPT, "colour": 1},
-        {"prompt": PROMPT, "mirostat_mode": 2, "temperature": 1.0}, {"prompt": PROMPT, "stream": True}, {"text": PROMPT},
-        [10**9], PROMPT,
+        {"prompt": PROMPT, "mirostat_mode": 2, "temperature": 1.0}, {"prompt": PROMPT, "stream": True},
+        {"text": PROMPT}, [10**9], PROMPT,
     ]  # fmt: skip
     answers = list(llm.create_completions(items, n_parallel=3, **SHORT))
     kinds = [type(answer).__name__ for answer in answers]

@@ -10,7 +10,7 @@ TOOLS  := $(VENV)/.ready-check
 WHEEL  := $(VENV)/.ready-wheel
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native ui wheel demo test check fix bench bench-convert check-patches check-kernels check-arm check-formats check-stock \
+.PHONY: help setup native ui wheel demo test check fix bench bench-convert bench-many check-patches check-kernels check-arm check-formats check-stock \
         check-ollama check-clients check-same-text check-same-calls check-distribution check-coupling check-invariance fuzz clean
 
 help: ## show this list

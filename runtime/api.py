@@ -11,7 +11,7 @@ from typing import Any
 
 from gemma_mtp.convert import link
 from gemma_mtp.runtime import chat, chat_native
-from gemma_mtp.runtime.arguments import CHAT, REQUEST, check_bias, check_messages, check_tokens
+from gemma_mtp.runtime.arguments import CHAT, REQUEST, check_bias, check_messages, check_tokens, check_variables
 from gemma_mtp.runtime.borrowed import bind, like
 from gemma_mtp.runtime.chat_format import UNSAID, stock_grammar
 from gemma_mtp.runtime.checks import checked
@@ -279,8 +279,7 @@ class Api(Context):
         """The arguments of a chat, stock's and ours, checked."""
         given = checked(CHAT, bound | more)
         check_messages(given["messages"], sees=self.chat_handler is not None)
-        if twice := sorted((given["chat_template_kwargs"] or {}).keys() & bound.keys()):
-            raise ValueError(f"chat_template_kwargs has {', '.join(twice)}; give that as an argument of its own.")
+        check_variables(given["chat_template_kwargs"] or {}, bound)
         if self.chat_format == UNSAID:
             self._tell(f"{self.model_path} has no chat template; the chat is in Gemma 4's own format")
         return given

@@ -174,6 +174,16 @@ def check_bias(bias: Mapping[int, float], count: int) -> None:
             )
 
 
+def check_variables(variables: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse variables for a chat template that are arguments of a chat.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if twice := sorted(variables.keys() & given.keys()):
+        raise ValueError(f"chat_template_kwargs has {', '.join(twice)}; give that as an argument of its own.")
+
+
 def check_messages(messages: Any, sees: bool) -> None:
     """Refuse a chat that a template would take for another one.
 

@@ -68,12 +68,12 @@ def answer_lines(llm: Llama, answers: Answers, parallel: int, chat: bool, settin
         settings: for all lines, as for a completion; a line's own come before them.
     """
     asked: dict[int, tuple[int, bytes, Any]] = {}  # what was taken and is not answered, by number among these
-    texts, chats = llm.completions(**settings), llm.chats(**settings)
+    texts, chats = llm.jobs_of_prompts(**settings), llm.jobs_of_chats(**settings)
 
     def items() -> Iterator[Any]:
         for place, (number, line) in enumerate(answers.left()):
-            item = _read(line, chat)
-            asked[place] = (number, line, item.pop("id", None) if isinstance(item, dict) else None)
+            name, item = _read(line, chat)
+            asked[place] = (number, line, name)
             yield item
 
     def prepare(item: dict[str, Any]) -> Any:
@@ -93,21 +93,22 @@ def answer_lines(llm: Llama, answers: Answers, parallel: int, chat: bool, settin
     return progress.failed
 
 
-def _read(line: bytes, chat: bool) -> dict[str, Any] | Exception:
-    """What a line asks, or what is wrong with it."""
+def _read(line: bytes, chat: bool) -> tuple[Any, dict[str, Any] | Exception]:
+    """The "id" of a line, None without, and what it asks, or what is wrong with it."""
     from llama_cpp import LlamaGrammar
 
     try:
         item = json.loads(line)
     except (ValueError, RecursionError) as problem:
-        return ValueError(f"the line is not JSON ({problem}).")
+        return None, ValueError(f"the line is not JSON ({problem}).")
+    name = item.pop("id", None) if isinstance(item, dict) else None
     if not isinstance(item, dict) or ("prompt" in item) == ("messages" in item):
-        return ValueError('the line is no object with either "prompt" or "messages".')
+        return name, ValueError('the line is no object with either "prompt" or "messages".')
     if chat and isinstance(item.get("prompt"), str):
         item["messages"] = [{"role": "user", "content": item.pop("prompt")}]
     if isinstance(item.get("grammar"), str):
         item["grammar"] = LlamaGrammar.from_string(item["grammar"], verbose=False)
-    return item
+    return name, item
 
 
 def _told(answer: Any) -> dict[str, Any]:

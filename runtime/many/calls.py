@@ -79,9 +79,9 @@ class Many(Api):
             ValueError, TypeError: an argument is not what it may be.
             RuntimeError: memory is short.
         """
-        return self._stream(prompts, self.completions(**options), "prompts", n_parallel, as_completed)
+        return self._stream(prompts, self.jobs_of_prompts(**options), "prompts", n_parallel, as_completed)
 
-    def completions(self, **options: Any) -> Prepare:
+    def jobs_of_prompts(self, **options: Any) -> Prepare:
         """What makes jobs of prompts, for `answered`; arguments and errors as `create_completions`."""
         wishes, ours, options = _split(options, FORMAT)
         self._check(self._completing(bind(Stock.create_completion, "", **options), ours.get("response_format")), wishes)
@@ -119,9 +119,9 @@ class Many(Api):
             ValueError, TypeError: an argument is not what it may be.
             RuntimeError: memory is short.
         """
-        return self._stream(conversations, self.chats(**options), "conversations", n_parallel, as_completed)
+        return self._stream(conversations, self.jobs_of_chats(**options), "conversations", n_parallel, as_completed)
 
-    def chats(self, **options: Any) -> Prepare:
+    def jobs_of_chats(self, **options: Any) -> Prepare:
         """What makes jobs of conversations, for `answered`; arguments and errors as `create_chat_completions`."""
         wishes, ours, options = _split(options, CHAT_WORDS)
         bound = bind(Stock.create_chat_completion, (), **options)
@@ -213,10 +213,10 @@ class Many(Api):
             count: sequences.
             as_completed: as there.
         """
-        found = self._answered(iter(items), prepare, count)
+        found = self._through(iter(items), prepare, count)
         return self.guard.stream(_paired(found) if as_completed else _in_order(found), STREAM)
 
-    def _answered(self, items: Iterator[Any], prepare: Prepare, count: int) -> Generator[Answer, None, None]:
+    def _through(self, items: Iterator[Any], prepare: Prepare, count: int) -> Generator[Answer, None, None]:
         self.check_open()
         first = list(islice(items, 1))
         if not first:

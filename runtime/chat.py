@@ -5,7 +5,7 @@ The same request has the same prompt and the same parsed answer as from our llam
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -152,10 +152,9 @@ def whole(prepared: Prepared, item: dict[str, Any]) -> dict[str, Any]:
     """The answer of a chat, from that of its completion."""
     (choice,) = item["choices"]
     prepared.answer.add(choice["text"], more=choice["finish_reason"] == "length")
-    message = dict(prepared.answer.message)
     made = {
         "index": 0,
-        "message": _also_as_function(message) if prepared.legacy else message,
+        "message": _shown(prepared, prepared.answer.message),
         "logprobs": chat_logprobs(choice["logprobs"]),
         "finish_reason": _finish(prepared, choice["finish_reason"]),
     }
@@ -165,34 +164,43 @@ def whole(prepared: Prepared, item: dict[str, Any]) -> dict[str, Any]:
 def _chunks(prepared: Prepared, items: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     begun = False
     told: list[Any] = []  # log-probabilities of tokens that no delta shows yet
+    answer = prepared.answer
     for item in items:
         (choice,) = item["choices"]
         finish = choice["finish_reason"]
-
-        def chunk(delta: dict[str, Any], finish: str | None = None, item: dict[str, Any] = item) -> dict[str, Any]:
-            logprobs = {"content": list(told), "refusal": None} if told and delta.get("role") is None else None
-            if logprobs:
-                told.clear()
-            shown = _also_as_function(delta) if prepared.legacy else delta
-            made = {"index": 0, "delta": shown, "logprobs": logprobs, "finish_reason": finish}
-            return item | {"id": f"chat{item['id']}", "object": "chat.completion.chunk", "choices": [made]}
-
         if not begun:
             begun = True
-            yield chunk({"role": "assistant"})
-        told.extend((chat_logprobs(choice["logprobs"]) or {"content": ()})["content"])
-        answer = prepared.answer
+            yield _chunk(item, {"role": "assistant"})
+        told += (chat_logprobs(choice["logprobs"]) or {"content": ()})["content"]
         deltas = answer.read(choice["text"]) if finish is None else answer.add(choice["text"], more=finish == "length")
         for delta in deltas:
-            yield chunk(delta)
+            yield _chunk(item, _shown(prepared, delta), told)
+            told = []
         if finish is not None:
-            yield chunk({}, _finish(prepared, finish))
+            yield _chunk(item, {}, told, _finish(prepared, finish))
+
+
+def _chunk(
+    item: Mapping[str, Any], delta: dict[str, Any], logprobs: Sequence[Any] = (), finish: str | None = None
+) -> dict[str, Any]:
+    """A chat's chunk, from a completion's; the last one has what that has beside."""
+    told = {"content": logprobs, "refusal": None} if logprobs else None
+    made = {
+        "id": f"chat{item['id']}",
+        "model": item["model"],
+        "created": item["created"],
+        "object": "chat.completion.chunk",
+        "choices": [{"index": 0, "delta": delta, "logprobs": told, "finish_reason": finish}],
+    }
+    return made if finish is None else {**made, **{name: item[name] for name in item if name not in made}}
 
 
 def _finish(prepared: Prepared, finish: str) -> str:
     return "tool_calls" if finish == "stop" and prepared.answer.message.get("tool_calls") else finish
 
 
-def _also_as_function(message: dict[str, Any]) -> dict[str, Any]:
+def _shown(prepared: Prepared, message: dict[str, Any]) -> dict[str, Any]:
+    """A message, or a delta, in the words that the request had."""
     calls = message.get("tool_calls")
-    return message | {"function_call": calls[0]["function"]} if calls and "function" in calls[0] else message
+    legacy = prepared.legacy and calls and "function" in calls[0]
+    return message | {"function_call": calls[0]["function"]} if calls and legacy else message

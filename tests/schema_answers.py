@@ -56,12 +56,13 @@ def named_calls(llm: Llama, count: int) -> Iterator[bool]:
 
 
 def free_calls(llm: Llama, count: int) -> Iterator[bool]:
-    """Whether answers are calls, or text without a mark."""
+    """Whether answers are calls; or text, or a call that was cut, without marks in their content."""
     (mark,) = llm.tokenize(b"<|tool_call>", add_bos=False, special=True)
     given = {**WILD, "logit_bias": {mark: LIKELY}, "max_tokens": 200, "parallel_tool_calls": False}
     for seed in range(count):
         (choice,) = llm.create_chat_completion([USER], tools=TOOLS[:1], seed=seed, **given)["choices"]
-        yield called(choice) or "tool_call" not in (choice["message"]["content"] or "")
+        is_call = choice["finish_reason"] == "tool_calls"
+        yield called(choice) if is_call else "tool_call" not in (choice["message"]["content"] or "")
 
 
 WAYS: dict[str, tuple[Callable[[Llama, int], Iterator[bool]], int]] = {

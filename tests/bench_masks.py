@@ -27,7 +27,7 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "text": (
         {"type": "object", "properties": {"text": STRING, "place": PLACE}, "required": ["text", "place"]},
         {
-            "text": 'It was a dark and stormy night; the rain "fell" in torrents — 暴风雨之夜 — but for some intervals.',
+            "text": 'It was a dark and stormy night; the rain "fell" in torrents — 暴风雨之夜 — for some intervals.',
             "place": {"street": "Long Street 5", "city": "München"},
         },
     ),

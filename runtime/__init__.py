@@ -12,14 +12,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__all__ = ["Llama", "Stats", "open_pair"]
+__all__ = ["Llama", "Stats", "as_async", "open_pair"]
 
 if TYPE_CHECKING:
+    from gemma_mtp.runtime.asynchronous import as_async
     from gemma_mtp.runtime.llama import Llama, open_pair
     from gemma_mtp.runtime.stats import Stats
 else:
     # Commands that do not generate are in this package too: libllama is loaded when a name is first asked for.
-    HOMES = {"Llama": "llama", "Stats": "stats", "open_pair": "llama"}
+    HOMES = {"Llama": "llama", "as_async": "asynchronous", "Stats": "stats", "open_pair": "llama"}
 
     def __getattr__(name):
         if name not in HOMES:

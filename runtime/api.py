@@ -11,9 +11,10 @@ from typing import Any
 
 from gemma_mtp.convert import link
 from gemma_mtp.runtime import chat, chat_native
+from gemma_mtp.runtime.arguments import CHAT, REQUEST, check_bias, check_messages, check_tokens
 from gemma_mtp.runtime.borrowed import bind, like
 from gemma_mtp.runtime.chat_format import UNSAID, stock_grammar
-from gemma_mtp.runtime.checks import CHAT, REQUEST, check_bias, check_messages, check_tokens, checked
+from gemma_mtp.runtime.checks import checked
 from gemma_mtp.runtime.completion import Asked, completion, lead
 from gemma_mtp.runtime.context import Context, Stock
 from gemma_mtp.runtime.faults import Careful, check_grammar
@@ -163,8 +164,8 @@ class Api(Context):
         given = checked(REQUEST, bind(Stock.create_completion, *args, **kwargs))
         if (form := CHAT["response_format"]("response_format", response_format)) is not None:
             given["grammar"] = self._of_format(form, given["grammar"])
-        # What only the caller's context knows is asked here, before a stream starts.
-        return self._answered(self._complete(self.asked(mtp, draft_length, min_tokens), given), given["stream"])
+        # What only the caller's context knows is asked here, before a stream starts, and what is wrong is told.
+        return self._answered(self._begun(self.asked(mtp, draft_length, min_tokens), given), given["stream"])
 
     def _answered(self, source: Generator[Any, Any, None], stream: bool) -> Any:
         """The stream of a request that is its own, or its answer."""
@@ -182,16 +183,22 @@ class Api(Context):
             return stock_grammar(response_format)
         return chat.format_grammar(response_format)
 
-    def _complete(
+    def _begun(
         self, request: Request, given: dict[str, Any], shown: Mapping[int, bytes] | None = None
     ) -> Generator[Any, Any, None]:
-        """A completion, its seed chosen and told."""
+        """A completion of checked arguments, whose text shows some control tokens; nothing is generated yet."""
         asked = self._to_make(given, shown or {})
         choosing = {name: given[name] for name in CHOOSING} | {"temp": given["temperature"]}
         if given["logit_bias"]:
             check_bias(given["logit_bias"], self._n_vocab)
             choosing["logits_processor"] = with_bias(choosing["logits_processor"] or (), given["logit_bias"])
-        seed = self._chosen(given["seed"])
+        return self._complete(request, asked, given["seed"], choosing)
+
+    def _complete(
+        self, request: Request, asked: Asked, wanted: int | None, choosing: dict[str, Any]
+    ) -> Generator[Any, Any, None]:
+        """A completion, its seed chosen and told."""
+        seed = self._chosen(wanted)
         request.told["seed"] = seed
         self._request, self._logprobs = request, asked.notes
         try:
@@ -257,13 +264,15 @@ class Api(Context):
         bound = bind(Stock.create_chat_completion, *args, **kwargs)
         given = checked(CHAT, bound | more | {"reasoning_effort": reasoning_effort})
         check_messages(given["messages"], sees=self.chat_handler is not None)
+        if twice := sorted((given["chat_template_kwargs"] or {}).keys() & bound.keys()):
+            raise ValueError(f"chat_template_kwargs has {', '.join(twice)}; give that as an argument of its own.")
         if self.chat_format == UNSAID:
             self._tell(f"{self.model_path} has no chat template; the chat is in Gemma 4's own format")
         if self._templates is None:
             return self._chat_as_stock(request, given, bound.keys())
         made = chat.prepare(self, self._templates, given)
         given |= chat.as_completion(made, given)
-        source = chat.answers(made, self._complete(request, given, made.shown), given["stream"])
+        source = chat.answers(made, self._begun(request, given, made.shown), given["stream"])
         return self._answered(source, given["stream"])
 
     @cached_property

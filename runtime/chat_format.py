@@ -16,6 +16,27 @@ FALLBACK = "llama-2"
 TEMPLATE = Path(__file__).with_name("gemma4.jinja")
 
 
+def check(wanted: str, of_file: Mapping[str, Any]) -> None:
+    """Refuse a chat format that nobody has registered and the file has not either; stock does with the first chat.
+
+    Args:
+        wanted: its name.
+        of_file: handlers of the file's templates, by name.
+
+    Raises:
+        ValueError: naming those that there are.
+    """
+    if wanted in of_file:
+        return
+    try:
+        llama_chat_format.get_chat_completion_handler(wanted)
+    except llama_chat_format.LlamaChatCompletionHandlerNotFoundException as problem:
+        names = ", ".join(sorted(name for name in of_file if name != UNSAID))
+        raise ValueError(
+            f"chat_format is {wanted!r}; give one of the file's own ({names}) or of llama_cpp's ({problem})."
+        ) from problem
+
+
 def gemma_handler(llm: Llama) -> Any:
     """A chat handler in Gemma 4's format (tests/runtime/test_chat_format.py sets it beside Google's template)."""
     bos, eos = (

@@ -37,6 +37,8 @@ class Asked:
         model: what the answer calls the model, None for its path.
         notes: keeps log-probabilities, if they are wanted.
         shown: the text of control tokens that the answer's text shows, for whoever takes it apart.
+        created: when it was asked for, in seconds since 1970.
+        id: of the answer.
     """
 
     prompt: str | list[int]
@@ -73,6 +75,7 @@ def completion(llm: Context, asked: Asked, choosing: dict[str, Any]) -> Generato
         with closing(llm.generate(prompt, **choosing)) as source:
             yield from made.reading(source, most)
     else:
+        made.tokens.clear()
         llm.read(prompt)
     if llm.verbose:
         llm._ctx.print_timings()

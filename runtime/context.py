@@ -108,7 +108,7 @@ class Context(llama_cpp.Llama):
             self.n_tokens = before
             self.roll_back()
             if isinstance(problem, RuntimeError):
-                raise explain_decode(problem) from problem
+                raise RuntimeError(CLOSED) if self.guard.ending else explain_decode(problem) from problem
             raise
 
     def read(self, tokens: list[int]) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 from gemma_mtp.convert import link
-from gemma_mtp.runtime.checks import OPTIONS, checked
+from gemma_mtp.runtime.arguments import OPTIONS
+from gemma_mtp.runtime.checks import checked
 from gemma_mtp.runtime.grammar import grammar_sampler
 from gemma_mtp.runtime.native import Floats
 from gemma_mtp.runtime.sampling import Choose, NoTokenLeft, readable

@@ -20,8 +20,9 @@ import llama_cpp
 from gemma_mtp.convert import link
 from gemma_mtp.runtime import chat_format, devices, loop, native, rpc, sampling
 from gemma_mtp.runtime.api import Api
+from gemma_mtp.runtime.arguments import GENERATE, OURS, check_tokens
 from gemma_mtp.runtime.borrowed import bind, like, signature
-from gemma_mtp.runtime.checks import GENERATE, OURS, check_tokens, checked, unknown
+from gemma_mtp.runtime.checks import checked, unknown
 from gemma_mtp.runtime.context import Stock
 from gemma_mtp.runtime.draft.costs import Costs, costs_path
 from gemma_mtp.runtime.draft.drafter import Drafter, DraftSettings, attached
@@ -178,6 +179,8 @@ class Llama(Api):
         if isinstance(self.tokenizer_, LlamaTokenizer):
             self.tokenizer_ = Tokenizer(self)
         self._chat_handlers |= dict.fromkeys(chat_format.GEMMA_FORMATS, chat_format.gemma_handler(self))
+        if options.get("chat_format") and self.chat_handler is None:
+            chat_format.check(options["chat_format"], self._chat_handlers)
         if self.chat_format == chat_format.FALLBACK and not options.get("chat_format"):
             self.chat_format = chat_format.UNSAID
 
@@ -211,6 +214,9 @@ class Llama(Api):
             if self.draft_model is None and not mirostat:
                 yield from self._drafting(given, seed, request, stats)
             else:
+                held = self._shared_with(given["tokens"]) if given["reset"] else 0
+                stats.cached_tokens = min(held, len(given["tokens"]) - 1) - stats.prompt_tokens
+                stats.prompt_tokens = len(given["tokens"]) - stats.cached_tokens
                 yield from stats.counting(self._as_stock(given))
 
     def _seed_now(self) -> int:
@@ -335,15 +341,16 @@ class Llama(Api):
 
     def close(self) -> None:
         """Free drafter and model; a stream still open ends, and so does a call of another thread at its next step."""
-        self.guard.finish(self._free)
+        if os.getpid() == self.pid:
+            self.guard.finish(self._free)
+        else:  # after a fork: it is the other process's, and so are the threads that would have to end
+            keep_for_good(self._stack.pop_all())
+            self._free()
 
     def _free(self) -> None:
+        self._stack.close()
         self.drafter = None
         self._ctx = self._model = self.tokenizer_ = Closed()
-        if os.getpid() == self.pid:
-            self._stack.close()
-        else:  # it is the other process's, and so are the threads that would have to end
-            keep_for_good(self._stack.pop_all())
 
     def __enter__(self) -> Self:
         return self

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from gemma_mtp.runtime.native import Floats
-from gemma_mtp.runtime.sampling import Choose
+from gemma_mtp.runtime.sampling import Choose, likeliest
 from gemma_mtp.runtime.target import Target
 
 # Prompt tokens decoded at a time when each needs its logits: llama.cpp's output buffer keeps as many rows for good.
@@ -30,13 +30,11 @@ def top_logprobs(logits: Floats, token: int, top: int) -> tuple[float, list[tupl
         top: how many.
     """
     shifted = logits - logits.max()
-    logprobs = shifted - np.log(np.exp(shifted).sum())
-    top = min(top, len(logprobs))
-    if top == 0:
-        return float(logprobs[token]), []
-    ids = np.flatnonzero(logprobs >= np.partition(logprobs, -top)[-top])
-    best = ids[np.lexsort((-ids, -logprobs[ids]))][:top]
-    return float(logprobs[token]), [(int(i), float(logprobs[i])) for i in best]
+    total = np.log(np.exp(shifted).sum())
+    ids = likeliest(logits, top) if top else np.arange(0)
+    logprobs = shifted[ids] - total
+    best = np.lexsort((-ids, -logprobs))[:top]
+    return float(shifted[token] - total), [(int(ids[i]), float(logprobs[i])) for i in best]
 
 
 class LogProbs:

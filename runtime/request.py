@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, Literal
 
-from gemma_mtp.runtime.checks import REQUEST
+from gemma_mtp.runtime.arguments import REQUEST
 
 DraftLength = int | Literal["auto"]
 # The longest draft. With the token before it these are 16 rows of a batch: up to there a row's logits are those it has

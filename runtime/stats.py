@@ -146,11 +146,14 @@ class Stats:
     ) -> Generator[int, Sequence[int] | None, None]:
         """The same generator of tokens, counted."""
         sent: Sequence[int] | None = None
+        clock = perf_counter()
         while True:
             try:
                 token = source.send(sent)
             except StopIteration:
                 return
+            if not self.tokens:
+                self.prompt_seconds += perf_counter() - clock
             self.token()
             sent = yield token
 

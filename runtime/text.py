@@ -11,6 +11,7 @@ import ctypes
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from typing import Any
 
 from gemma_mtp.runtime.faults import CLOSED
@@ -45,10 +46,23 @@ class Tokenizer(LlamaTokenizer):
 
         Raises:
             IndexError: there is no such token.
+            TypeError: it is no whole number.
             RuntimeError: the model was freed.
         """
+        token = index(token)
         found = self._pieces.get((token, special))
         return self._made(token, special) if found is None else found
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = True) -> list[int]:
+        """As llama_cpp's.
+
+        Raises:
+            TypeError: the text is not in bytes.
+        """
+        if not isinstance(text, bytes):
+            raise TypeError(f"tokenize takes bytes, not {type(text).__name__}; of a str give text.encode().")
+        found: list[int] = super().tokenize(text, add_bos, special)
+        return found
 
     def detokenize(
         self, tokens: Sequence[int], prev_tokens: Sequence[int] | None = None, special: bool = False
@@ -106,31 +120,31 @@ def pieces_of(tokenizer: Any) -> Piece:
 
 
 class Stop:
-    """Looks for a byte string in a text that comes in pieces (Knuth, Morris and Pratt, SIAM J. Comput. 6, 1977).
+    """Looks for a string in a text that comes in pieces (Knuth, Morris and Pratt, SIAM J. Comput. 6, 1977).
 
     Args:
-        wanted: the byte string, not empty.
+        wanted: the string, not empty.
 
     Attributes:
-        seen: how many of its first bytes the text so far ends with.
+        seen: how many of its first characters the text so far ends with.
     """
 
-    def __init__(self, wanted: bytes) -> None:
+    def __init__(self, wanted: str) -> None:
         self.wanted, self.seen = wanted, 0
-        self._shorter = [0]  # for so many bytes seen: how many are still seen if the next one is wrong
+        self._shorter = [0]  # for so many characters seen, less one: how many still are if the next one is wrong
         length = 0
-        for byte in wanted[1:]:
-            while length and wanted[length] != byte:
+        for character in wanted[1:]:
+            while length and wanted[length] != character:
                 length = self._shorter[length - 1]
-            length += wanted[length] == byte
+            length += wanted[length] == character
             self._shorter.append(length)
 
-    def find(self, piece: bytes) -> int | None:
-        """Read on; how many bytes of the piece it takes until the string is there, None if it does not come."""
-        for place, byte in enumerate(piece, 1):
-            while self.seen and self.wanted[self.seen] != byte:
+    def find(self, piece: str) -> int | None:
+        """Read on; how many characters of the piece it takes until the string is there, None if it does not come."""
+        for place, character in enumerate(piece, 1):
+            while self.seen and self.wanted[self.seen] != character:
                 self.seen = self._shorter[self.seen - 1]
-            self.seen += self.wanted[self.seen] == byte
+            self.seen += self.wanted[self.seen] == character
             if self.seen == len(self.wanted):
                 return place
         return None
@@ -142,27 +156,18 @@ class Part:
 
     Attributes:
         tokens: how many.
-        start: bytes of the text before them.
-        data: their bytes.
-        text: the same as text.
+        start: characters of the text before them.
+        text: theirs.
     """
 
     tokens: int
     start: int
-    data: bytes
     text: str
 
     @property
     def end(self) -> int:
-        """Bytes of the text up to their end."""
-        return self.start + len(self.data)
-
-    def cut(self, end: int) -> Part:
-        """What of it is before a place of the text."""
-        if self.end <= end:
-            return self
-        data = self.data[: end - self.start]
-        return replace(self, data=data, text=data.decode("utf-8", errors="ignore"))
+        """Characters of the text up to their end."""
+        return self.start + len(self.text)
 
 
 class Text:
@@ -179,11 +184,12 @@ class Text:
     """
 
     def __init__(self, stops: Iterable[str] = ()) -> None:
-        self._stops = [Stop(stop.encode()) for stop in stops if stop]
+        self._stops = [Stop(stop) for stop in stops if stop]
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
-        self._bytes: list[bytes] = []
-        self._size, self._end = 0, None  # type: int, int | None
-        self._open = Part(0, 0, b"", "")  # tokens that do not end with a whole character yet
+        self._pieces: list[str] = []
+        self._size = 0
+        self._end: int | None = None
+        self._open = Part(0, 0, "")  # tokens that do not end with a whole character yet
         self._waiting: deque[Part] = deque()
 
     @property
@@ -193,19 +199,17 @@ class Text:
 
     def add(self, piece: bytes) -> None:
         """Go on with the piece of a token."""
-        found = [
-            self._size + place - len(stop.wanted) for stop in self._stops if (place := stop.find(piece)) is not None
-        ]
-        self._end = min(found, default=None)
-        self._bytes.append(piece)
-        self._size += len(piece)
-        part = self._open
-        part = Part(part.tokens + 1, part.start, part.data + piece, part.text + self._decoder.decode(piece))
+        text = self._decoder.decode(piece)
+        places = [(stop.find(text), stop) for stop in self._stops]
+        self._end = min((self._size + place - len(stop.wanted) for place, stop in places if place), default=None)
+        self._pieces.append(text)
+        self._size += len(text)
+        part = Part(self._open.tokens + 1, self._open.start, self._open.text + text)
         if self._decoder.getstate()[0]:
             self._open = part
         else:
             self._waiting.append(part)
-            self._open = Part(0, self._size, b"", "")
+            self._open = Part(0, self._size, "")
 
     def ready(self) -> Iterator[Part]:
         """What may be handed on: whole characters, and nothing that a stop may begin with."""
@@ -217,10 +221,10 @@ class Text:
         """At the end: what was not handed on, up to the stop."""
         end = self._size if self._end is None else self._end
         for part in (*self._waiting, *([self._open] if self._open.tokens else [])):
-            yield part.cut(end)
+            yield replace(part, text=part.text[: end - part.start])
             if part.end >= end:
                 return
 
     def __str__(self) -> str:
         """The text so far, up to the stop."""
-        return b"".join(self._bytes)[: self._end].decode("utf-8", errors="ignore")
+        return "".join(self._pieces)[: self._end]

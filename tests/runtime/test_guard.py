@@ -176,7 +176,7 @@ def test_close_ends_a_call_of_another_thread(call: str, demo: Pair) -> None:
             pass
         go.set()
         closing_it.result(GUARD)
-        with pytest.raises(RuntimeError, match=r"closed|aborted"):
+        with pytest.raises(RuntimeError, match="closed"):
             working.result(GUARD)
     assert context.ctx is None
 
@@ -227,7 +227,7 @@ print(llm("import os", max_tokens=2)["usage"]["completion_tokens"])
 
 def test_after_a_fork_it_says_what_to_do(demo: Pair) -> None:
     """The threads that compute are missing in the child, which would wait for them for ever; it can end, though."""
-    command = [sys.executable, "-c", FORK, demo.target]
+    command = [sys.executable, "-c", FORK, str(demo.target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=GUARD)
     assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
 

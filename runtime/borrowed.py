@@ -31,6 +31,9 @@ PRIVATE = {
         "_grammar": "its text",
         "_root": "the name of its first rule",
     },
+    "llama_cpp.llama_chat_format": {
+        "_convert_text_completion_logprobs_to_chat": "log-probabilities in the shape of a chat's",
+    },
     "llama_cpp.llama_cpp": {
         "_lib": "the loaded libllama, for functions without a binding",
     },

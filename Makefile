@@ -113,7 +113,7 @@ check-formats: $(TESTS) ## every format of every size, with and without importan
 bench-convert: $(TESTS) ## time, memory and bytes of a conversion beside upstream's two steps
 	@$(BIN)/python tests/bench_convert.py
 
-bench-many: $(READY) ## tokens per second of many prompts at once, at 1 to 8 sequences, with MTP and without
+bench-many: $(TESTS) ## tokens per second of many prompts at once, at 1 to 8 sequences, with MTP and without
 	@$(BIN)/python tests/bench_many.py --acceptance 0.6
 
 check-distribution: $(TESTS) ## draw 600,000 times with MTP and compare with the target's distribution

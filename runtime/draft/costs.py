@@ -28,17 +28,20 @@ class Costs:
     Args:
         most: largest number of tokens in a pass.
 
-    Attributes:
-        handle: what the library knows it by; None where there is none.
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
         self._lib, self._saved = native.choices(), 0
-        self.handle: int | None = None
+        self._held: list[int] = []
         if self._lib is not None:
-            self.handle = self._lib.llama_mtp_costs_init(most)
-            weakref.finalize(self, self._lib.llama_mtp_costs_free, self.handle)
+            self._held.append(self._lib.llama_mtp_costs_init(most))
+            weakref.finalize(self, _free, self._lib, self._held)
+
+    @property
+    def handle(self) -> int | None:
+        """What the library knows it by; None where there is none, or none any more."""
+        return self._held[0] if self._held else None
 
     def observe(self, place: int, seconds: float) -> None:
         """Note what a pass over `place` tokens took, or with STEP what a draft step took."""
@@ -92,6 +95,12 @@ class Costs:
             width = self.most + 1
             self._lib.llama_mtp_costs_set(self.handle, (c_double * width)(*factor), (c_int32 * width)(*seen), speed)
             self._saved = sum(seen)
+
+
+def _free(library: Any, held: list[int]) -> None:
+    """Free a table. A stream that is collected along with it still asks it, in the end."""
+    while held:
+        library.llama_mtp_costs_free(held.pop())
 
 
 def costs_path(**what: Any) -> Path:

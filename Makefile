@@ -136,10 +136,10 @@ fuzz: $(TESTS) ## mutated GGUF and safetensors files against the readers, FUZZ_S
 	@nice -n 19 $(BIN)/python tests/fuzz_headers.py --seconds $(or $(FUZZ_SECONDS),60) --seed $(or $(FUZZ_SEED),0)
 
 .PHONY: fuzz-server soak
-fuzz-server: $(READY) ## odd requests against `gemma-mtp serve`, FUZZ_REQUESTS of them (5000)
+fuzz-server: $(TESTS) ## odd requests against `gemma-mtp serve`, FUZZ_REQUESTS of them (5000)
 	@nice -n 19 $(BIN)/python tests/fuzz_server.py --count $(or $(FUZZ_REQUESTS),5000) --first $(or $(FUZZ_FIRST),0)
 
-soak: $(READY) ## eight clients at `gemma-mtp serve` for SOAK_MINUTES (10), then SIGTERM in the midst of them
+soak: $(TESTS) ## eight clients at `gemma-mtp serve` for SOAK_MINUTES (10), then SIGTERM in the midst of them
 	@$(BIN)/python tests/soak_server.py --minutes $(or $(SOAK_MINUTES),10)
 
 clean: ## remove the environment and build outputs of this checkout

@@ -48,8 +48,8 @@ def test_a_folder_is_served_with_its_drafter(running: Served, demo: Pair) -> Non
     assert running.ask("/health").status == 200
     assert [model["id"] for model in running.ask("/v1/models").json["data"]] == [running.facts["model"]]
     assert running.facts["draft"] == "auto"
-    answer = running.chat(max_tokens=32).json
-    assert answer["timings"]["speedup"] > 0
+    running.chat(max_tokens=32)  # while this is answered plain passes are measured for the first time
+    assert running.chat(max_tokens=32).json["timings"]["speedup"] > 0
 
 
 def test_the_context_is_no_longer_than_the_model_was_trained_for(running: Served, demo: Pair) -> None:

@@ -205,7 +205,7 @@ class Policy:
                 best = self._previous
             if best and rate[best] > top:
                 chosen, length, top = source, best, float(rate[best])
-            probes.append((self._probe_interval(rate, step), source))
+            probes.append((self._probe_interval(rate, step, free), source))
             beaten = beaten and rate[1:].max() < CLEARLY * rate[0]
         if not length and probes and self._idle >= min(probes)[0]:
             chosen, length = min(probes)[1], 1
@@ -227,8 +227,13 @@ class Policy:
     def _acceptance(self, source: str) -> Acceptance:
         return self.sources.setdefault(source, Acceptance(self.most))
 
-    def _probe_interval(self, rate: Doubles, step_seconds: float) -> int:
-        """After how many rounds without a draft one is spent on learning: the dearer, the longer."""
+    def _probe_interval(self, rate: Doubles, step_seconds: float, free: bool) -> int:
+        """After how many rounds without a draft one is spent on learning: the dearer, the longer.
+
+        At once where a cost was measured once only, when whatever is used for the first time is made ready.
+        """
+        if self.costs.seen(2) < 2 or (not free and self.costs.seen(STEP) < 2):
+            return 0
         lost = (1 - rate[1] / rate[0]) * (self.costs.pass_seconds(2) + step_seconds)
         return max(8, int(lost / (PROBE_SHARE * self.costs.pass_seconds(1))))
 

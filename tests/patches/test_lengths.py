@@ -32,12 +32,12 @@ ASKED: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def servers(demo: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """One that drafts as far as it pays, with a KV cache for each slot, and one without a drafter."""
+    """One that drafts as far as it pays, with Ollama's flags and a KV cache for each slot; and one without drafter."""
     folder = tmp_path_factory.mktemp("servers")
     options = "-m", demo.target, "-c", "3072", "-np", str(SLOTS), "-fa", "on", "-t", "1"
-    drafts = "--spec-draft-model", demo.drafter, "--spec-draft-n-max", str(BOUND)
+    drafts = "--spec-draft-model", demo.drafter, "--spec-type", "draft-mtp", "--spec-draft-backend-sampling"
     with (
-        serving(SERVER, folder / "auto", *options, *drafts, "--metrics") as auto,
+        serving(SERVER, folder / "auto", *options, *drafts, "--spec-draft-n-max", str(BOUND), "--metrics") as auto,
         serving(SERVER, folder / "plain", *options, "--spec-draft-model", "none") as plain,
     ):
         yield auto, plain

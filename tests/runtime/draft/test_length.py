@@ -143,7 +143,7 @@ def known(table: dict[int, float], step_seconds: float) -> Costs:
     for n, value in table.items():
         for _ in range(5):
             costs.observe(n, value / 1000)
-    costs.observe(STEP, step_seconds)
+            costs.observe(STEP, step_seconds)
     return costs
 
 
@@ -204,3 +204,16 @@ def test_a_slow_phase_does_not_look_like_a_dear_batch() -> None:
     for _ in range(30):
         costs.observe(4, 0.075)
     assert costs.pass_seconds(4) / costs.pass_seconds(1) < 1.6
+
+
+def test_what_is_dear_only_once_is_tried_again() -> None:
+    """The first step of a drafter reads its weights from the disk."""
+    costs = Costs(MOST + 1)
+    policy, made = Policy(costs, MOST), []
+    for _ in range(12):
+        made.append(policy.choose({"mtp": (MOST, False)})[1])
+        costs.observe(made[-1] + 1, 0.033 + 0.003 * made[-1])
+        if made[-1]:
+            costs.observe(STEP, 0.5 if sum(map(bool, made)) == 1 else 0.0005)
+        policy.observe("mtp", made[-1], made[-1], made[-1] + 1)
+    assert made[:4] == [0, 0, 1, 1] and min(made[4:]) > 1

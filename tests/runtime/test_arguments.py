@@ -107,6 +107,13 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "rpc_servers": ([None, "a:1"], [5, ["a:1"]]),
     "top_logprobs": ([None, 0, 5], COUNTS),
     "chat_template_kwargs": ([None, {}, {"enable_thinking": True}], [5, {5: 1}]),
+    "tools": ([None, [], [{"type": "function"}]], [5, ["look"]]),
+    "functions": ([None, [], [{"name": "look"}]], [5, ["look"]]),
+    "tool_choice": ([None, "auto", {"type": "function"}], [5, ["look"]]),
+    "function_call": ([None, "auto", {"name": "look"}], [5, ["look"]]),
+    "response_format": ([None, {"type": "json_object"}], ["json_object", {}, {"type": 5}]),
+    "parallel_tool_calls": ([None, *FLAGS[0]], FLAGS[1]),
+    "reasoning_effort": ([None, "none", "high"], [5, b"high"]),
 }
 TABLES = OPTIONS | OURS | CHAT | REQUEST
 GOOD = [(name, value) for name, (values, _) in VALUES.items() if name in TABLES for value in values]

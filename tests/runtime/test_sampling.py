@@ -28,7 +28,7 @@ from gemma_mtp.runtime.draft.drafter import Drafter
 from gemma_mtp.runtime.draft.policy import Policy
 from gemma_mtp.runtime.draft.proposals import Proposals, sources
 from gemma_mtp.runtime.request import MOST
-from gemma_mtp.runtime.sampling import Sampler
+from gemma_mtp.runtime.sampling import Sampler, with_noise, without_draw
 from tiny import PAIR
 
 CONTEXTS, TOKENS, LIMIT, BINS = 5, 3, 85.35, 50
@@ -111,6 +111,12 @@ def sampler_of(llm: Llama, temp: float, settings: dict[str, Any], seed: int) -> 
     return llm._choice(bind(llama_cpp.Llama.generate, [], temp=temp, min_p=0.0, **settings), seed)
 
 
+def reseed(sampler: Sampler, seed: int) -> None:
+    """Have a sampler draw with another seed: the stage that draws, the last of its chain, has its own."""
+    sampler.seed = seed
+    with_noise(without_draw(sampler._chain), seed)
+
+
 def places(replay: Replay, temp: float, settings: dict[str, Any], draws: int) -> npt.NDArray[np.float64]:
     """Places of the drawn tokens in the target's distribution, shape [draws, TOKENS]; uniform if all is well."""
     chooser = np.random.default_rng(1)
@@ -120,7 +126,8 @@ def places(replay: Replay, temp: float, settings: dict[str, Any], draws: int) ->
     drafted, stand_in = 0, cast(Drafter, replay)
     for seed in range(draws):
         replay.rewind()
-        sampler.seed, key, stats = seed, tuple(replay.prompt), Stats()
+        reseed(sampler, seed)
+        key, stats = tuple(replay.prompt), Stats()
         proposals = Proposals(replay, sampler, sources(replay, stand_in, costs, None, 2), 2, policy, costs)
         made = loop.generate(replay, [replay.prompt[-1]], sampler, proposals, lambda row: False, stats)
         for place, token in zip(range(TOKENS), made, strict=False):
@@ -162,9 +169,10 @@ def wrong_second_draw(draft: Sequence[int], choose: Callable[[int], int]) -> Ite
         token = choose(i)
         accepted = i < len(draft) and token == draft[i]
         if i < len(draft) and not accepted:
-            sampler.seed += 1 << 40
+            seed = sampler.seed
+            reseed(sampler, seed + (1 << 40))
             token = choose(i)
-            sampler.seed -= 1 << 40
+            reseed(sampler, seed)
         yield token, accepted
         if not accepted:
             return

@@ -112,7 +112,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "tool_choice": ([None, "auto", {"type": "function"}], [5, ["look"]]),
     "function_call": ([None, "auto", {"name": "look"}], [5, ["look"]]),
     "response_format": ([None, {"type": "json_object"}], ["json_object", {}, {"type": 5}]),
-    "parallel_tool_calls": ([None, *FLAGS[0]], FLAGS[1]),
+    "parallel_tool_calls": ([None, *FLAGS[0]], ["x", 2, []]),
     "reasoning_effort": ([None, "none", "high"], [5, b"high"]),
 }
 TABLES = OPTIONS | OURS | CHAT | REQUEST

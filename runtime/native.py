@@ -180,7 +180,7 @@ class DraftOffer(ctypes.Structure):
     )
 
 
-_P, _I, _D, _B = ctypes.c_void_p, ctypes.c_int32, ctypes.c_double, ctypes.c_bool
+_P, _I, _D = ctypes.c_void_p, ctypes.c_int32, ctypes.c_double
 # What chooses drafts, in our include/llama-mtp.h: the results and the arguments.
 CHOICES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_mtp_costs_init": (_P, (_I,)),
@@ -192,13 +192,15 @@ CHOICES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_mtp_costs_set": (None, (_P, _P, _P, _D)),
     "llama_mtp_policy_init": (_P, (_P, _I, _I)),
     "llama_mtp_policy_free": (None, (_P,)),
-    "llama_mtp_policy_choose": (None, (_P, _P, _I, _I, _B, _P)),
+    "llama_mtp_policy_choose": (None, (_P, _P, _I, _I, _I, _P)),
     "llama_mtp_policy_observe": (None, (_P, _I, _I, _I, _I, _I)),
     "llama_mtp_lookup_init": (_P, ()),
     "llama_mtp_lookup_free": (None, (_P,)),
     "llama_mtp_lookup_extend": (None, (_P, _P, _I)),
     "llama_mtp_lookup_find": (_I, (_P, _I, _P, _P)),
 }
+# How a pass over several sequences has their rows, enum llama_mtp_rows there.
+ROWS_ANY, ROWS_EQUAL, ROWS_PADDED = range(3)
 NO_CHOICES = "this libllama does not choose drafts: `gemma-mtp build` installs one that does"
 
 

@@ -14,8 +14,7 @@ from typing import Any, Literal
 from gemma_mtp.runtime.arguments import REQUEST
 
 DraftLength = int | Literal["auto"]
-# The longest draft. With the token before it these are 16 rows of a batch: up to there a row's logits are those it has
-# alone, beyond it llama.cpp multiplies with other kernels, and the text would depend on how far was drafted.
+# The longest draft: llama-server reserves outputs for as many, and the costs of so many rows are kept.
 MOST = 15
 LENGTHS = f'a number of tokens, 0 for none and {MOST} at most, or "auto"'
 

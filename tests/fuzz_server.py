@@ -40,8 +40,7 @@ BATCH, CLIENTS, SLOTS = 50, 8, 4
 PATIENCE, RAW, GONE = 20.0, 2.0, 5.0
 # What prompts of earlier requests may keep, MiB, and how far the server may grow beyond that while odd requests run.
 KEPT, GROWTH = 64, 1500
-# Seconds for an answer, after which the client leaves, for what comes over a raw connection, for a process to end.
-# requests that together fill the context that all share.
+# What is no fault: what the server was not started for, and requests that together fill the context that all share.
 NO_FAULT = 501, 503
 OPTIONS = ("-c", 2048, "--", "--cache-ram", KEPT)
 PLAIN = {"prompt": "import os\n", "n_predict": 16, "temperature": 0, "cache_prompt": False}

@@ -85,8 +85,8 @@ class Company:
     def choose(self, offers: Sequence[tuple[int, int, int, bool]], n_pass: int, equal: bool = False) -> list[int]:
         """A length for each offer: sequence, kind, longest draft, whether it is free."""
         made = (native.DraftOffer * len(offers))(*(native.DraftOffer(*offer) for offer in offers))
-        lengths = (ctypes.c_int32 * len(offers))()
-        self._lib.llama_mtp_policy_choose(self._policy, made, len(offers), n_pass, equal, lengths)
+        lengths, rows = (ctypes.c_int32 * len(offers))(), native.ROWS_EQUAL if equal else native.ROWS_ANY
+        self._lib.llama_mtp_policy_choose(self._policy, made, len(offers), n_pass, rows, lengths)
         return [*lengths]
 
     def floor(self) -> float:

@@ -35,8 +35,8 @@ class Fixed:
         self.most = min(most, FIXED)
 
     def choose(self, offers: Mapping[str, tuple[int, bool]]) -> tuple[str, int]:
-        """As `Policy.choose`."""
+        """As `Chooses.choose`."""
         return next(((source, min(most, self.most)) for source, (most, _) in offers.items() if most > 0), ("", 0))
 
     def observe(self, source: str, drafted: int, accepted: int, tokens: int) -> None:
-        """As `Policy.observe`; nothing is learned."""
+        """As `Chooses.observe`; nothing is learned."""

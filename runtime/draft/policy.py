@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import weakref
 from collections.abc import Mapping
 from typing import Protocol
 
 from gemma_mtp.runtime import native
 from gemma_mtp.runtime.draft.costs import Costs
 from gemma_mtp.runtime.draft.length import Fixed
+from gemma_mtp.runtime.draft.shared import OfOne, SharedPolicy
 
 
 class Chooses(Protocol):
@@ -21,13 +20,20 @@ class Chooses(Protocol):
     most: int
 
     def choose(self, offers: Mapping[str, tuple[int, bool]]) -> tuple[str, int]:
-        """As `Policy.choose`."""
+        """The source and length that make most tokens a second.
+
+        Args:
+            offers: for each source the longest draft it can give now, and whether its tokens are free.
+
+        Returns:
+            Source and length; length 0 for a round without a draft.
+        """
 
     def observe(self, source: str, drafted: int, accepted: int, tokens: int) -> None:
-        """As `Policy.observe`."""
+        """A round made `tokens` tokens, `accepted` of the `drafted` ones among them."""
 
 
-class Policy:
+class Policy(OfOne):
     """The library's choice, for one sequence.
 
     Drafts are not ended early by the drafter's probabilities. A rule that compared neighbouring batch sizes was tried
@@ -42,37 +48,7 @@ class Policy:
     """
 
     def __init__(self, costs: Costs, most: int) -> None:
-        self._lib = native.choices()
-        if self._lib is None or costs.handle is None:
-            raise RuntimeError(native.NO_CHOICES)
-        self.costs, self.most = costs, most
-        self._kinds: dict[str, int] = {}
-        self._policy = self._lib.llama_mtp_policy_init(costs.handle, 1, most)
-        weakref.finalize(self, self._lib.llama_mtp_policy_free, self._policy)
-
-    def choose(self, offers: Mapping[str, tuple[int, bool]]) -> tuple[str, int]:
-        """The source and length that make most tokens a second.
-
-        Args:
-            offers: for each source the longest draft it can give now, and whether its tokens are free.
-
-        Returns:
-            Source and length; length 0 for a round without a draft.
-        """
-        made = (native.DraftOffer * len(offers))()
-        for place, (source, (most, free)) in zip(made, offers.items(), strict=True):
-            place.kind, place.n_max, place.free = self._kind(source), most, free
-        lengths = (ctypes.c_int32 * len(offers))()
-        self._lib.llama_mtp_policy_choose(self._policy, made, len(offers), 1, False, lengths)
-        return next(((source, length) for source, length in zip(offers, lengths, strict=True) if length), ("", 0))
-
-    def observe(self, source: str, drafted: int, accepted: int, tokens: int) -> None:
-        """A round made `tokens` tokens, `accepted` of the `drafted` ones among them."""
-        kind = self._kind(source) if drafted else 0
-        self._lib.llama_mtp_policy_observe(self._policy, 0, kind, drafted, accepted, tokens)
-
-    def _kind(self, source: str) -> int:
-        return self._kinds.setdefault(source, len(self._kinds))
+        super().__init__(SharedPolicy(costs, 1, most), 0)
 
 
 def policy_for(costs: Costs, most: int) -> Chooses:

@@ -69,7 +69,7 @@ class SharedPolicy:
             *(native.DraftOffer(number, self._kind(kind), most, free) for number, kind, most, free in asked)
         )
         lengths = (ctypes.c_int32 * len(asked))()
-        self._lib.llama_mtp_policy_choose(self._policy, made, len(asked), n_pass, True, lengths)
+        self._lib.llama_mtp_policy_choose(self._policy, made, len(asked), n_pass, native.ROWS_PADDED, lengths)
         for (number, kind, *_), length in zip(asked, lengths, strict=True):
             if length:
                 chosen[number] = kind, length

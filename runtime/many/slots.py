@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,12 +27,6 @@ from llama_cpp._utils import suppress_stdout_stderr
 
 # Copying a KV cache costs what decoding a few tokens does.
 WORTH_A_COPY = 16
-
-
-class Loaded(Protocol):
-    """What is asked of the object whose model it is, beside what every `Context` has."""
-
-    drafter: Drafter | None
 
 
 class Slots:

@@ -55,6 +55,20 @@ def test_nothing_where_rows_cost_as_much_as_passes() -> None:
     assert lengths.max() == 1
 
 
+def test_one_that_is_never_right_takes_no_draft_steps() -> None:
+    """The rows beside it are there anyway; what costs something is drafting them."""
+    policy = SharedPolicy(costs(lambda rows: 1.0 + 0.001 * rows, 2, step=0.05), 2, MOST)
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        chosen = policy.choose({0: {"mtp": (MOST, False)}, 1: {"mtp": (MOST, False)}}, 2)
+        for number, chance in ((0, 0.95), (1, 0.0)):
+            kind, length = chosen[number]
+            hits = int((np.cumprod(rng.random(length) < chance)).sum())
+            policy.observe(number, kind, length, hits, hits + 1)
+    assert chosen[0][1] > 4
+    assert chosen[1][1] <= 1
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_plain_pass_comes_first_and_again(count: int) -> None:
     """Without its cost nothing can be compared."""

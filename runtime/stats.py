@@ -178,7 +178,7 @@ class Stats:
         """What llama-server tells under "timings", by the same names and the same clock.
 
         `prompt_ms` goes from the start of the request to its first token and `predicted_ms` from there to the last, the
-        first being the prompt's; "draft_n" and "draft_n_accepted" are there where drafts were.
+        first being the prompt's; what tells of drafts is there where drafts were, and "speedup" where it was measured.
         """
         prompt, answer = self.time_to_first_token * 1e3, self.generation_seconds * 1e3
         steps = max(self.tokens - 1, 0)
@@ -193,7 +193,16 @@ class Stats:
             "predicted_per_token_ms": answer / steps if steps else 0.0,
             "predicted_per_second": self.tokens_per_second,
         }
-        return found | ({"draft_n": self.drafted, "draft_n_accepted": self.accepted} if self.drafted else {})
+        if self.drafted:
+            found |= {
+                "draft_n": self.drafted,
+                "draft_n_accepted": self.accepted,
+                "draft_n_per_position": self.drafted_per_position,
+                "draft_n_accepted_per_position": self.accepted_per_position,
+                "draft_n_from": self.drafted_from,
+                "draft_n_accepted_from": {source: self.accepted_from.get(source, 0) for source in self.drafted_from},
+            }
+        return found if self.speedup is None else found | {"speedup": self.speedup}
 
     def as_dict(self) -> dict[str, Any]:
         """Counters and the ratios derived from them, ready for JSON."""

@@ -113,7 +113,7 @@ def two_threads(ggml: Ggml) -> int:
 
 def counts(most: int) -> list[int]:
     """Numbers of rows: every small one, and some of those between which kernels change."""
-    return [*range(1, min(most, 20) + 1), *(n for n in (33, 64, 127, 257, 600) if n <= most)]
+    return [*range(1, min(most, 20) + 1), *(n for n in (33, 48, 64, 80, 127, 257, 600) if n <= most)]
 
 
 def products(

@@ -123,6 +123,29 @@ def test_the_tile_configuration_of_amx_is_stored() -> None:
         assert {0, 16, 48} <= set(stored), lines[place - 60 : place + 1]
 
 
+def test_many_rows_are_multiplied_by_amx_where_there_is_one() -> None:
+    """Tiles have to be asked for (arch_prctl): what was asked for says who multiplies. The results are the same."""
+    if platform.system() != "Linux" or "amx_int8" not in toolchain.cpu_features().split():
+        pytest.skip("no AMX here")
+    code = f"""if True:
+        import ctypes, pathlib
+        from mul_mat import products
+        had = ctypes.c_uint64()
+        print(products(pathlib.Path({str(VARIANTS["installed"])!r}), "Q4_0", False, 512, 64, 1, MOST)[0])
+        ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(had))  # arch_prctl, ARCH_GET_XCOMP_PERM
+        print(had.value >> 18 & 1)"""
+
+    def multiply(most: int, **env: str) -> list[str]:
+        command = [sys.executable, "-c", code.replace("MOST", str(most))]
+        environment = os.environ | {"GGML_AMX": "0", "PYTHONPATH": str(Path(__file__).parents[1])} | env
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+
+    digest, tiles = multiply(64)
+    assert tiles == "1"
+    assert multiply(64, GGML_CPU_HIDE="amx_int8") == [digest, "0"]
+    assert multiply(16)[1] == "0"
+
+
 @pytest.mark.skipif("avx2" not in toolchain.cpu_features().split(), reason="Q4_0 is repacked for AVX2")
 def test_weights_stay_where_our_kernels_read_them(tmp_path: Path) -> None:
     """On a CPU with AMX llama.cpp would put them into a layout that has kernels for one row and for sixteen."""

@@ -66,7 +66,7 @@ def test_a_row_has_the_same_products_in_any_company(program: str, variant: str, 
     stock = {"GGML_SMALL_BATCH_ROWS": "0"} if kind in SUMMED_AS_STOCK else {}
 
     def digest(mode: str, seed: int, shape: tuple[int, int], **env: str) -> str:
-        most = 600 if shape == SHAPES[1] and program == "mul_mat.py" else 64
+        most = 600 if shape == SHAPES[1] and program == "mul_mat.py" else 96
         return script(program, folder, kind, *map(str, (*shape, seed, most)), mode, **env)
 
     for shape in SHAPES if variant == "installed" and program == "mul_mat.py" else SHAPES[1:3]:

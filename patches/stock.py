@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .source import VENDORED, building, cache_dir, run, say, unpack, upstream
-from .toolchain import check_tools
+from .toolchain import check_tools, cpu_features
 from .wheel import cmake_args
 
 
@@ -24,11 +24,17 @@ def compile_tree(tree: Path, label: str, *targets: str, name: str = "build", fla
     return build / "bin"
 
 
+def without_amx() -> list[str]:
+    """Flags for a CPU with AMX, where the unpatched tree ends in an illegal instruction if gcc 12 compiled it (0014)."""
+    if "amx_int8" not in cpu_features().split():
+        return []
+    return [f"-DCMAKE_{language}_FLAGS=-mno-amx-int8 -mno-amx-tile" for language in ("C", "CXX")]
+
+
 def stock_dir() -> Path:
     """Where the unpatched llama-server and libraries of the pinned tree are kept once `build.py stock` has run."""
-    return (
-        cache_dir() / "stock" / hashlib.sha256(" ".join([upstream().sha256, *cmake_args()]).encode()).hexdigest()[:16]
-    )
+    key = " ".join([upstream().sha256, *cmake_args(), *without_amx()])
+    return cache_dir() / "stock" / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 def build_stock() -> None:
@@ -39,7 +45,8 @@ def build_stock() -> None:
     with building(stock_dir().name), tempfile.TemporaryDirectory(dir=cache_dir() / "work") as folder:
         if stock_dir().exists():
             return
-        built = compile_tree(unpack(Path(folder)), "the unpatched llama.cpp", "llama-server", "llama-quantize", "mtmd")
+        programs = ("llama-server", "llama-quantize", "mtmd")
+        built = compile_tree(unpack(Path(folder)), "the unpatched llama.cpp", *programs, flags=without_amx())
         stock_dir().parent.mkdir(parents=True, exist_ok=True)
         shutil.move(built, stock_dir())
     say(f"built {stock_dir()}")

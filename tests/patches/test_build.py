@@ -15,7 +15,7 @@ from threading import Event, Thread
 import llama_cpp
 import pytest
 from children import GUARD, until
-from gemma_mtp.patches import source, toolchain, wheel
+from gemma_mtp.patches import source, stock, toolchain, wheel
 
 
 def fake(folder: Path, name: str, text: str) -> None:
@@ -266,3 +266,13 @@ def test_the_runtime_binds_plain_c_names() -> None:
         "llama_get_ctx_other",
     ):
         assert hasattr(lib, name)
+
+
+def test_unpatched_llama_cpp_is_built_without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled by gcc 12 it ends in an illegal instruction on a CPU that has it."""
+    monkeypatch.setattr(stock, "cpu_features", lambda: "flags : avx2 avx512f")
+    elsewhere = stock.stock_dir()
+    assert stock.without_amx() == []
+    monkeypatch.setattr(stock, "cpu_features", lambda: "flags : avx2 avx512f amx_tile amx_int8")
+    assert all("-mno-amx-int8" in flag for flag in stock.without_amx())
+    assert stock.stock_dir() != elsewhere

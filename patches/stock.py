@@ -25,7 +25,7 @@ def compile_tree(tree: Path, label: str, *targets: str, name: str = "build", fla
 
 
 def without_amx() -> list[str]:
-    """Flags for a CPU with AMX, where the unpatched tree ends in an illegal instruction if gcc 12 compiled it (0014)."""
+    """Flags for a CPU with AMX, where the unpatched tree, compiled by gcc 12, ends in an illegal instruction (0014)."""
     if "amx_int8" not in cpu_features().split():
         return []
     return [f"-DCMAKE_{language}_FLAGS=-mno-amx-int8 -mno-amx-tile" for language in ("C", "CXX")]

@@ -96,7 +96,7 @@ class Run:
 
 
 class Server(server.Server):
-    """A running llama-server with one slot, that is ready.
+    """A running llama-server that is ready.
 
     Args:
         binary: llama-server.
@@ -104,10 +104,12 @@ class Server(server.Server):
         drafter: of its drafter, or None for none.
         length: tokens it drafts in a round.
         chance: acceptance per token that it shall simulate, None for what the drafts deserve.
-        n_ctx: context length.
+        n_ctx: context length of a slot.
         threads: for both models.
         gpu_layers: as llama.cpp's -ngl.
         flash_attn: whether to use flash attention.
+        slots: requests at once.
+        adaptive: whether a server of ours chooses the length, up to `length`.
 
     Attributes:
         left_out: flags that it does not know.
@@ -128,18 +130,21 @@ class Server(server.Server):
         threads: int,
         gpu_layers: int,
         flash_attn: bool,
+        slots: int = 1,
+        adaptive: bool = False,
     ) -> None:
         port = programs.free_port("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{port}"
         layers = "999" if gpu_layers < 0 else str(gpu_layers)
-        arguments = ["-m", str(target), "--host", "127.0.0.1", "--port", str(port), "-c", str(n_ctx), "-np", "1"]
+        arguments = ["-m", str(target), "--host", "127.0.0.1", "--port", str(port), "-np", str(slots)]
+        arguments += ["-c", str(n_ctx * slots)]
         arguments += ["-t", str(threads), "-ngl", layers, "-b", str(BATCH), "-ub", str(BATCH)]
         arguments += [*attention(binary, flash_attn), "--no-webui"]
         if drafter is not None:
             arguments += ["--spec-type", "draft-mtp", "--spec-draft-model", str(drafter), "--spec-draft-ngl", layers]
             arguments += ["--spec-draft-n-max", str(length), "--no-spec-draft-backend-sampling"]
             if "--spec-draft-adaptive" in flags(manual(binary)):  # ours
-                arguments += ["--spec-draft-adaptive", "off"]
+                arguments += ["--spec-draft-adaptive", "on" if adaptive else "off"]
             if chance is not None:
                 rates = ",".join(f"{chance ** (place + 1):.9f}" for place in range(length))
                 arguments += ["--spec-synth-rates", rates]

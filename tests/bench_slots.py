@@ -15,7 +15,6 @@ import json
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -78,8 +77,8 @@ def main() -> None:
     for slots in map(int, chosen.slots.split(",")):
         plain: dict[str, float] = {}
         for whose, drafts, length, chance in kinds([int(each) for each in chosen.draft.split(",")], acceptance):
-            with closing(Asked(binaries[whose], target, drafter if length else None, length, chance, slots=slots,
-                               adaptive=drafts == "auto", **options)) as server:  # fmt: skip
+            drafting = drafter if length else None, length, chance
+            with Asked(binaries[whose], target, *drafting, slots=slots, adaptive=drafts == "auto", **options) as server:
                 server.seconds(prompts[:slots], chosen.tokens)
                 visits = [server.seconds(prompts[:slots], chosen.tokens) for _ in range(chosen.repeat)]
             speed = median(tokens / seconds for seconds, tokens in visits)

@@ -34,7 +34,7 @@ Step = Callable[[str, int, int], None]
 # The name of a pair in the store that is made for it.
 NAME = "gemma-mtp-bench"
 SYNTH, METRICS = "LLAMA_ARG_SPEC_SYNTH_RATES", "LLAMA_ARG_ENDPOINT_METRICS"
-# What llama-server's metrics have of drafts: tokens drafted and accepted, and how many drafts had a first token, a second...
+# What llama-server's metrics have of drafts: tokens drafted and accepted; how many drafts had a first token, a second...
 COUNTED = re.compile(r"^llamacpp:spec_decode_num_(draft|accepted)_tokens_total (\d+)$", re.MULTILINE)
 PLACES = re.compile(r'^llamacpp:spec_decode_num_draft_tokens_per_pos_total\{position="\d+"\} (\d+)$', re.MULTILINE)
 
@@ -255,7 +255,8 @@ def _drafts(words: Sequence[str]) -> tuple[int, int, tuple[int, ...]]:
     first token, a second, ..., where it is ours."""
     if not (port := flag_value(words, "--port")):
         return 0, 0, ()
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"http://127.0.0.1:{port}/metrics") as answer:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"http://127.0.0.1:{port}/metrics") as answer:
         told = answer.read().decode()
     counted = {name: int(number) for name, number in COUNTED.findall(told)}
     return counted.get("draft", 0), counted.get("accepted", 0), tuple(map(int, PLACES.findall(told)))

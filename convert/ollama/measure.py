@@ -34,7 +34,7 @@ Step = Callable[[str, int, int], None]
 # The name of a pair in the store that is made for it.
 NAME = "gemma-mtp-bench"
 SYNTH, METRICS = "LLAMA_ARG_SPEC_SYNTH_RATES", "LLAMA_ARG_ENDPOINT_METRICS"
-# What llama-server's metrics have of drafts: tokens drafted and accepted; how many drafts had a first token, a second...
+# llama-server's metrics: tokens drafted and accepted, and how many drafts had a first token, a second, ...
 COUNTED = re.compile(r"^llamacpp:spec_decode_num_(draft|accepted)_tokens_total (\d+)$", re.MULTILINE)
 PLACES = re.compile(r'^llamacpp:spec_decode_num_draft_tokens_per_pos_total\{position="\d+"\} (\d+)$', re.MULTILINE)
 

@@ -17,8 +17,8 @@ from gemma_mtp.convert.ollama.installation import Engine, Installation
 from gemma_mtp.convert.ollama.measure import Run, Wanted
 from gemma_mtp.runtime.cli.main import main
 
-# Answers as a real Ollama does, and as its llama-server. Its own engine makes 10 tokens a second, ours 20; a round takes
-# it a tenth more, and in ten of them it drafts.
+# Answers as a real Ollama does, and its llama-server. Its own engine makes 10 tokens a second, ours 20; a round of ours
+# takes a tenth more, and in ten of them it drafts.
 PROGRAM = """#!{python}
 import http.server, json, os, subprocess, sys
 ours = "ours" in sys.argv[0]

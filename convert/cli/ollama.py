@@ -209,7 +209,7 @@ def _show(report: Report) -> None:
 def _state(report: Report) -> str:
     if report.model.drafter is None:
         return "no drafter"
-    state = f"drafts on, {report.model.drafts} a round" if report.model.drafts else "drafts off"
+    state = f"drafts on, up to {report.model.drafts} a round" if report.model.drafts else "drafts off"
     return f"{state}; {len(report.findings)} to mend (gemma-mtp ollama doctor)" if report.findings else state
 
 

@@ -2,7 +2,7 @@
 
 Every case is a server of its own, visited in turn, as the speed of a machine drifts. Replayed acceptance is our
 llama-server's `--spec-synth-rates`, set by the environment, which Ollama hands on: it drafts, verifies and samples as
-ever, then accepts at random.
+ever, no further than pays, then accepts at random.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import socket
 import subprocess
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,15 +27,16 @@ from gemma_mtp.convert.ollama import dispatch, shadow
 from gemma_mtp.convert.ollama.api import LOADING, Client
 from gemma_mtp.convert.ollama.create import check_types
 from gemma_mtp.convert.ollama.installation import Engine, installation, our_engine, whose
-from gemma_mtp.convert.ollama.trial import ENOUGH
+from gemma_mtp.convert.ollama.trial import ENOUGH, flag_value
 from gemma_mtp.patches.source import cache_dir
 
 Step = Callable[[str, int, int], None]
 # The name of a pair in the store that is made for it.
 NAME = "gemma-mtp-bench"
-SYNTH = "LLAMA_ARG_SPEC_SYNTH_RATES"
-# Of a request, in the log of llama-server.
-DRAFTED = re.compile(r"draft acceptance = \S+ \(\s*(\d+) accepted /\s*(\d+) generated\)")
+SYNTH, METRICS = "LLAMA_ARG_SPEC_SYNTH_RATES", "LLAMA_ARG_ENDPOINT_METRICS"
+# llama-server's metrics: tokens drafted and accepted, and how many drafts had a first token, a second, ...
+COUNTED = re.compile(r"^llamacpp:spec_decode_num_(draft|accepted)_tokens_total (\d+)$", re.MULTILINE)
+PLACES = re.compile(r'^llamacpp:spec_decode_num_draft_tokens_per_pos_total\{position="\d+"\} (\d+)$', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Wanted:
         target, drafter: GGUF files, of a split the first.
         prompt: begins each request, after a number of its own that keeps it out of the prompt cache.
         chances: of acceptance per token, to be replayed where the engine can.
-        lengths: drafts in a round.
+        lengths: drafts in a round, of our engine at most.
         model: one of the user's store instead of the pair.
         tokens: generated in a request.
         n_ctx, threads, temp, seed: as llama.cpp has them.
@@ -68,8 +70,9 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Run:
-    """One request: tokens read and made, seconds of generation and until the first token, drafts; the llama-server that
-    answered, and the bytes of memory that it holds."""
+    """One request: tokens read and made, seconds of generation and until the first token, drafted and accepted tokens,
+    how many drafts had a first token, a second, ... where that is known; the llama-server that answered, and the bytes
+    of memory that it holds."""
 
     read: int
     made: int
@@ -77,19 +80,20 @@ class Run:
     first: float
     drafted: int
     accepted: int
+    places: tuple[int, ...]
     engine: str
     memory: int
 
-    def rate(self, chance: float | None, length: int) -> float:
-        """Tokens a second; at a replayed chance those expected of a round over the time of one.
+    def rate(self, chance: float | None) -> float:
+        """Tokens a second; at a replayed chance those expected of the drafts that were made, over the time they took.
 
-        The server accepts at random, and the few dozen rounds of a request would scatter by several percent. Leviathan
-        et al., arXiv 2211.17192, equation 1.
+        The server accepts at random, and the few dozen rounds of a request would scatter by several percent. How far
+        a round drafts is chosen before, so it does not depend on what is accepted in it.
         """
-        if chance is None:
+        if chance is None or not self.places:
             return self.made / self.seconds
-        rounds = self.made - 1 - self.accepted  # the first token is the prompt's
-        return sum(chance**place for place in range(length + 1)) / (self.seconds / rounds)
+        accepted = sum(drafts * chance ** (place + 1) for place, drafts in enumerate(self.places))
+        return (self.made - self.accepted + accepted) / self.seconds
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ def _cases(wanted: Wanted, engine: Engine) -> Iterator[tuple[int, float | None]]
 def _found(case: Case, runs: Sequence[Run]) -> dict[str, float]:
     drafted = sum(run.drafted for run in runs)
     found = {
-        "tokens_per_s": round(median(run.rate(case.chance, case.length) for run in runs), 2),
+        "tokens_per_s": round(median(run.rate(case.chance) for run in runs), 2),
         "first_token_ms": round(1e3 * median(run.first for run in runs)),
         "memory_mb": round(median(run.memory for run in runs) / 1e6),
     }
@@ -196,7 +200,7 @@ def _serving(program: Path, store: Path, case: Case | None = None) -> Iterator[_
         free.bind(("127.0.0.1", 0))
         host = f"127.0.0.1:{free.getsockname()[1]}"
     # The store may be another Ollama's as well: what that one is about to finish is not cleared away.
-    env = {**os.environ, "OLLAMA_HOST": host, "OLLAMA_MODELS": str(store), "OLLAMA_NOPRUNE": "1"}
+    env = {**os.environ, "OLLAMA_HOST": host, "OLLAMA_MODELS": str(store), "OLLAMA_NOPRUNE": "1", METRICS: "1"}
     if case is not None and case.chance is not None:
         env[SYNTH] = ",".join(f"{case.chance ** (place + 1):.9f}" for place in range(case.length))
     with tempfile.NamedTemporaryFile(prefix="ollama-log-", dir=cache_dir()) as log:
@@ -241,25 +245,33 @@ class _Server:
         made, seconds = answer["eval_count"], answer["eval_duration"] / 1e9
         if made < ENOUGH:
             raise MtpError(f"the model ended its answer after {made} tokens, too few to time; give other --prompts.")
-        accepted, drafted = _drafts(self.log) if case.length else (0, 0)
-        return Run(answer["prompt_eval_count"], made, seconds, first, drafted, accepted, *_child(self.pid))
+        words, memory = _child(self.pid)
+        drafts = _drafts(words) if case.length else (0, 0, ())
+        return Run(answer["prompt_eval_count"], made, seconds, first, *drafts, words[0], memory)
 
 
-def _drafts(log: Path) -> tuple[int, int]:
-    """Accepted and drafted tokens of the last answer, as its llama-server told."""
-    found = DRAFTED.findall(log.read_text(errors="replace"))
-    return (int(found[-1][0]), int(found[-1][1])) if found else (0, 0)
+def _drafts(words: Sequence[str]) -> tuple[int, int, tuple[int, ...]]:
+    """What a llama-server with this command line has drafted, and what of that was accepted; and how many drafts had a
+    first token, a second, ..., where it is ours."""
+    if not (port := flag_value(words, "--port")):
+        return 0, 0, ()
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"http://127.0.0.1:{port}/metrics") as answer:
+        told = answer.read().decode()
+    counted = {name: int(number) for name, number in COUNTED.findall(told)}
+    return counted.get("draft", 0), counted.get("accepted", 0), tuple(map(int, PLACES.findall(told)))
 
 
-def _child(parent: int) -> tuple[str, int]:
-    """The program that a process started, and the bytes of memory that it holds; "" and 0 where there is no /proc."""
+def _child(parent: int) -> tuple[list[str], int]:
+    """The command line of the process that another one started, and the bytes of memory that it holds; [""] and 0 where
+    there is no /proc."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             status = (folder / "status").read_text()
             if re.search(rf"^PPid:\t{parent}$", status, re.MULTILINE):
-                program = (folder / "cmdline").read_bytes().split(b"\0")[0]
+                words = os.fsdecode((folder / "cmdline").read_bytes()).split("\0")
                 held = re.search(r"^VmRSS:\s+(\d+) kB$", status, re.MULTILINE)
-                return os.fsdecode(program), 1024 * int(held[1] if held else 0)
+                return words, 1024 * int(held[1] if held else 0)
         except OSError:
             continue  # it ended, or is not to be seen
-    return "", 0
+    return [""], 0

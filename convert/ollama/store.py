@@ -21,7 +21,8 @@ from gemma_mtp.convert.ollama.api import Client
 class Stored:
     """A model as Ollama has it: paths of its layers on Ollama's machine, and its settings.
 
-    `parent` is the model that it was made from, "" if from files; `drafts` the tokens that Ollama drafts in a round.
+    `parent` is the model that it was made from, "" if from files; `drafts` the tokens that are drafted in a round, at
+    most if our engine runs it.
     """
 
     name: str

@@ -45,7 +45,7 @@ class Trial:
 
     def __str__(self) -> str:
         on = self.drafts > 0 and self.drafting is not False
-        drafts = f"drafts on, {self.drafts} a round" if on else "drafts off"
+        drafts = f"drafts on, up to {self.drafts} a round" if on else "drafts off"
         if on and self.acceptance is not None:
             drafts += f", {self.acceptance:.0%} accepted"
         elif on:
@@ -71,14 +71,14 @@ def trial(api: Client, model: Stored) -> Trial:
         return Trial(rate, model.drafts)
     if "--spec-type" not in server:
         return Trial(rate, model.drafts, False, None, server[0])
-    stale = _value(server, "--spec-draft-model") != str(model.drafter)
+    stale = flag_value(server, "--spec-draft-model") != str(model.drafter)
     return Trial(rate, model.drafts, True, _acceptance(server, model), server[0], stale)
 
 
 def servers(model: Stored) -> Iterator[list[str]]:
     """The command lines of the llama-server processes that have a model loaded."""
     for line in _command_lines():
-        if _value(line, "--model") == str(model.target) and _value(line, "--port"):
+        if flag_value(line, "--model") == str(model.target) and flag_value(line, "--port"):
             yield line
 
 
@@ -95,7 +95,8 @@ def _command_lines() -> Iterator[list[str]]:
         yield from (line.split() for line in done.stdout.splitlines())
 
 
-def _value(line: Sequence[str], flag: str) -> str:
+def flag_value(line: Sequence[str], flag: str) -> str:
+    """What stands behind a flag in a command line; "" without it."""
     at = line.index(flag) + 1 if flag in line else len(line)
     return line[at] if at < len(line) else ""
 
@@ -106,7 +107,7 @@ def _acceptance(server: Sequence[str], model: Stored) -> float | None:
     body = {"prompt": PROMPT, "n_predict": N_TOKENS, "cache_prompt": False, "ignore_eos": True, **sampling}
     body |= {"speculative.n_max": model.drafts}  # in every round, where ours would draft as far as it pays
     request = urllib.request.Request(
-        f"http://127.0.0.1:{_value(server, '--port')}/completion",
+        f"http://127.0.0.1:{flag_value(server, '--port')}/completion",
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )

@@ -17,11 +17,13 @@ from gemma_mtp.convert.ollama.installation import Engine, Installation
 from gemma_mtp.convert.ollama.measure import Run, Wanted
 from gemma_mtp.runtime.cli.main import main
 
-# Answers as a real Ollama does. Its own engine makes 10 tokens a second; ours 20, and a round takes it a tenth more.
+# Answers as a real Ollama does, and its llama-server. Its own engine makes 10 tokens a second, ours 20; a round of ours
+# takes a tenth more, and in ten of them it drafts.
 PROGRAM = """#!{python}
 import http.server, json, os, subprocess, sys
 ours = "ours" in sys.argv[0]
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+host, _, port = os.environ["OLLAMA_HOST"].rpartition(":")
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "--port", port])
 class Answer(http.server.BaseHTTPRequestHandler):
     def send(self, *bodies):
         text = "".join(json.dumps(body) + chr(10) for body in bodies).encode()
@@ -32,7 +34,15 @@ class Answer(http.server.BaseHTTPRequestHandler):
     def do_HEAD(self):
         self.send()
     def do_GET(self):
-        self.send({{"version": "0.33.0"}})
+        if self.path != "/metrics":
+            return self.send({{"version": "0.33.0"}})
+        counts = {{"draft_tokens_total": 40, "accepted_tokens_total": 20}}  # two of four are accepted in ten rounds
+        counts |= {{'draft_tokens_per_pos_total{{position="%d"}}' % place: 10 for place in range(4)}} if ours else {{}}
+        text = "".join("llamacpp:spec_decode_num_%s %d%c" % (*each, 10) for each in counts.items()).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         told = {{"asked": body, "synth": os.environ.get("LLAMA_ARG_SPEC_SYNTH_RATES")}}
@@ -40,15 +50,11 @@ class Answer(http.server.BaseHTTPRequestHandler):
         if self.path == "/api/create":
             return self.send({{"status": "success"}})
         n, drafts = body["options"]["num_predict"], body["options"]["draft_num_predict"]
-        rounds, seconds = n - 1, n / (20 if ours else 10)
+        seconds = n / (20 if ours else 10)
         if drafts and n > 1:
-            rounds = (n - 1) // 3  # two of four are accepted
-            counts = "%5d accepted / %5d generated" % (2 * rounds, 4 * rounds)
-            print("draft acceptance = 0.50000 ( " + counts + "), mean len = 3.00", flush=True)
-            seconds = rounds * 1.1 / 20
+            seconds = (n - 1 - 20) * 1.1 / 20
         done = {{"done": True, "prompt_eval_count": 90, "eval_count": n, "eval_duration": int(seconds * 1e9)}}
         self.send({{"response": "a"}}, done) if body.get("stream", True) else self.send(done)
-host, _, port = os.environ["OLLAMA_HOST"].rpartition(":")
 try:
     http.server.HTTPServer((host, int(port)), Answer).serve_forever()
 finally:
@@ -87,9 +93,9 @@ def test_cases_take_turns_on_both_engines(wanted: Wanted, seen: Path) -> None:
     assert list(theirs) == ["plain", "own, 4"]  # it cannot replay
     assert list(ours) == ["plain", "own, 4", "0.5, 4"]
     assert (theirs["plain"]["tokens_per_s"], ours["plain"]["tokens_per_s"]) == (10, 20)
-    assert ours["own, 4"]["tokens_per_s"] == pytest.approx(61 / 20 / 1.1 * 20, abs=0.01)
-    # 1 + .5 + .25 + .125 + .0625 tokens are expected of a round, whatever was accepted.
-    assert ours["0.5, 4"]["tokens_per_s"] == pytest.approx(1.9375 / 1.1 * 20, abs=0.01)
+    assert ours["own, 4"]["tokens_per_s"] == pytest.approx(61 / 40 / 1.1 * 20, abs=0.01)
+    # .5 + .25 + .125 + .0625 tokens are expected of each of the ten drafts, whatever was accepted.
+    assert ours["0.5, 4"]["tokens_per_s"] == pytest.approx((1 + 40 + 9.375) / 40 / 1.1 * 20, abs=0.01)
     assert ours["0.5, 4"]["acceptance"] == 0.5
     assert "acceptance" not in ours["plain"]
     assert found["prompt_tokens"] == 90
@@ -132,9 +138,11 @@ def test_a_model_of_the_store_is_measured_as_it_is(wanted: Wanted, seen: Path) -
 
 
 def test_tokens_of_a_replay_are_those_expected(wanted: Wanted) -> None:
-    run = Run(read=9, made=101, seconds=5.0, first=0.1, drafted=200, accepted=50, engine="", memory=0)
-    assert run.rate(None, 4) == pytest.approx(20.2)
-    assert run.rate(0.8, 2) == pytest.approx((1 + 0.8 + 0.64) / (5 / 50))
+    run = Run(read=9, made=101, seconds=5.0, first=0.1, drafted=60, accepted=50, places=(40, 20), engine="", memory=0)
+    assert run.rate(None) == pytest.approx(20.2)
+    assert run.rate(0.8) == pytest.approx((51 + 40 * 0.8 + 20 * 0.64) / 5)
+    # Where it cannot be known how far it drafted, by the clock on the wall.
+    assert replace(run, places=()).rate(0.8) == pytest.approx(20.2)
 
 
 def test_another_build_is_none(demo: Pair) -> None:

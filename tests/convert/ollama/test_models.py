@@ -30,7 +30,7 @@ from prompts import held_out
 from tiny import PAIR
 
 FOLDERS = PAIR / "gemma-4-demo", PAIR / "gemma-4-demo-assistant"
-SAID = r"{}: drafts on, 4 a round, \d+% accepted, \d+\.\d tokens/s\n"
+SAID = r"{}: drafts on, up to 4 a round, \d+% accepted, \d+\.\d tokens/s\n"
 
 
 def told(name: str, output: str) -> bool:
@@ -384,13 +384,13 @@ def test_where_processes_are_not_seen_acceptance_is_not_told(
 ) -> None:
     monkeypatch.setattr("gemma_mtp.convert.ollama.trial._command_lines", lambda: iter(()))
     done = run("ollama", "create", "mine", demo.target.parent)
-    assert "mine: drafts on, 4 a round, acceptance not to be seen from here" in done.stdout
+    assert "mine: drafts on, up to 4 a round, acceptance not to be seen from here" in done.stdout
 
 
 def test_an_answer_of_one_token_has_no_rate(demo: Pair, standin: Standin) -> None:
     standin.answers["chat"] |= {"eval_count": 1, "eval_duration": 1000}
     done = run("ollama", "create", "mine", demo.target.parent)
-    assert re.fullmatch(r"mine: drafts on, 4 a round, \d+% accepted, too short an answer to time\n", done.stdout)
+    assert re.fullmatch(r"mine: drafts on, up to 4 a round, \d+% accepted, too short an answer to time\n", done.stdout)
 
 
 def test_a_model_that_does_not_start_says_why(demo: Pair, standin: Standin) -> None:

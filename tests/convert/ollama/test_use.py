@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import struct
+import urllib.request
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +24,7 @@ from gemma_mtp.convert.checkpoint import open_checkpoint
 from gemma_mtp.convert.mmproj import plan_mmproj, write_mmproj
 from gemma_mtp.convert.ollama.api import LOADING, Client, OllamaError
 from gemma_mtp.convert.ollama.store import stored
+from gemma_mtp.convert.ollama.trial import flag_value, servers
 from ollamas import run
 from prompts import held_out
 
@@ -204,6 +207,36 @@ def test_settings_of_the_server(real: Mapping[str, str], ours: bool) -> None:
             return list(pool.map(lambda request: answers([request], drafts)[0], requests))
 
     assert together(4) == answers(requests, 0)
+
+
+def drafted(model: str) -> int:
+    """Tokens that its llama-server has drafted so far, by its metrics."""
+    (line,) = servers(stored(Client(), model))
+    with urllib.request.urlopen(f"http://127.0.0.1:{flag_value(line, '--port')}/metrics") as answer:
+        (found,) = re.findall(r"num_draft_tokens_total (\d+)", answer.read().decode())
+    return int(found)
+
+
+@pytest.mark.usefixtures("mine")
+@pytest.mark.parametrize(
+    "real",
+    [{"LLAMA_ARG_ENDPOINT_METRICS": "1", "LLAMA_ARG_SPEC_SYNTH_RATES": rates} for rates in ("0,0,0,0", "1,1,1,1")],
+    indirect=True,
+    ids=["none is right", "all are right"],
+)
+def test_it_drafts_as_far_as_it_pays(real: Mapping[str, str], ours: bool) -> None:
+    """Four at most, as Ollama says, where all are right; where none is, hardly any."""
+    if not ours:
+        pytest.skip("Ollama's own engine drafts as many in every round")
+    prompt, options = held_out(1)[0], {**GREEDY, "stop": []}
+    answers([text(prompt, {**options, "num_predict": 1})], 4)
+    before = drafted("mine")
+    (answer,) = answers([text(prompt, {**options, "num_predict": 200})], 4)
+    made, found = answer["eval_count"], drafted("mine") - before
+    if real["LLAMA_ARG_SPEC_SYNTH_RATES"].startswith("0"):
+        assert 0 < found < made  # 4 a round would be four times as many
+    else:
+        assert found > made / 4  # of a round of five tokens four are drafts
 
 
 @pytest.mark.usefixtures("mine")

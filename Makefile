@@ -11,7 +11,7 @@ WHEEL  := $(VENV)/.ready-wheel
 
 .DEFAULT_GOAL := help
 .PHONY: help setup native ui wheel demo test check fix bench bench-many bench-convert check-patches check-kernels check-arm check-formats check-stock \
-        check-ollama check-clients check-same-text check-same-calls check-schema-answers check-distribution check-coupling check-invariance fuzz clean
+        check-ollama check-clients check-same-text check-same-calls check-schema-answers check-many-lines check-distribution check-coupling check-invariance fuzz clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -103,6 +103,9 @@ check-same-calls: $(TESTS) ## answers of `Llama` whatever was asked before, with
 
 check-schema-answers: $(TESTS) ## 900 answers of `Llama` under schemas and with tools, at temperature 1
 	@$(BIN)/python tests/schema_answers.py
+
+check-many-lines: $(TESTS) ## 10,000 lines of `gemma-mtp run --jsonl`, killed twice: each is answered once, memory stays
+	@$(BIN)/python tests/many_lines.py
 
 check-arm: $(BIN)/python ## build libggml for ARM and test what the series touches there, under emulation
 	@$(BIN)/python patches/build.py arm

@@ -10,7 +10,7 @@ TOOLS  := $(VENV)/.ready-check
 WHEEL  := $(VENV)/.ready-wheel
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native ui wheel demo test check fix bench bench-many bench-convert check-patches check-kernels check-arm check-formats check-stock \
+.PHONY: help setup native ui wheel demo test check fix bench bench-long bench-many bench-convert check-patches check-kernels check-arm check-formats check-stock \
         check-ollama check-clients check-same-text check-same-calls check-schema-answers check-many-lines check-distribution check-coupling check-invariance fuzz clean
 
 help: ## show this list
@@ -118,6 +118,9 @@ bench-convert: $(TESTS) ## time, memory and bytes of a conversion beside upstrea
 
 bench-many: $(TESTS) ## tokens per second of many prompts at once, at 1 to 8 sequences, with MTP and without
 	@$(BIN)/python tests/bench_many.py --acceptance 0.6
+
+bench-long: $(TESTS) ## what a token of a long answer costs by each way of asking, beside `generate`
+	@$(BIN)/python tests/bench_long.py
 
 check-distribution: $(TESTS) ## draw 600,000 times with MTP and compare with the target's distribution
 	@$(BIN)/python -m pytest -s -m distribution

@@ -10,8 +10,8 @@ TOOLS  := $(VENV)/.ready-check
 WHEEL  := $(VENV)/.ready-wheel
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native ui wheel demo test check fix bench bench-many bench-slots bench-convert check-patches check-kernels check-arm check-formats check-stock \
-        check-ollama check-clients check-same-text check-same-calls check-schema-answers check-distribution check-coupling check-invariance fuzz clean
+.PHONY: help setup native ui wheel demo test check fix bench bench-long bench-many bench-slots bench-convert check-patches check-kernels check-arm check-formats check-stock \
+        check-ollama check-clients check-same-text check-same-calls check-schema-answers check-many-lines check-distribution check-coupling check-invariance fuzz clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -104,6 +104,9 @@ check-same-calls: $(TESTS) ## answers of `Llama` whatever was asked before, with
 check-schema-answers: $(TESTS) ## 900 answers of `Llama` under schemas and with tools, at temperature 1
 	@$(BIN)/python tests/schema_answers.py
 
+check-many-lines: $(TESTS) ## 10,000 lines of `gemma-mtp run --jsonl`, killed twice: each is answered once, memory stays
+	@$(BIN)/python tests/many_lines.py
+
 check-arm: $(BIN)/python ## build libggml for ARM and test what the series touches there, under emulation
 	@$(BIN)/python patches/build.py arm
 
@@ -118,6 +121,9 @@ bench-many: $(TESTS) ## tokens per second of many prompts at once, at 1 to 8 seq
 
 bench-slots: $(TESTS) ## tokens per second of llama-server with 1, 2 and 4 slots, drafts of fixed lengths and "auto"
 	@$(BIN)/python tests/bench_slots.py
+
+bench-long: $(TESTS) ## what a token of a long answer costs by each way of asking, beside `generate`
+	@$(BIN)/python tests/bench_long.py
 
 check-distribution: $(TESTS) ## draw 600,000 times with MTP and compare with the target's distribution
 	@$(BIN)/python -m pytest -s -m distribution

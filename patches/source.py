@@ -122,15 +122,19 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def kept_sdist() -> Path:
+    """Where the cache has the pinned sdist, or is to have it."""
+    return cache_dir() / "sdist" / f"llama_cpp_python-{upstream().version}.tar.gz"
+
+
 def fetch_sdist() -> Path:
     """The pinned sdist, from the cache or downloaded by pip, with its hash checked either way.
 
     Raises:
         BuildError: the download failed, or the file is not the pinned one.
     """
-    pin = upstream()
-    name = f"llama_cpp_python-{pin.version}.tar.gz"
-    kept = cache_dir() / "sdist" / name
+    pin, kept = upstream(), kept_sdist()
+    name = kept.name
     if kept.exists() and sha256(kept) == pin.sha256:
         return kept
     kept.parent.mkdir(parents=True, exist_ok=True)

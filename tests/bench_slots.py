@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -84,7 +85,9 @@ def main() -> None:
             speed = median(tokens / seconds for seconds, tokens in visits)
             plain.setdefault(whose, speed)
             speeds = {"tokens_per_second": round(speed, 2), "over_plain": round(speed / plain[whose], 3)}
-            rows.append({"slots": slots, "whose": whose, "drafts": drafts, "acceptance": chance, **speeds})
+            row = {"slots": slots, "whose": whose, "drafts": drafts, "acceptance": chance, **speeds}
+            rows.append(row)
+            print(*row.values(), file=sys.stderr, flush=True)  # it takes minutes
     table = Table("slots", "server", "drafts", "acceptance", "tokens/s", "over its plain")
     for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row.values()))

@@ -6,6 +6,7 @@ streamed answers come from the same loop and say the same.
 
 from __future__ import annotations
 
+import functools
 import time
 import uuid
 import warnings
@@ -109,6 +110,7 @@ class Made:
         self.finish = "length"
         self._llm, self._piece = llm, pieces_of(llm.tokenizer_)
         self._ends = stop_tokens(llm, asked.stop)
+        self._spell = functools.cache(lambda token: str(llm.detokenize([token]), "utf-8", "ignore"))
         self._pieces: list[bytes] = []
         self._told = 0  # tokens that chunks have named
         self._offset = Offset(0 if asked.echo and not asked.stream else len(asked.prompt))
@@ -184,10 +186,7 @@ class Made:
         def piece(number: int) -> bytes:
             return llm.detokenize([self.prompt[number]]) if number < 0 else self._pieces[number]
 
-        def spell(token: int) -> str:
-            return str(llm.detokenize([token]), "utf-8", "ignore")
-
-        found = notes.told(numbers, spell, self._offset, piece)
+        found = notes.told(numbers, self._spell, self._offset, piece)
         if self.asked.echo and not self.asked.stream:  # as OpenAI's API has it
             for key in ("token_logprobs", "top_logprobs"):
                 found[key][:1] = [None] * len(found[key][:1])

@@ -29,12 +29,14 @@ def top_logprobs(logits: Floats, token: int, top: int) -> tuple[float, list[tupl
         token: id of the token.
         top: how many.
     """
-    shifted = logits - logits.max()
-    total = np.log(np.exp(shifted).sum())
+    highest = logits.max()
+    shifted = logits - highest
+    total = np.log(np.exp(shifted, out=shifted).sum())
     ids = likeliest(logits, top) if top else np.arange(0)
-    logprobs = shifted[ids] - total
+    logprobs = logits[ids] - highest - total
     best = np.lexsort((-ids, -logprobs))[:top]
-    return float(shifted[token] - total), [(int(ids[i]), float(logprobs[i])) for i in best]
+    of_best = zip(ids[best].tolist(), logprobs[best].tolist(), strict=True)
+    return float(logits[token] - highest - total), list(of_best)
 
 
 class LogProbs:

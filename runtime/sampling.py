@@ -77,18 +77,18 @@ def gumbel(seed: int, position: int, ids: Ids) -> Doubles:
 def likeliest(values: npt.NDArray[Any], count: int) -> npt.NDArray[np.intp]:
     """Indices of at least the `count` largest values, ties with the last of them included, in ascending order.
 
-    The count-th largest of the maxima of blocks is a lower bound of the count-th largest value, and takes one pass over
-    the values where a partition takes many.
+    The count-th largest of the maxima of groups is a lower bound of the count-th largest value, and takes one pass over
+    the values where a partition takes many. A group is every so-many-th value: maxima of neighbors take longer.
     """
     width = int(len(values) ** 0.5)
-    blocks = len(values) // width if width else 0
-    if count * 2 > blocks:
+    groups = len(values) // width if width else 0
+    if count * 2 > groups:
         if count >= len(values):
             return np.arange(len(values))
         bound = np.partition(values, len(values) - count)[len(values) - count]
     else:
-        tops = values[: blocks * width].reshape(blocks, width).max(axis=1)
-        bound = np.partition(tops, blocks - count)[blocks - count]
+        tops = values[: groups * width].reshape(width, groups).max(axis=0)
+        bound = np.partition(tops, groups - count)[groups - count]
     return np.flatnonzero(values >= bound)
 
 

@@ -10,9 +10,8 @@ import codecs
 import ctypes
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from operator import index
-from typing import Any
+from typing import Any, NamedTuple
 
 from gemma_mtp.runtime.faults import CLOSED
 from llama_cpp import LlamaTokenizer
@@ -150,8 +149,7 @@ class Stop:
         return None
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Tokens that end with a whole character.
 
     Attributes:
@@ -200,8 +198,9 @@ class Text:
     def add(self, piece: bytes) -> None:
         """Go on with the piece of a token."""
         text = self._decoder.decode(piece)
-        places = [(stop.find(text), stop) for stop in self._stops]
-        self._end = min((self._size + place - len(stop.wanted) for place, stop in places if place), default=None)
+        if self._stops:
+            places = [(stop.find(text), stop) for stop in self._stops]
+            self._end = min((self._size + place - len(stop.wanted) for place, stop in places if place), default=None)
         self._pieces.append(text)
         self._size += len(text)
         part = Part(self._open.tokens + 1, self._open.start, self._open.text + text)
@@ -221,7 +220,7 @@ class Text:
         """At the end: what was not handed on, up to the stop."""
         end = self._size if self._end is None else self._end
         for part in (*self._waiting, *([self._open] if self._open.tokens else [])):
-            yield replace(part, text=part.text[: end - part.start])
+            yield part._replace(text=part.text[: end - part.start])
             if part.end >= end:
                 return
 

@@ -163,4 +163,4 @@ def test_the_table_of_a_real_one(demo: Pair) -> None:
     cases = found["engines"]["ours"]["cases"]
     assert list(cases) == ["plain", "own, 4", "0.8, 4"]
     assert all(each["tokens_per_s"] > 0 and each["first_token_ms"] > 0 for each in cases.values())
-    assert 0 < cases["own, 4"]["acceptance"] < 1
+    assert 0 < cases["own, 4"]["acceptance"] <= 1

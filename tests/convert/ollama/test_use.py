@@ -234,7 +234,7 @@ def test_it_drafts_as_far_as_it_pays(real: Mapping[str, str], ours: bool) -> Non
     (answer,) = answers([text(prompt, {**options, "num_predict": 200})], 4)
     made, found = answer["eval_count"], drafted("mine") - before
     if real["LLAMA_ARG_SPEC_SYNTH_RATES"].startswith("0"):
-        assert 0 < found < made  # 4 a round would be four times as many
+        assert found < made  # 4 a round would be four times as many
     else:
         assert found > made / 4  # of a round of five tokens four are drafts
 

@@ -19,7 +19,7 @@ SAMPLING_KEYS = {
     "temperature": "general.sampling.temp", "top_k": "general.sampling.top_k", "top_p": "general.sampling.top_p",
 }  # fmt: skip
 # Ollama's own default (its pull request 15980). Its own engine drafts so many in every round, and may run the model
-# tomorrow; on ours it is a bound, and a higher one brings little (docs/ollama.md).
+# tomorrow; on ours it is a bound (docs/ollama.md).
 DRAFT_NUM_PREDICT = 4
 # Architecture of an mmproj file.
 PROJECTOR = "clip"

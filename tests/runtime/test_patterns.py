@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
+from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import Llama, chat_native
+from llamas import OPTIONS
 
 pytestmark = pytest.mark.skipif(chat_native.functions() is None, reason="needs libllama-common with our series")
 DRAWN = {"max_tokens": 96, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+
+@pytest.fixture(scope="module")
+def mtp(demo: Pair) -> Iterator[Llama]:
+    with closing(Llama(demo.target, **OPTIONS)) as llm:
+        yield llm
 
 
 def asked(pattern: str) -> dict[str, Any]:

@@ -60,8 +60,8 @@ def test_a_drafter_alone_needs_no_type(demo: Pair, tmp_path: Path) -> None:
         said = (tmp_path / "other log").read_text()
     assert f"no linked drafter beside {alone}; put '{demo.drafter.name}' there" in said
     assert refused("-m", alone, "--spec-type", "draft-mtp") == [
-        f"srv  llama_server: no linked drafter beside {alone}; put '{demo.drafter.name}' there; or name one with "
-        "--spec-draft-model"
+        f"srv  llama_server: error: no linked drafter beside {alone}; put '{demo.drafter.name}' there; or name one "
+        "with --spec-draft-model"
     ]
 
 

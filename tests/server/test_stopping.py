@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from http.client import IncompleteRead
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -75,7 +76,10 @@ def test_a_stream_ends(headers: dict[str, str], demo: Pair, tmp_path: Path) -> N
         ) as stream:
             assert stream.readline().startswith(b"data: ")
             process.send_signal(signal.SIGTERM)
-            rest = stream.read()
+            try:
+                rest = stream.read()
+            except IncompleteRead as cut:  # the connection is closed before its last chunk is out
+                rest = cut.partial
         assert ended(process)[0] == 0
     assert b'"stop":true' not in rest
     assert b"[DONE]" not in rest

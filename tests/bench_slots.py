@@ -4,8 +4,9 @@
 
 Every slot answers a request of its own, all at once, greedy; acceptance is llama-server's own simulation
 (`--spec-synth-rates`): drafts are made and verified, and accepted at random. Stock's is measured where
-`make check-stock` has built it. A server is asked once before it is measured, which teaches "auto" what passes cost;
-the median of the visits counts. The last line is one JSON object.
+`make check-stock` has built it. A server is asked once before it is measured, which teaches "auto" what passes cost.
+Each is visited in turn with a server of the same build without drafts, as the speed of a machine drifts: medians of the
+visits count, and of their ratios. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import random
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,33 +27,23 @@ from gemma_mtp.patches import source, stock
 from gemma_mtp.runtime.bench.machine import physical_cores
 from gemma_mtp.runtime.bench.server import Server
 from gemma_mtp.runtime.programs import program
+from gemma_mtp.runtime.request import MOST
 from rich.console import Console
 from rich.table import Table
 
-AUTO = 15  # as far as "auto" goes
+COLUMNS = "slots", "server", "drafts", "acceptance", "plain tokens/s", "tokens/s", "over plain"
 
 
 class Asked(Server):
     """A llama-server, and the time it takes over a request in each of its slots."""
 
-    def seconds(self, prompts: list[list[int]], tokens: int) -> tuple[float, int]:
-        """Seconds from when the first answer begins until the last one ends, and tokens generated."""
+    def speed(self, prompts: list[list[int]], tokens: int) -> float:
+        """Tokens per second of all answers, from when they are asked for until the last one ends."""
         with ThreadPoolExecutor(len(prompts)) as pool:
             list(pool.map(lambda prompt: self.run(prompt, 1, 0), prompts))  # the prompts are in the cache then
             clock = time.perf_counter()
             runs = list(pool.map(lambda prompt: self.run(prompt, tokens, 0), prompts))
-        return time.perf_counter() - clock, sum(run.generated + 1 for run in runs)
-
-
-def kinds(lengths: list[int], acceptance: list[float]) -> list[tuple[str, str, int, float | None]]:
-    """What is measured: whose server, what it drafts, tokens at most, acceptance."""
-    found: list[tuple[str, str, int, float | None]] = [("ours", "none", 0, None)]
-    for chance in acceptance:
-        found += [("ours", str(length), length, chance) for length in lengths]
-        found.append(("ours", "auto", AUTO, chance))
-    if stock.stock_dir().exists():
-        found += [("stock", "none", 0, None), *(("stock", "3", 3, chance) for chance in acceptance)]
-    return found
+        return sum(run.generated + 1 for run in runs) / (time.perf_counter() - clock)
 
 
 def main() -> None:
@@ -72,25 +64,29 @@ def main() -> None:
     )
     rng = random.Random(0)
     prompts = [[rng.randrange(1000, 3000) for _ in range(64)] for _ in range(max(map(int, chosen.slots.split(","))))]
-    binaries = {"ours": program("llama-server"), "stock": stock.stock_dir() / "llama-server"}
     options = {"n_ctx": 64 + chosen.tokens + 64, "threads": chosen.threads, "gpu_layers": 0, "flash_attn": True}
+    builds = {"ours": (program("llama-server"), [*chosen.draft.split(","), "auto"])}
+    if stock.stock_dir().exists():
+        builds["stock"] = stock.stock_dir() / "llama-server", ["3"]
     rows: list[dict[str, Any]] = []
-    for slots in map(int, chosen.slots.split(",")):
-        plain: dict[str, float] = {}
-        for whose, drafts, length, chance in kinds([int(each) for each in chosen.draft.split(",")], acceptance):
-            drafting = drafter if length else None, length, chance
-            with Asked(binaries[whose], target, *drafting, slots=slots, adaptive=drafts == "auto", **options) as server:
-                server.seconds(prompts[:slots], chosen.tokens)
-                visits = [server.seconds(prompts[:slots], chosen.tokens) for _ in range(chosen.repeat)]
-            speed = median(tokens / seconds for seconds, tokens in visits)
-            plain.setdefault(whose, speed)
-            speeds = {"tokens_per_second": round(speed, 2), "over_plain": round(speed / plain[whose], 3)}
-            row = {"slots": slots, "whose": whose, "drafts": drafts, "acceptance": chance, **speeds}
-            rows.append(row)
-            print(*row.values(), file=sys.stderr, flush=True)  # it takes minutes
-    table = Table("slots", "server", "drafts", "acceptance", "tokens/s", "over its plain")
+    for slots, (whose, (binary, lengths)) in product(map(int, chosen.slots.split(",")), builds.items()):
+        asked = prompts[:slots], chosen.tokens
+        with Asked(binary, target, None, 0, None, slots=slots, **options) as plain:
+            plain.speed(*asked)
+            for chance, drafts in product(acceptance, lengths):
+                auto = drafts == "auto"
+                drafting = drafter, MOST if auto else int(drafts), chance
+                with Asked(binary, target, *drafting, slots=slots, adaptive=auto, **options) as server:
+                    server.speed(*asked)
+                    visits = [(plain.speed(*asked), server.speed(*asked)) for _ in range(chosen.repeat)]
+                speeds = (round(median(each), 2) for each in zip(*visits, strict=True))
+                over = round(median(with_drafts / without for without, with_drafts in visits), 3)
+                values = (slots, whose, drafts, chance, *speeds, over)
+                rows.append(dict(zip(COLUMNS, values, strict=True)))
+                print(*values, file=sys.stderr, flush=True)  # it takes minutes
+    table = Table(*COLUMNS)
     for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row.values()))
+        table.add_row(*map(str, row.values()))
     Console().print(table)
     print(json.dumps({"target": target.name, "threads": chosen.threads, "rows": rows}))
 

@@ -122,11 +122,12 @@ BOUNDED = {
     "properties": {
         "code": {"type": "string", "pattern": "^[A-C]{3}-(x|y)$"},
         "long": {"type": "string", "minLength": 3, "maxLength": 6},
+        "mark": {"type": "string", "pattern": r'^\d{2}"\.\w$'},
         "min": {"type": "string", "minLength": 4},
         "n": {"type": "integer", "minimum": 3, "exclusiveMaximum": 20},
         "short": {"type": "string", "maxLength": 2},
     },
-    "required": ["code", "long", "min", "n", "short"],
+    "required": ["code", "long", "mark", "min", "n", "short"],
 }
 
 
@@ -139,6 +140,7 @@ def test_bounds_of_arguments_are_kept(seed: int, chat: str) -> None:
     given = json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"])
     assert re.fullmatch(r"[A-C]{3}-(x|y)", given["code"])
     assert 3 <= len(given["long"]) <= 6
+    assert re.fullmatch(r'\d{2}"\.\w', given["mark"])  # no escapes of JSON in what the model writes
     assert len(given["min"]) >= 4
     assert 3 <= given["n"] < 20
     assert len(given["short"]) <= 2

@@ -297,6 +297,18 @@ def unpacked(values: Any, kind: str) -> Any:
     return gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind]).reshape(values.shape).astype(np.float64)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rows_for_k_quants_are_quantized_as_by_the_reference(variant: str, tmp_path: Path) -> None:
+    """Values of any size; of two largest ones with other signs the first counts; zeros; what is no number."""
+    folder, rng = library(variant), np.random.default_rng(0)
+    values = rng.standard_normal((900, 8, 256)) * 10.0 ** rng.integers(-30, 30, (900, 8, 1))
+    values[300:600] = np.round(values[300:600] / np.abs(values[300:600]).max(axis=2, keepdims=True) * 9)
+    values[::5, 3] = 0
+    values[::7, 5, ::50] = rng.choice([np.inf, -np.inf, np.nan, -0.0], (129, 6))
+    np.save(tmp_path / "rows.npy", values.astype(np.float32))
+    assert script("quantize_rows.py", folder, tmp_path / "rows.npy").strip() == "0"
+
+
 @pytest.mark.skipif(not X86, reason="the kernels are for x86; other machines keep llama.cpp's")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_tanh_and_gelu(variant: str, tmp_path: Path) -> None:

@@ -106,6 +106,11 @@ class Working:
         self.slot = slot
         self._proposals = self._proposals_in(slot)
 
+    @property
+    def patient(self) -> bool:
+        """Whether a round may pass without asking for drafts: no length was wanted, and no grammar forces tokens."""
+        return self.job.request.length in ("auto", 0) and self.job.given["grammar"] is None
+
     def offered(self, most: int) -> Offered:
         """What could be drafted, `most` tokens at most, and none that the answer has no room for."""
         left = self.job.most - len(self.job.made.tokens) - 1

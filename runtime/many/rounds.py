@@ -26,6 +26,8 @@ from gemma_mtp.runtime.request import MOST
 from gemma_mtp.runtime.sampling import Sampler
 from gemma_mtp.runtime.stats import Stats
 
+REST = 3  # as in the library, which sees no more of a round than its passes and draft steps
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -58,6 +60,7 @@ class Rounds:
         self._policy = shared_policy(self._costs, count, MOST)
         self._working: dict[int, Working] = {}  # by the number of the slot
         self._next: deque[tuple[int, Job]] = deque()
+        self._rest = 0  # rounds for which nobody is asked for drafts
 
     def run(self, jobs: Iterator[tuple[int, Job | Exception]]) -> Iterator[Answer]:
         """Answer jobs, in the order in which they get ready; the next is asked for when there is a slot for it.
@@ -96,6 +99,7 @@ class Rounds:
             yield self._failed(number, slot, problem)
             return
         self._working[slot.number] = working
+        self._rest = 0
         if not working.going:
             yield from self._complete(working)
 
@@ -103,7 +107,9 @@ class Rounds:
         """Draft, decode, walk."""
         working = [self._working[number] for number in sorted(self._working)]
         self._slots.llm.check_open()
+        clock = perf_counter()
         self._draft(working)
+        drafting = perf_counter() - clock
         rows = 1 + max(len(each.draft.tokens) for each in working)
         clock = perf_counter()
         try:
@@ -113,7 +119,9 @@ class Rounds:
             yield from [self._failed(each.number, each.slot, problem) for each in working]
             return
         seconds = perf_counter() - clock
-        self._costs.observe(len(working) * rows, seconds)
+        # a small model's pass takes little more than asking everybody for drafts; steps have a place of their own
+        drafting -= sum(each.draft.seconds for each in working if each.draft.steps)
+        self._costs.observe(len(working) * rows, seconds + max(drafting, 0.0))
         self.stats.target_passes += 1
         found: list[Answer] = []
         for place, each in enumerate(working):
@@ -133,7 +141,10 @@ class Rounds:
         return made + [each.token] * (rows - len(made))
 
     def _draft(self, working: list[Working]) -> None:
-        """Guess what follows, in every sequence."""
+        """Guess what follows, in every sequence; for some rounds nothing, once that paid for none of them."""
+        if self._rest:
+            self._rest -= 1
+            return
         room = min(each.slot.n_ctx() - each.slot.n_tokens for each in working) - 1
         found = [(each, each.offered(min(room, MOST))) for each in working]
         wanted = {
@@ -145,6 +156,8 @@ class Rounds:
         for each, offered in found:
             fixed = next(((kind, most) for kind, (most, _) in offered.lengths().items()), ("", 0))
             each.drafting(offered.take(*chosen.get(each.slot.number, fixed)))
+        if all(each.patient and not each.draft.tokens for each in working):
+            self._rest = REST
 
     def _close_ranks(self) -> None:
         """Move sequences into free slots between others: a pass is over those that stand side by side."""

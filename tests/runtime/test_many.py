@@ -11,6 +11,7 @@ import pytest
 from gemma_mtp.convert import Pair
 from gemma_mtp.runtime import Llama
 from gemma_mtp.runtime.draft.costs import STEP, Costs
+from gemma_mtp.runtime.many.job import Working
 from gemma_mtp.runtime.many.slots import Slots
 from llama_cpp import LlamaGrammar, _internals
 from llama_cpp.llama_chat_format import LlamaChatCompletionHandlerRegistry, register_chat_completion_handler
@@ -20,6 +21,7 @@ from prompts import PROMPT, held_out
 GREEDY: dict[str, Any] = {"temperature": 0.0, "seed": 3}
 SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_k": 64, "top_p": 0.95, "min_p": 0.0, "seed": 11}
 SHORT: dict[str, Any] = {"max_tokens": 8, **GREEDY}
+ANY = LlamaGrammar.from_string("root ::= [^~]*", verbose=False)
 MESSAGES = [{"role": "user", "content": "import os"}]
 
 
@@ -29,21 +31,26 @@ def llm(demo: Pair) -> Iterator[Llama]:
         yield made
 
 
-@pytest.fixture
-def paying(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Passes cost so little more with more rows that drafting always pays."""
+def passes_cost(monkeypatch: pytest.MonkeyPatch, row: float) -> None:
+    """A pass costs this much more with every row; nothing else is learned."""
 
     def load(path: Path, most: int) -> Costs:
         del path
         costs = Costs(most)
         for _ in range(20):
             for n in range(1, most + 1):
-                costs.observe(n, 1.0 + 0.001 * n)
+                costs.observe(n, 1.0 + row * n)
             costs.observe(STEP, 0.001)
         monkeypatch.setattr(costs, "observe", lambda place, seconds: None)
         return costs
 
     monkeypatch.setattr(Costs, "load", load)
+
+
+@pytest.fixture
+def paying(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes cost so little more with more rows that drafting always pays."""
+    passes_cost(monkeypatch, 0.001)
 
 
 @pytest.fixture
@@ -243,6 +250,26 @@ def test_a_pass_is_one_over_all_of_them(llm: Llama, passes: list[Any]) -> None:
     for each in together:
         assert len({count for _, count in each.values()}) == 1
         assert sorted(each) == list(range(min(each), max(each) + 1))
+
+
+@pytest.mark.parametrize(("wish", "each"), [({}, False), ({"draft_length": 2}, True), ({"grammar": ANY}, True)])
+def test_nobody_is_asked_for_drafts_in_most_rounds_where_none_pays(
+    llm: Llama, monkeypatch: pytest.MonkeyPatch, passes: list[Any], wish: dict[str, Any], each: bool
+) -> None:
+    """Asking takes longer than a pass of a small model; but a length that is wanted, and what a grammar forces, are."""
+    passes_cost(monkeypatch, 100.0)
+    asked = [0]
+    real = Working.offered
+
+    def offered(self: Working, most: int) -> Any:
+        asked[0] += 1
+        return real(self, most)
+
+    monkeypatch.setattr(Working, "offered", offered)
+    items = [{"prompt": text, "max_tokens": 24, **wish} for text in held_out(3)]
+    list(llm.create_completions(items, n_parallel=3, **GREEDY))
+    rounds = sum(len(found) for found in passes if max(count for _, count in found.values()) < 24)
+    assert asked[0] > rounds - len(items) if each else 0 < asked[0] < rounds / 2
 
 
 def test_at_the_end_of_the_context(llm: Llama) -> None:

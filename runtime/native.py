@@ -289,6 +289,21 @@ def grammar_forces(sampler: Any) -> int | None:
     return next((token for token in tokens if token != lib.LLAMA_TOKEN_NULL), None)
 
 
+def allow_drafts(ctx: Any, sequence: int, legal: npt.NDArray[np.bool_] | None) -> None:
+    """Have a drafter's ordered head read only clusters that hold a legal token, None for all, until told otherwise.
+
+    Args:
+        ctx: the drafter's context; one with a dense head reads all tokens anyway.
+        sequence: whose drafts.
+        legal: whether each token may come next, shape [n_vocab].
+    """
+    function = _mtp("llama_mtp_set_allowed", None, _P, _I, _P)
+    if function is None:
+        return
+    words = None if legal is None else np.packbits(np.pad(legal, (0, -len(legal) % 64)), bitorder="little")
+    function(ctx, sequence, None if words is None else words.ctypes.data)
+
+
 class DraftBatch:
     """A llama_batch of one entry with a token and a hidden row, which llama_batch_init cannot make.
 

@@ -1,8 +1,9 @@
 """`make check-same-text`: whether an answer is the same with drafts and without, alone and beside others.
 
-Twenty prompts that the bundled pair was not trained on, 128 tokens each: greedy, at temperature 1 with a seed, and by a
-JSON schema. They are asked of `gemma-mtp serve` with one slot, with four that have a context each (-np 4) and with four
-that share one (the default), one request after the other and four at once, with three drafts, as many as pay, and none.
+Twenty prompts that the bundled pair was not trained on, 128 tokens each: greedy, at temperature 1 with a seed, and by
+two JSON schemas. They are asked of `gemma-mtp serve` with one slot, with four that have a context each (-np 4) and with
+four that share one (the default), one request after the other and four at once, with three drafts, as many as pay, and
+none.
 Counted are answers that are, token for token, those of one slot without drafts; and the share of drafts that were
 accepted. One request after the other has to give all of them, else the exit status is 1; four at once: docs/server.md.
 """
@@ -24,11 +25,23 @@ from serves import Served, served
 
 LINES = {"type": "array", "items": {"type": "string"}}
 SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}, "lines": LINES}, "required": ["name", "lines"]}
+# Of few values each, beside one of free text: much of such an answer is what the schema says.
+FIELDS = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "version": {"type": "integer"},
+        "tags": {"type": "array", "items": {"enum": ["parser", "network", "files"]}, "minItems": 1, "maxItems": 3},
+        "public": {"type": "boolean"},
+    },
+    "required": ["name", "version", "tags", "public"],
+}
 # What a request says beside its prompt.
 ASKED: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
     "temperature 1": {"temperature": 1, "seed": 7},
     "schema": {"temperature": 1, "seed": 7, "json_schema": SCHEMA},
+    "schema of fields": {"temperature": 1, "seed": 7, "json_schema": FIELDS},
 }
 SLOTS: dict[str, tuple[object, ...]] = {"one slot": ("-np", 1), "-np 4": ("-np", 4), "default": ()}
 DRAFTS: dict[str, object] = {"no drafts": 0, "drafts": 3, "auto": "auto"}

@@ -13,6 +13,7 @@ from gemma_mtp.runtime.bench.settings import Chance
 from gemma_mtp.runtime.draft.drafter import Drafting, DraftSettings, FromDrafter
 from gemma_mtp.runtime.draft.lookup import FromText
 from gemma_mtp.runtime.draft.source import Draft, DraftSource, Start
+from gemma_mtp.runtime.grammar import Mask
 from gemma_mtp.runtime.llama import Llama
 from gemma_mtp.runtime.native import Floats
 from gemma_mtp.runtime.request import DraftLength
@@ -45,6 +46,10 @@ class Replay:
     def __init__(self, drafter: Drafting, record: Sequence[int], chance: Chance | None, seed: int, begin: int) -> None:
         self._drafter, self._record, self._chance, self._begin = drafter, record, chance, begin
         self._place = seed * GOLDEN_RATIO
+
+    def allow(self, mask: Mask | None) -> None:
+        """As `Drafter.allow`."""
+        self._drafter.allow(mask)
 
     def draft(self, token: int, hidden: Floats, position: int, length: int, choose: Any) -> list[int]:
         """As `Drafter.draft`, with the tokens exchanged.

@@ -16,6 +16,7 @@ from gemma_mtp.convert.link import DRAFTER_ARCH
 from gemma_mtp.runtime import devices, native
 from gemma_mtp.runtime.draft.costs import STEP, Costs
 from gemma_mtp.runtime.draft.source import Draft, DraftSource, Proposal, Start
+from gemma_mtp.runtime.grammar import Mask
 from gemma_mtp.runtime.native import Floats
 from gemma_mtp.runtime.sampling import MASK, Choose, NoTokenLeft, Sampler, with_noise
 from gemma_mtp.runtime.target import Target
@@ -92,6 +93,10 @@ class Drafter:
         self.sequence = sequence
         self._batch = native.DraftBatch(width, sequence)
 
+    def allow(self, mask: Mask | None) -> None:
+        """Let an ordered head pass over clusters without a token that a grammar allows now; None to read any again."""
+        native.allow_drafts(self.ctx, self.sequence, None if mask is None else mask.legal())
+
     def draft(self, token: int, hidden: Floats, position: int, length: int, choose: Choose) -> list[int]:
         """Guess the tokens that follow `token`.
 
@@ -129,6 +134,9 @@ class Drafter:
 class Drafting(Protocol):
     """What `FromDrafter` asks of a drafter."""
 
+    def allow(self, mask: Mask | None) -> None:
+        """As `Drafter.allow`."""
+
     def draft(self, token: int, hidden: Floats, position: int, length: int, choose: Choose) -> list[int]:
         """As `Drafter.draft`."""
 
@@ -165,6 +173,7 @@ class FromDrafter(DraftSource):
 
     def _take(self, start: Start, draft: Draft, length: int) -> None:
         forced, hidden, position = list(draft.tokens), self._target.hidden(start.row), self._target.n_tokens
+        mask = start.sampler.mask
 
         def choose(logits: Floats, position: int) -> int:
             draft.steps += 1
@@ -177,6 +186,8 @@ class FromDrafter(DraftSource):
             draft.add(made, self.NAME)
             if self._target.ends(made):
                 raise EndOfDraft
+            if mask is not None and draft.steps < len(forced) + length:
+                self.drafter.allow(mask)
             return made
 
         if self._settings is not None and not forced:
@@ -184,8 +195,14 @@ class FromDrafter(DraftSource):
                 draft.steps += 1
                 draft.add(made, self.NAME)
             return
-        with suppress(EndOfDraft):
-            self.drafter.draft(start.token, hidden, position, len(forced) + length, choose)
+        if mask is not None:
+            self.drafter.allow(mask)
+        try:
+            with suppress(EndOfDraft):
+                self.drafter.draft(start.token, hidden, position, len(forced) + length, choose)
+        finally:
+            if mask is not None:
+                self.drafter.allow(None)
 
 
 @contextmanager

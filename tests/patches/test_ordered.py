@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -73,8 +73,16 @@ def batch_of(tokens: list[list[int]], hidden: Any = None) -> Any:
     return batch
 
 
-def several(pair: Pair, texts: list[list[int]]) -> Iterator[tuple[Any, Any, Any]]:
-    """Hidden state, candidate ids and candidate logits of one draft step for several sequences in one batch."""
+def several(
+    pair: Pair, texts: list[list[int]], legal: Mapping[int, Any] | None = None
+) -> Iterator[tuple[Any, Any, Any]]:
+    """Hidden state, candidate ids and candidate logits of one draft step for several sequences in one batch.
+
+    Args:
+        pair: target and drafter.
+        texts: of the sequences.
+        legal: of some of them, whether each token may come next.
+    """
     drafter = link.read_header(pair.drafter)
     capture = Captured(drafter.of_arch("embedding_length"))
     width = drafter.of_arch("embedding_length_out")
@@ -93,6 +101,8 @@ def several(pair: Pair, texts: list[list[int]]) -> Iterator[tuple[Any, Any, Any]
     step = batch_of([[ids[-1]] for ids in texts], hidden)
     for i, ids in enumerate(texts):
         step.pos[i] = len(ids)
+    for sequence, each in (legal or {}).items():
+        native.allow_drafts(ctx, sequence, each)
     assert lib.llama_decode(ctx, step) == 0
     for i in range(len(texts)):
         found = candidates(ctx, i)
@@ -127,6 +137,31 @@ def test_candidates_are_those_of_numpy(quant: str, tmp_path: Path) -> None:
         assert np.abs(logits - wanted).max() <= TOLERANCE[quant] * np.abs(wanted).max()
         chosen.append(frozenset(best.tolist()))
     assert len(set(chosen)) == len(texts)
+
+
+def test_only_clusters_with_a_legal_token_are_read(demo: Pair) -> None:
+    """A few tokens, nearly all, none, any: in one batch, where a sequence without a say goes by the scores alone."""
+    known = link.read_header(demo.drafter).metadata
+    clusters, top_k = known[link.KEY_N_CENTROIDS], known[link.KEY_TOP_K]
+    centroids = known[link.KEY_CENTROIDS].reshape(clusters, -1)
+    ordering = known[link.KEY_ORDERING].reshape(clusters, -1)
+    rng = np.random.default_rng(4)
+    texts = [rng.integers(100, 3000, size=n).tolist() for n in (7, 40, 150, 21, 64)]
+    legal = {number: np.zeros(ordering.size, bool) for number in range(4)}
+    legal[0][rng.choice(ordering.size, 40, replace=False)] = True  # of more clusters than are read
+    legal[1][:] = True
+    legal[1][ordering[rng.choice(clusters, clusters // 4, replace=False)]] = False
+    legal[2][ordering[5, 3]] = True  # of fewer
+    for number, (cur, ids, _) in enumerate(several(demo, texts, legal)):
+        scores = centroids @ cur
+        if number in legal:
+            scores[~legal[number][ordering].any(axis=1)] -= 1e30
+        read = {int(np.flatnonzero((ordering == token).any(axis=1))[0]) for token in ids}
+        assert len(read) == top_k
+        best = set(np.argsort(scores)[-top_k:].tolist())
+        assert {each for each in best if scores[each] > -1e29} == {each for each in read if scores[each] > -1e29}
+        if number in legal:
+            assert (legal[number][ids]).any() == legal[number].any()
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ class Medium:
     """An image or a sound of a message.
 
     Attributes:
-        where: place in the messages, for errors.
+        where: place in the messages and where it is from, for errors.
         kind: its part's type, of `KINDS`.
         data: its file.
     """
@@ -35,6 +35,13 @@ class Medium:
     data: bytes
 
 
+def message(text: str, images: Sequence[Path], sounds: Sequence[Path]) -> dict[str, Any]:
+    """A user's message about files."""
+    files = [("image_url", path) for path in images] + [("input_audio", path) for path in sounds]
+    parts = [{"type": kind, kind: {"url": str(path.absolute())}} for kind, path in files]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
+
+
 def media_of(messages: Sequence[Mapping[str, Any]]) -> list[Medium]:
     """The images and sounds of messages, in their order, each fetched from wherever it is.
 
@@ -42,7 +49,7 @@ def media_of(messages: Sequence[Mapping[str, Any]]) -> list[Medium]:
         ValueError: one of them is not there; names the part.
     """
     return [
-        Medium(where := f"messages[{place}] part {number}", part["type"], _fetched(where, part))
+        _fetched(f"messages[{place}] part {number}", part)
         for place, message in enumerate(messages)
         for number, part in _of(message)
     ]
@@ -77,8 +84,8 @@ def _joined(parts: Sequence[Mapping[str, Any]], marker: str) -> str:
     return text
 
 
-def _fetched(where: str, part: Mapping[str, Any]) -> bytes:
-    """The file of a part."""
+def _fetched(where: str, part: Mapping[str, Any]) -> Medium:
+    """What is in a part."""
     kind, key = part["type"], KINDS[part["type"]][0]
     given = part.get(kind)
     if isinstance(given, Mapping):
@@ -86,7 +93,7 @@ def _fetched(where: str, part: Mapping[str, Any]) -> bytes:
         given = given.get(key)
     if not isinstance(given, str) or not given:
         raise ValueError(f'{where} has no {kind}; give {{"{key}": ...}} there.')
-    short = given if len(given) <= 80 else f"{given[:60]}..."
+    where = f"{where} ({given if len(given) <= 80 else f'{given[:60]}...'})"
     most = MOST_BYTES if given.startswith("http") else None
     try:
         if given.startswith(SCHEMES):
@@ -96,7 +103,7 @@ def _fetched(where: str, part: Mapping[str, Any]) -> bytes:
             data = base64.b64decode(given, validate=True) if key == "data" else Path(given).read_bytes()
     except (OSError, ValueError) as problem:
         wanted = "base64" if key == "data" else "a file's path, or a data: or http(s): URL"
-        raise ValueError(f"{where}: {short} cannot be read ({problem}); give {wanted}.") from problem
+        raise ValueError(f"{where} cannot be read: {problem}; give {wanted}.") from problem
     if most is not None and len(data) > most:
-        raise ValueError(f"{where}: {short} has more than {most >> 20} MB; download it, and give its path.")
-    return data
+        raise ValueError(f"{where} has more than {most >> 20} MB; download it, and give its path.")
+    return Medium(where, kind, data)

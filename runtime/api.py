@@ -321,7 +321,7 @@ class Api(Context):
             asked, wanted = self._mmproj
             path = projector_of(asked, link.read_header(Path(self.model_path)), wanted)
             if path is None:
-                raise link.MtpError(_no_projector(self.model_path, wanted))
+                raise link.MtpError(_no_projector(asked, wanted))
             self._projector = Projector(path, self)
             self._stack.callback(self._projector.close)
         return self._projector
@@ -394,7 +394,7 @@ class Api(Context):
         return (rows, count) if return_count else rows
 
 
-def _no_projector(target: str, wanted: Any) -> str:
+def _no_projector(target: Any, wanted: Any) -> str:
     """Why images and sounds cannot be read, with the next step."""
     if wanted is None:
         return "the chat has an image or a sound, and this Llama was loaded with mmproj=None; load it without."

@@ -210,11 +210,13 @@ def check_messages(messages: Any, reads: Sequence[str] | None) -> None:
             if kind == "text" and reads is not None and not isinstance(part.get("text"), str):
                 raise ValueError(f'{where} has the part {shown(part)}; give its "text".')
             if kind != "text" and reads is not None and kind not in reads:
-                known = f"the types text, {' and '.join(reads)}" if reads else "text alone with this llama-cpp-python"
-                raise ValueError(
-                    f"{where} has a part of type {kind!r}, and this Llama reads {known}; leave the part out"
-                    f"{'' if reads else ', or install the patched build: gemma-mtp build'}."
+                known = (
+                    f"the types {', '.join(('text', *reads))}; leave the part out"
+                    if reads
+                    else "text alone, as its chats are llama-cpp-python's own; load it without chat_format, with the "
+                    "patched build (gemma-mtp build), or leave the part out"
                 )
+                raise ValueError(f"{where} has a part of type {kind!r}, and this Llama reads {known}.")
 
 
 def _path(value: Any) -> str | os.PathLike[str]:

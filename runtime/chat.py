@@ -70,7 +70,7 @@ class Prepared:
     grammar: Any
     stop: list[str]
     shown: dict[int, bytes]
-    media: dict[int, Seen]
+    media: Mapping[int, Seen]
     answer: Answer
     legacy: bool
 

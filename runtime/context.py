@@ -204,10 +204,10 @@ class Context(llama_cpp.Llama):
             raise ValueError("the prompt ends with an image or a sound; put text after it.")
         # The last token is always decoded, for its logits and its hidden row.
         keep = min(self._shared_with(tokens), len(tokens) - 1)
+        # An image is there as a whole, or not at all.
+        keep = next((at for at, each in self._media.items() if at < keep < at + each.length), keep)
         if not self._can_cut(keep):
             keep = 0
-        # What is encoded is all there, or not at all.
-        keep = next((at for at, each in self._media.items() if at < keep < at + each.length), keep)
         if not self._media and min(tokens[keep:]) < 0:
             raise ValueError(
                 "the image or the sound of this prompt is gone from the KV cache; ask through the chat handler again."

@@ -349,7 +349,7 @@ class Llama(Many):
 
     def _free(self) -> None:
         self._stack.close()
-        self.drafter = None
+        self.drafter = self._projector = None
         self._ctx = self._model = self.tokenizer_ = Closed()
 
     def __enter__(self) -> Self:

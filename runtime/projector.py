@@ -36,7 +36,7 @@ class Projector:
         llm: the target.
 
     Attributes:
-        marker: what stands for each of them in a prompt; a text that happens to hold it cannot be guessed.
+        marker: what stands for each of them in a prompt; drawn, so that no text holds it.
 
     Raises:
         RuntimeError: llama.cpp cannot load it.
@@ -61,7 +61,7 @@ class Projector:
         """Free it."""
         mtmd.mtmd_free(self.ctx)
 
-    def read(self, prompt: str, media: Sequence[Medium]) -> tuple[list[int], dict[int, Seen]]:
+    def read(self, prompt: str, media: Sequence[Medium]) -> tuple[list[int], dict[int, Piece]]:
         """The tokens of a prompt, and what stands between them.
 
         Args:
@@ -79,9 +79,12 @@ class Projector:
         """
         with self._llm.guard.call():  # or it could be freed meanwhile
             self._llm.check_open()
-            chunks = self._cut(prompt, media)
+            return self._read(self._cut(prompt, media))
+
+    def _read(self, chunks: Chunks) -> tuple[list[int], dict[int, Piece]]:
+        """The tokens of pieces."""
         tokens: list[int] = []
-        seen = dict[int, Seen]()
+        seen = dict[int, Piece]()
         for number in range(mtmd.mtmd_input_chunks_size(chunks.handle)):
             chunk = mtmd.mtmd_input_chunks_get(chunks.handle, number)
             if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
@@ -91,7 +94,7 @@ class Projector:
                 continue
             length = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
             self._check_batch(chunk, length)
-            seen[len(tokens)] = Seen(self, chunks, chunk, length)
+            seen[len(tokens)] = Piece(self, chunks, chunk, length)
             tokens += islice(_ids(mtmd.mtmd_input_chunk_get_id(chunk) or b"", len(tokens)), length)
         return tokens, seen
 
@@ -154,8 +157,8 @@ class Chunks:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """An image or a sound within a prompt.
+class Piece:
+    """An image or a sound within a prompt: a `context.Seen`.
 
     Attributes:
         length: positions it takes.

@@ -138,7 +138,7 @@ class Many(Api):
             if self._templates is None:
                 job: Job = self._asking(self._for_handler(given, bound), request, [])
                 return job
-            made = chat.prepare(self, self._templates, given, self.projector)
+            made = chat.prepare(self, self._templates, given, _no_media)
             given |= chat.as_completion(made, given)
             return self._job(given, request, partial(chat.whole, made), made)
 
@@ -171,10 +171,8 @@ class Many(Api):
         self._possible_choice(given)
         asked = self._to_make(given, prepared)
         tokens = prompt_tokens(self, asked.prompt, asked.suffix)
-        if not tokens:
-            raise ValueError("the prompt is empty; give text, or its tokens.")
-        if min(tokens) < 0:
-            raise ValueError("images and sounds are read for one prompt at a time; use create_chat_completion.")
+        if not tokens or min(tokens) < 0:
+            raise ValueError("the prompt is empty, or holds an image or a sound; give text, or its tokens.")
         most = limit(self, len(tokens), asked.max_tokens)
         choosing = checked(GENERATE, bind(Stock.generate, tokens, **self._choosing(given)))
         choosing["stopping_criteria"] = reading(choosing["stopping_criteria"])
@@ -230,6 +228,10 @@ class Many(Api):
                 yield from self._rounds(slots, self._choice, self._costs_path, stats).run(jobs)
         finally:
             self.total_stats.add(stats)
+
+
+def _no_media() -> Any:
+    raise ValueError("images and sounds are read for one prompt at a time; use create_chat_completion.")
 
 
 def _split(given: Mapping[str, Any], words: Collection[str]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

@@ -150,6 +150,9 @@ def test_what_was_seen_is_not_encoded_again(seeing: Llama, encoded: list[int]) -
     assert two["timings"]["cache_n"] > whole - 20
     assert said(ask(seeing, user(LONG, image(1), LONG))) == said(first)
     assert len(encoded) == 4
+    seeing.n_tokens = seeing.input_ids.tolist().index(min(seeing.input_ids[:whole])) + 1  # in the middle of it
+    assert said(ask(seeing, user(LONG, image(1), LONG))) == said(first)
+    assert len(encoded) == 5
 
 
 def test_states_and_caches_hold_images(pairs: dict[str, Pair], encoded: list[int]) -> None:
@@ -289,7 +292,7 @@ def url(kind: str, data: bytes) -> dict[str, Any]:
         ({"type": "image_url"}, "has no image_url"),
         ({"type": "input_audio", "input_audio": {"data": "%%%"}}, "cannot be read: .+give base64"),
         (sound(), "is a sound, for which the projector .+ has no encoder; leave it out"),
-        ({"type": "video_url", "video_url": {}}, "'video_url', and this Llama reads the types text, image_url and"),
+        ({"type": "video_url", "video_url": {}}, "'video_url', and this Llama reads the types text, image_url, input"),
         ({"type": "text"}, 'give its "text"'),
     ],
 )  # fmt: skip

@@ -307,6 +307,12 @@ def test_what_is_none_is_refused(part: dict[str, Any], wrong: str, seeing: Llama
         assert "\n" not in str(told.value)
 
 
+def test_chats_of_stock_read_text_alone(demo: Pair) -> None:
+    wrong = "text alone, as its chats are llama-cpp-python's own; load it without"
+    with opened(demo, chat_format="chatml") as llm, pytest.raises(ValueError, match=wrong):
+        ask(llm, user(image(1), "What?"))
+
+
 def test_what_no_batch_can_hold_is_refused(pairs: dict[str, Pair]) -> None:
     with opened(pairs["26B"], n_batch=64) as llm, pytest.raises(ValueError, match="raise n_batch and n_ubatch"):
         ask(llm, user(image(1), "What?"))

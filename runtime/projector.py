@@ -8,7 +8,7 @@ import os
 import secrets
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -25,7 +25,19 @@ FORMATS = {"image_url": "image (PNG, JPEG, BMP, GIF)", "input_audio": "sound (WA
 
 @lib.llama_log_callback
 def _silent(level: int, text: bytes, data: Any) -> None:
-    """In place of libmtmd's log, which says on stderr what becomes of each image."""
+    """In place of libmtmd's log."""
+
+
+@contextmanager
+def _quiet(verbose: bool) -> Iterator[None]:
+    """A block in which libmtmd does not tell stderr what becomes of each image, which is for the whole process."""
+    if not verbose:
+        mtmd.mtmd_helper_log_set(_silent, None)
+    try:
+        yield
+    finally:
+        if not verbose:
+            mtmd.mtmd_helper_log_set(lib.llama_log_callback(), None)
 
 
 class Projector:
@@ -36,6 +48,7 @@ class Projector:
         llm: the target.
 
     Attributes:
+        verbose: whether llama.cpp may say what it says.
         marker: what stands for each of them in a prompt; drawn, so that no text holds it.
 
     Raises:
@@ -43,14 +56,15 @@ class Projector:
     """
 
     def __init__(self, path: Path, llm: Context) -> None:
-        self.path, self._llm = path, weakref.proxy(llm)
+        self.path, self.verbose, self._llm = path, llm.verbose, weakref.proxy(llm)
         self.marker = f"<__media_{secrets.token_hex(16)}__>"
-        mtmd.mtmd_helper_log_set(lib.llama_log_callback() if llm.verbose else _silent, None)
         params = mtmd.mtmd_context_params_default()
         params.use_gpu = llm.model_params.n_gpu_layers != 0
         params.n_threads, params.flash_attn_type = llm.n_threads, llm.context_params.flash_attn_type
         params.print_timings, params.media_marker = llm.verbose, self.marker.encode()
-        self.ctx = mtmd.mtmd_init_from_file(os.fsencode(path), llm.model, params)
+        params.warmup = False  # which is for memory: the first image or sound gets what it needs
+        with _quiet(self.verbose):
+            self.ctx = mtmd.mtmd_init_from_file(os.fsencode(path), llm.model, params)
         if not self.ctx:
             raise RuntimeError(
                 f"llama.cpp could not load the projector {path}: it is damaged, of another kind, or memory is short; "
@@ -59,7 +73,8 @@ class Projector:
 
     def close(self) -> None:
         """Free it."""
-        mtmd.mtmd_free(self.ctx)
+        with _quiet(self.verbose):
+            mtmd.mtmd_free(self.ctx)
 
     def read(self, prompt: str, media: Sequence[Medium]) -> tuple[list[int], dict[int, Piece]]:
         """The tokens of a prompt, and what stands between them.
@@ -77,7 +92,7 @@ class Projector:
                 batch.
             RuntimeError: llama.cpp cannot read the prompt.
         """
-        with self._llm.guard.call():  # or it could be freed meanwhile
+        with self._llm.guard.call(), _quiet(self.verbose):  # or it could be freed meanwhile
             self._llm.check_open()
             return self._read(self._cut(prompt, media))
 
@@ -180,6 +195,10 @@ class Piece:
         Raises:
             RuntimeError: llama.cpp could not.
         """
+        with _quiet(self._projector.verbose):
+            self._decode(ctx, past, n_batch)
+
+    def _decode(self, ctx: Any, past: int, n_batch: int) -> None:
         projector, end = self._projector, lib.llama_pos()
         if mtmd.mtmd_encode_chunk(projector.ctx, self._chunk):
             raise RuntimeError(f"{projector.path} could not encode an image or a sound; verbose=True shows why.")

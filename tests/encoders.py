@@ -41,8 +41,9 @@ def make(kind: str, folder: Path) -> Path:
     if kind == "12B":
         vision: dict[str, Any] = {"mm_embed_dim": 64, "patch_size": 4, "pooling_kernel_size": 3, "mm_posemb_size": 32,
                                   "output_proj_dims": 64}  # fmt: skip
+        # llama.cpp has the samples of a frame of sound built in.
         config = transformers.Gemma4UnifiedConfig(
-            text_config=DENSE, vision_config=vision, audio_config={"audio_embed_dim": 48}
+            text_config=DENSE, vision_config=vision, audio_config={"audio_embed_dim": 640}
         )
         model = transformers.Gemma4UnifiedForConditionalGeneration(config)
     else:

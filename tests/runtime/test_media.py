@@ -55,11 +55,12 @@ def said(answer: Any) -> tuple[str, list[float]]:
 
 @pytest.fixture(scope="module")
 def pairs(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
-    """Random targets with projectors and a drafter: with vision alone, which reads an image at once, and with sound."""
+    """Random targets with projectors and a drafter: with vision alone, with sound, unified. But for E2B's and E4B's
+    widths llama.cpp reads an image at once."""
     root = tmp_path_factory.mktemp("pairs")
     return {
         kind: convert_pair(make(kind, root / kind), tiny["ordered"], root / f"{kind}-files", "F32", "F32", mmproj="F32")
-        for kind in ("26B", "E2B")
+        for kind in ("26B", "E2B", "12B")
     }
 
 
@@ -97,10 +98,10 @@ REQUESTS: list[tuple[list[dict[str, Any]], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["26B", "E2B"])
+@pytest.mark.parametrize("kind", ["26B", "E2B", "12B"])
 def test_text_after_images_and_sounds_is_drafted_and_the_same(kind: str, pairs: dict[str, Pair]) -> None:
     """With MTP and without, in batches of another size, and where the KV cache forgets what is out of the window."""
-    asked = REQUESTS if kind == "E2B" else REQUESTS[:-1]
+    asked = REQUESTS[:-1] if kind == "26B" else REQUESTS
     plain: dict[str, Any] = {"drafter": None}
     for options, others in (({}, [plain, {"n_batch": 96}]), ({"swa_full": False}, [plain | {"swa_full": False}])):
         with opened(pairs[kind], **options) as llm, drafting(llm):
@@ -397,3 +398,13 @@ def test_commands(pairs: dict[str, Pair], seeing: Llama, narrow: Pair, demo: Pai
     lines.write_text("{}")
     many = done("run", target, "--image", picture, "--jsonl", lines, "--out", tmp_path / "out")
     assert "for a single prompt" in many.stderr
+
+
+def test_libmtmd_is_quiet_but_where_it_is_asked(pairs: dict[str, Pair], capfd: pytest.CaptureFixture[str]) -> None:
+    """And it is as before for others in the process."""
+    with opened(pairs["26B"]) as llm:
+        ask(llm, user(image(1), "What?"))
+    assert capfd.readouterr().err == ""
+    with opened(pairs["26B"], verbose=True) as llm:
+        ask(llm, user(image(1), "What?"))
+    assert "image decoded" in capfd.readouterr().err

@@ -30,8 +30,8 @@ __all__ = [
     "DRAFTER_ARCH", "KEY_CENTROIDS", "KEY_HASHES", "KEY_N_CENTROIDS", "KEY_ORDERING", "KEY_PEER", "KEY_ROLE",
     "KEY_SEED", "KEY_SOURCE", "KEY_SPLIT", "KEY_TARGET", "KEY_TOP_K", "KEY_VERSION", "KEY_WEIGHTS", "TARGET_ARCH",
     "VERSION", "Header", "MtpError", "PairError", "StoredModel", "Strings", "Tensor", "check", "check_model",
-    "find_drafter", "find_model", "find_projector", "gguf_files", "is_part", "owner_of", "read_header", "read_parts",
-    "weights_identity", "what_it_is_not", "why_no_drafter",
+    "check_projector", "find_drafter", "find_model", "find_projector", "gguf_files", "is_part", "owner_of",
+    "read_header", "read_parts", "weights_identity", "what_it_is_not", "why_no_drafter",
 ]  # fmt: skip
 
 VERSION = 1
@@ -174,10 +174,30 @@ def find_projector(target: Path, header: Header) -> Path | None:
                 found = read_header(path)
             except (MtpError, OSError):
                 continue
-            widths = [found.metadata[key] for key in KEYS_WIDTH if key in found.metadata]
-            if found.arch == PROJECTOR_ARCH and header.of_arch("embedding_length") in widths:
+            if found.arch == PROJECTOR_ARCH and header.of_arch("embedding_length") in _widths(found):
                 return path
     return None
+
+
+def check_projector(target: Header, projector: Header) -> None:
+    """Refuse a file that is no projector, or not of the target's width.
+
+    Raises:
+        MtpError: naming both.
+    """
+    if projector.arch not in (PROJECTOR_ARCH, TARGET_ARCH):
+        raise MtpError(f"{projector.path} is no projector; pass the mmproj file of {target.path.name}.")
+    width, theirs = target.of_arch("embedding_length"), _widths(projector)
+    if theirs and width not in theirs:
+        raise MtpError(
+            f"{projector.path} makes embeddings of {theirs[0]} numbers, {target.path.name} reads {width}; pass the "
+            "mmproj file of this model."
+        )
+
+
+def _widths(projector: Header) -> list[Any]:
+    """Of the embeddings that a projector makes, as it says."""
+    return [projector.metadata[key] for key in KEYS_WIDTH if key in projector.metadata]
 
 
 def why_no_drafter(target: Path, header: Header) -> str:

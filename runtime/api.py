@@ -7,7 +7,8 @@ from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from gemma_mtp.convert import link
 from gemma_mtp.runtime import chat, chat_native
@@ -20,6 +21,8 @@ from gemma_mtp.runtime.context import Context, Stock
 from gemma_mtp.runtime.faults import Careful, check_grammar
 from gemma_mtp.runtime.guard import CALL, STREAM, exclusive
 from gemma_mtp.runtime.logprobs import LogProbs
+from gemma_mtp.runtime.media import KINDS
+from gemma_mtp.runtime.pair import projector_of
 from gemma_mtp.runtime.processors import with_bias
 from gemma_mtp.runtime.request import (
     WISHES,
@@ -37,6 +40,9 @@ from gemma_mtp.runtime.request import (
 from gemma_mtp.runtime.stats import Stats
 from llama_cpp import llama_chat_format
 from llama_cpp import llama_cpp as lib
+
+if TYPE_CHECKING:
+    from gemma_mtp.runtime.projector import Projector
 
 # Arguments of a completion that `generate` has under the same name.
 CHOOSING = (
@@ -79,6 +85,9 @@ class Api(Context):
     _told: set[str]  # what was said
     _undrafted: str | None  # why nothing can be drafted, and what to do about it
     _named_format: str | None  # the chat format that the caller named
+    _mmproj: tuple[Any, Any]  # what the target was asked for by, and the projector that is wanted
+    _projector: Projector | None  # once an image or a sound came
+    _stack: Any
 
     def _tell(self, reason: str) -> None:
         """Say once per object why a request runs otherwise than one may think."""
@@ -185,10 +194,10 @@ class Api(Context):
         return given | {"grammar": chat.format_grammar(form)}
 
     def _begun(
-        self, request: Request, given: dict[str, Any], shown: Mapping[int, bytes] | None = None
+        self, request: Request, given: dict[str, Any], made: chat.Prepared | None = None
     ) -> Generator[Any, Any, None]:
-        """A completion, whose arguments are looked at before anything is asked of it."""
-        return self._complete(request, self._to_make(given, shown or {}), given["seed"], self._choosing(given))
+        """A completion, of a chat if it is one, whose arguments are looked at before anything is asked of it."""
+        return self._complete(request, self._to_make(given, made), given["seed"], self._choosing(given))
 
     def _complete(
         self, request: Request, asked: Asked, wanted: int | None, choosing: dict[str, Any]
@@ -196,7 +205,7 @@ class Api(Context):
         """A completion, its seed chosen and told."""
         seed = self._chosen(wanted)
         request.told["seed"] = seed
-        self._request, self._logprobs = request, asked.notes
+        self._request, self._logprobs, self._media = request, asked.notes, asked.media
         try:
             with self.counted(seed, request) as stats, closing(completion(self, asked, choosing)) as source:
                 for item in source:
@@ -204,7 +213,7 @@ class Api(Context):
                     request.told["timings"] = stats.timings()
                     yield tell(request, item)
         finally:
-            self._request = self._logprobs = None
+            self._request, self._logprobs, self._media = None, None, {}
 
     def _choosing(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of `generate` for those of a completion."""
@@ -214,8 +223,8 @@ class Api(Context):
             choosing["logits_processor"] = with_bias(choosing["logits_processor"] or (), given["logit_bias"])
         return choosing
 
-    def _to_make(self, given: dict[str, Any], shown: Mapping[int, bytes]) -> Asked:
-        """What a completion shall be, by its arguments."""
+    def _to_make(self, given: dict[str, Any], made: chat.Prepared | None) -> Asked:
+        """What a completion shall be, by its arguments and what was made of a chat."""
         prompt, most = given["prompt"], given["max_tokens"]
         if not isinstance(prompt, str):
             check_tokens(prompt, self._n_vocab)
@@ -223,7 +232,9 @@ class Api(Context):
         if given["logprobs"] is not None:
             notes = LogProbs(given["logprobs"], given["echo"], lead(self, prompt), self.token_bos())
         asked = {name: given[name] for name in ("prompt", "suffix", "echo", "stop", "stream", "model")}
-        return Asked(max_tokens=None if most is None or most < 0 else most, notes=notes, shown=shown, **asked)
+        if made is not None:
+            asked |= {"shown": made.shown, "media": made.media}
+        return Asked(max_tokens=None if most is None or most < 0 else most, notes=notes, **asked)
 
     def _chosen(self, seed: int | None) -> int:
         """The seed of a completion: its own, which leaves the object's as it is, or the next of the object's."""
@@ -270,15 +281,16 @@ class Api(Context):
         if self._templates is None:
             arguments = self._for_handler(given, bound)
             return telling(request, ask(request, lambda: self._handler()(llama=self, **arguments)))
-        made = chat.prepare(self, self._templates, given)
+        made = chat.prepare(self, self._templates, given, self.projector)
         given |= chat.as_completion(made, given)
-        source = chat.answers(made, self._begun(request, given, made.shown), given["stream"])
+        source = chat.answers(made, self._begun(request, given, made), given["stream"])
         return self._read(source, given["stream"])
 
     def _chatting(self, bound: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a chat, stock's and ours, checked."""
         given = checked(CHAT, bound | more)
-        check_messages(given["messages"], sees=self.chat_handler is not None)
+        reads = None if self.chat_handler is not None else () if self._templates is None else tuple(KINDS)
+        check_messages(given["messages"], reads)
         check_variables(given["chat_template_kwargs"] or {}, bound)
         if self.chat_format == UNSAID:
             self._tell(f"{self.model_path} has no chat template; the chat is in Gemma 4's own format")
@@ -294,6 +306,25 @@ class Api(Context):
         except ValueError as problem:
             self._tell(f"llama.cpp cannot read the chat template ({problem}); chats are as llama-cpp-python has them")
             return None
+
+    @exclusive
+    def projector(self) -> Projector:
+        """What reads images and sounds; it is loaded when the first one comes.
+
+        Raises:
+            gemma_mtp.convert.link.MtpError: there is none.
+            RuntimeError: llama.cpp cannot load it.
+        """
+        if self._projector is None:
+            from gemma_mtp.runtime.projector import Projector
+
+            asked, wanted = self._mmproj
+            path = projector_of(asked, link.read_header(Path(self.model_path)), wanted)
+            if path is None:
+                raise link.MtpError(_no_projector(asked, wanted))
+            self._projector = Projector(path, self)
+            self._stack.callback(self._projector.close)
+        return self._projector
 
     def _for_handler(self, given: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
         """The arguments that llama-cpp-python's chat handlers know."""
@@ -361,3 +392,13 @@ class Api(Context):
         made = [super(Api, self).embed(text, normalize, truncate, True) for text in input]
         rows, count = [row for row, _ in made], sum(n for _, n in made)
         return (rows, count) if return_count else rows
+
+
+def _no_projector(target: Any, wanted: Any) -> str:
+    """Why images and sounds cannot be read, with the next step."""
+    if wanted is None:
+        return "the chat has an image or a sound, and this Llama was loaded with mmproj=None; load it without."
+    return (
+        f"the chat has an image or a sound, and there is no projector beside {target}; put the model's mmproj file "
+        "there (gemma-mtp convert --mmproj makes it), or name it with mmproj= (--mmproj)."
+    )

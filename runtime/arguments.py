@@ -184,12 +184,12 @@ def check_variables(variables: Mapping[str, Any], given: Mapping[str, Any]) -> N
         raise ValueError(f"chat_template_kwargs has {', '.join(twice)}; give that as an argument of its own.")
 
 
-def check_messages(messages: Any, sees: bool) -> None:
+def check_messages(messages: Any, reads: Sequence[str] | None) -> None:
     """Refuse a chat that a template would take for another one.
 
     Args:
         messages: as OpenAI has them.
-        sees: whether there is a chat handler, which may know what to do with an image or a sound.
+        reads: types of parts that are read beside text; None where a chat handler knows.
 
     Raises:
         ValueError: naming the message and what is wrong with it.
@@ -207,11 +207,16 @@ def check_messages(messages: Any, sees: bool) -> None:
             kind = part.get("type") if isinstance(part, Mapping) else None
             if not isinstance(kind, str):
                 raise ValueError(f'{where} has the part {shown(part)}; give a dict with a "type".')
-            if kind != "text" and not sees:
-                raise ValueError(
-                    f"{where} has a part of type {kind!r}, and this Llama reads text alone; load it with a "
-                    "chat_handler that has the model's projector (llama_cpp.llama_chat_format), or leave the part out."
+            if kind == "text" and reads is not None and not isinstance(part.get("text"), str):
+                raise ValueError(f'{where} has the part {shown(part)}; give its "text".')
+            if kind != "text" and reads is not None and kind not in reads:
+                known = (
+                    f"the types {', '.join(('text', *reads))}; leave the part out"
+                    if reads
+                    else "text alone, as its chats are llama-cpp-python's own; load it without chat_format, with the "
+                    "patched build (gemma-mtp build), or leave the part out"
                 )
+                raise ValueError(f"{where} has a part of type {kind!r}, and this Llama reads {known}.")
 
 
 def _path(value: Any) -> str | os.PathLike[str]:
@@ -305,5 +310,6 @@ OPTIONS: dict[str, Rule] = {
 OURS: dict[str, Rule] = {
     "model_path": Rule(_path, "the path of a GGUF file, a folder with one, or the name of a model of Ollama"),
     "drafter": Rule(_path, 'the path of a GGUF file, "auto"').or_none(" for none"),
+    "mmproj": Rule(_path, 'the path of a GGUF file, "auto"').or_none(" or False for none"),
     "rpc_servers": Rule(text_of, "HOST:PORT,... of machines where gemma-mtp rpc-server runs").or_none(),
 }

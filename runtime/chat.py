@@ -5,15 +5,19 @@ The same request has the same prompt and the same parsed answer as from our llam
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from gemma_mtp.runtime import media
 from gemma_mtp.runtime.chat_format import GEMMA_FORMATS, TEMPLATE
 from gemma_mtp.runtime.chat_native import Answer, ChatGrammar, Templates, schema_grammar
-from gemma_mtp.runtime.context import Context
+from gemma_mtp.runtime.context import Context, Seen
 from llama_cpp.llama_chat_format import _convert_text_completion_logprobs_to_chat as chat_logprobs
+
+if TYPE_CHECKING:
+    from gemma_mtp.runtime.projector import Projector
 
 # What a request says in OpenAI's words, beside how tokens are chosen.
 BODY = ("messages", "tools", "tool_choice", "response_format", "stop", "chat_template_kwargs", "parallel_tool_calls",
@@ -57,6 +61,7 @@ class Prepared:
         grammar: that its answer keeps to; None for none.
         stop: what ends the answer.
         shown: the markers that its answer's text shows.
+        media: images and sounds of the prompt, by their first positions.
         answer: takes that text apart.
         legacy: whether calls are told as "function_call", too.
     """
@@ -65,12 +70,21 @@ class Prepared:
     grammar: Any
     stop: list[str]
     shown: dict[int, bytes]
+    media: Mapping[int, Seen]
     answer: Answer
     legacy: bool
 
 
-def prepare(llm: Context, templates: Templates, given: Mapping[str, Any]) -> Prepared:
+def prepare(
+    llm: Context, templates: Templates, given: Mapping[str, Any], projector: Callable[[], Projector]
+) -> Prepared:
     """A chat, by the arguments of `create_chat_completion`.
+
+    Args:
+        llm: whose chat it is.
+        templates: of its model.
+        given: the arguments.
+        projector: of the model; called where the chat has an image or a sound.
 
     Raises:
         ValueError: it asks for what cannot be had.
@@ -79,13 +93,21 @@ def prepare(llm: Context, templates: Templates, given: Mapping[str, Any]) -> Pre
     legacy = bool(given.get("functions")) and "tools" not in body
     if legacy:
         body |= _as_tools(given["functions"], given.get("function_call"))
+    found = media.media_of(body["messages"])
+    if found:
+        body["messages"] = media.marked(body["messages"], projector().marker)
     made = templates.prepare(body)
     if made.get("grammar") and given["grammar"] is not None:
         raise ValueError("grammar is given, and tools or a response_format, which have one of their own; give either.")
     model = llm._model
     marks = {mark: model.tokenize(mark.encode(), add_bos=False, special=True) for mark in made["preserved_tokens"]}
+    if found:
+        prompt, seen = projector().read(made["prompt"], found)
+    else:
+        prompt, seen = model.tokenize(made["prompt"].encode(), add_bos=True, special=True), {}
     return Prepared(
-        prompt=model.tokenize(made["prompt"].encode(), add_bos=True, special=True),
+        prompt=prompt,
+        media=seen,
         grammar=ChatGrammar(made) if made.get("grammar") else given["grammar"],
         stop=made["stop"],
         shown={ids[0]: mark.encode() for mark, ids in marks.items() if len(ids) == 1},

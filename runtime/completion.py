@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from gemma_mtp.runtime.context import Context, Stock
+from gemma_mtp.runtime.context import Context, Seen, Stock
 from gemma_mtp.runtime.logprobs import LogProbs, Offset
 from gemma_mtp.runtime.text import Part, Text, pieces_of
 from llama_cpp import llama_cpp as lib
@@ -38,6 +38,7 @@ class Asked:
         model: what the answer calls the model, None for its path.
         notes: keeps log-probabilities, if they are wanted.
         shown: the text of control tokens that the answer's text shows, for whoever takes it apart.
+        media: images and sounds of the prompt, by their first positions.
         created: when it was asked for, in seconds since 1970.
         id: of the answer.
     """
@@ -51,6 +52,7 @@ class Asked:
     model: str | None = None
     notes: LogProbs | None = None
     shown: Mapping[int, bytes] = field(default_factory=dict)
+    media: Mapping[int, Seen] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
     id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4()}")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import secrets
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import llama_cpp
 import numpy as np
@@ -20,6 +20,24 @@ from llama_cpp import llama_cpp as lib
 
 Stock = llama_cpp.Llama
 LONG = 32  # tokens from which on a decode can be interrupted in its middle
+
+
+class Seen(Protocol):
+    """An image or a sound within a prompt.
+
+    Attributes:
+        length: positions it takes.
+    """
+
+    @property
+    def length(self) -> int: ...
+
+    def decode(self, ctx: Any, past: int, n_batch: int) -> None:
+        """Put it into the KV cache of a llama_context behind `past` positions.
+
+        Raises:
+            RuntimeError: llama.cpp could not.
+        """
 
 
 class Context(llama_cpp.Llama):
@@ -42,6 +60,7 @@ class Context(llama_cpp.Llama):
     guard: Guard
     pid: int
     _ctx: Any
+    _media: Mapping[int, Seen] = {}  # of the prompt that runs, by their first positions
 
     def fit_arrays(self) -> None:
         """Arrays as long as the context that llama.cpp made, in place of stock's.
@@ -73,7 +92,8 @@ class Context(llama_cpp.Llama):
         past = self.n_tokens
         if not draft:
             self.eval(tokens)
-            return int((len(tokens) - 1) % self.n_batch)
+            text = next((i for i, token in enumerate(reversed(tokens)) if token < 0), len(tokens))
+            return int((text - 1) % self.n_batch)
         self._check_room(len(tokens))
         batch = [*tokens, *draft]
         self._ctx.kv_cache_seq_rm(-1, past, -1)
@@ -91,7 +111,7 @@ class Context(llama_cpp.Llama):
 
     @exclusive
     def eval(self, tokens: Any) -> None:
-        """Decode tokens; when that fails, the state is as before.
+        """Decode tokens, and images and sounds of the prompt where ids are below zero; if it fails, nothing changes.
 
         Raises:
             RuntimeError: they do not fit the context, or llama.cpp could not decode them.
@@ -100,16 +120,27 @@ class Context(llama_cpp.Llama):
         self._check_room(len(tokens))
         try:
             if len(tokens) < LONG:
-                super().eval(tokens)
+                self._eval(tokens)
             else:
                 with interruptible(lambda: self.guard.ending) as ended, aborting(self.ctx, ended):
-                    super().eval(tokens)
+                    self._eval(tokens)
         except BaseException as problem:
             self.n_tokens = before
             self.roll_back()
             if isinstance(problem, RuntimeError):
                 raise RuntimeError(CLOSED) if self.guard.ending else explain_decode(problem) from problem
             raise
+
+    def _eval(self, tokens: Any) -> None:
+        """As stock's `eval`, which knows text alone."""
+        begin, end = self.n_tokens, self.n_tokens + len(tokens)
+        for place in sorted(place for place in self._media if begin <= place < end):
+            super().eval(tokens[self.n_tokens - begin : place - begin])
+            length = self._media[place].length
+            self._media[place].decode(self.ctx, place, self.n_batch)
+            self.input_ids[place : place + length] = tokens[place - begin :][:length]
+            self.n_tokens += length
+        super().eval(tokens[self.n_tokens - begin :])
 
     def read(self, tokens: list[int]) -> None:
         """Decode a prompt, all of it; what the KV cache shares with it is kept.
@@ -173,9 +204,11 @@ class Context(llama_cpp.Llama):
             raise ValueError("the prompt ends with an image or a sound; put text after it.")
         # The last token is always decoded, for its logits and its hidden row.
         keep = min(self._shared_with(tokens), len(tokens) - 1)
+        # An image is there as a whole, or not at all.
+        keep = next((at for at, each in self._media.items() if at < keep < at + each.length), keep)
         if not self._can_cut(keep):
             keep = 0
-        if min(tokens[keep:]) < 0:
+        if not self._media and min(tokens[keep:]) < 0:
             raise ValueError(
                 "the image or the sound of this prompt is gone from the KV cache; ask through the chat handler again."
             )

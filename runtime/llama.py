@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing, contextmanager
 from os import PathLike, fspath
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import llama_cpp
 from gemma_mtp.convert import link
@@ -40,7 +40,7 @@ from gemma_mtp.runtime.grammar import Mask
 from gemma_mtp.runtime.guard import Guard, exclusive, exclusive_stream
 from gemma_mtp.runtime.interrupt import interruptible, while_loading
 from gemma_mtp.runtime.many.calls import Many
-from gemma_mtp.runtime.pair import Wanted, fetch_drafter, named, searched
+from gemma_mtp.runtime.pair import Wanted, fetch_drafter, named, projector_of, searched
 from gemma_mtp.runtime.processors import processors_of
 from gemma_mtp.runtime.request import DRAFTING, MOST, DraftLength, Request, checked_length, checked_mtp, chosen_seed
 from gemma_mtp.runtime.sampling import Sampler, reading
@@ -74,6 +74,8 @@ class Llama(Many):
         draft_length: tokens to draft in a round, 15 at most, or "auto" (the default) to go by what passes cost on this
             machine and by what is accepted: then drafts also come from the text itself, and there are none where they
             do not pay. It may be set later on.
+        mmproj: "auto" (the default) takes the projector beside the target when the first image or sound comes; a path
+            names it; None or False turns it off.
         mtp: False generates without drafting unless a request says mtp=True; True insists on a drafter. It may be set
             later on.
         rpc_servers: HOST:PORT,... of machines where `gemma-mtp rpc-server` runs: the model's layers lie there, in this
@@ -104,6 +106,7 @@ class Llama(Many):
         *,
         drafter: Wanted = "auto",
         draft_length: DraftLength = "auto",
+        mmproj: Wanted | Literal[False] = "auto",
         mtp: bool | None = None,
         rpc_servers: str | None = None,
         **options: Any,
@@ -111,15 +114,19 @@ class Llama(Many):
         # For close() and __del__, should what follows raise.
         self._stack, self.guard, self.drafter, self.pid = ExitStack(), Guard(), None, os.getpid()
         wishes = Request(mtp, checked_length(draft_length))
-        checked(OURS, {"model_path": model_path, "drafter": drafter, "rpc_servers": rpc_servers})
+        mmproj = None if mmproj is False else mmproj
+        checked(OURS, {"model_path": model_path, "drafter": drafter, "mmproj": mmproj, "rpc_servers": rpc_servers})
         options = check_options(options)
         native.check_cpu()
         self.rpc_servers, self._devices = rpc_servers, None
         if rpc_servers:
             self._devices = devices.of_machines(rpc.addresses(rpc_servers))
             options.setdefault("n_gpu_layers", -1)
+        self._mmproj, self._projector = (model_path, mmproj), None
         model_path, drafter = named(model_path, drafter)
         path, missing = searched(model_path, drafter)
+        if mmproj not in ("auto", None):
+            projector_of(model_path, link.read_header(Path(model_path)), mmproj)
         reason = next((WITHOUT_DRAFTER[name] for name in WITHOUT_DRAFTER if options.get(name)), None)
         self._wanted, self._told = drafter, set[str]()
         self._undrafted = _undrafted(drafter, missing, reason)
@@ -342,7 +349,7 @@ class Llama(Many):
 
     def _free(self) -> None:
         self._stack.close()
-        self.drafter = None
+        self.drafter = self._projector = None
         self._ctx = self._model = self.tokenizer_ = Closed()
 
     def __enter__(self) -> Self:
@@ -358,7 +365,7 @@ class Llama(Many):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        ours = {"drafter": self._wanted, "draft_length": self.draft_length, "mtp": self.mtp}
+        ours = {"drafter": self._wanted, "draft_length": self.draft_length, "mtp": self.mtp, "mmproj": self._mmproj[1]}
         return state | ours | {"rpc_servers": self.rpc_servers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Which drafter belongs to a target, decided before llama.cpp sees either file."""
+"""Which drafter and which projector belong to a target, decided before llama.cpp sees the files."""
 
 from __future__ import annotations
 
@@ -88,6 +88,28 @@ def searched(target: str | PathLike[str], drafter: Wanted) -> tuple[Path | None,
     link.check(header, theirs)
     link.read_parts(theirs)
     return found, None
+
+
+def projector_of(target: str | PathLike[str], header: link.Header, projector: Wanted) -> Path | None:
+    """The projector that reads images and sound for a target, if there is one.
+
+    Args:
+        target: what the target was asked for by, as for `named`.
+        header: of its file.
+        projector: "auto" for the one of Ollama's model, or beside the target (`link.find_projector`); a path for that
+            file; None for none.
+
+    Raises:
+        gemma_mtp.convert.link.MtpError: the file named does not exist, is no projector, or not of the target's width.
+    """
+    if projector == "auto":
+        model = None if Path(target).exists() else link.find_model(str(target))
+        theirs = next(iter(model.projectors), None) if model else None
+        return theirs or link.find_projector(header.path, header)
+    if projector is None:
+        return None
+    link.check_projector(header, link.read_header(Path(projector)))
+    return Path(projector)
 
 
 def fetch_drafter(target: Path, given: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_mtp.convert import link
-from gemma_mtp.runtime.pair import Wanted, named, searched
+from gemma_mtp.runtime.pair import Wanted, named, projector_of, searched
 from gemma_mtp.runtime.request import MOST, SAMPLING, DraftLength
 
 # What the command decides, and llama-server must not be told otherwise behind its back.
@@ -99,11 +99,7 @@ def served(target: str, drafter: Wanted, projector: Path | None, images: bool, n
     path = Path(found)
     drafts, missing = searched(path, wanted)
     header = link.read_header(path)
-    if projector is not None and link.read_header(projector).arch not in ("clip", link.TARGET_ARCH):
-        raise link.MtpError(f"{projector} is no projector; pass the mmproj file of {path.name}.")
-    if projector is None and images:
-        projector = next(iter(model.projectors), None) if model else None
-        projector = projector or link.find_projector(path, header)
+    projector = projector_of(target, header, projector or ("auto" if images else None))
     # A comma would make two names of one.
     own = target if model else str(header.metadata.get("general.name") or path.stem).replace(",", " ")
     return Served(header, name or own, drafts, projector, missing)

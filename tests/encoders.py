@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import ctypes
+import io
 import json
 import shutil
+import struct
+import wave as wavemodule
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,8 +41,9 @@ def make(kind: str, folder: Path) -> Path:
     if kind == "12B":
         vision: dict[str, Any] = {"mm_embed_dim": 64, "patch_size": 4, "pooling_kernel_size": 3, "mm_posemb_size": 32,
                                   "output_proj_dims": 64}  # fmt: skip
+        # llama.cpp has the samples of a frame of sound built in.
         config = transformers.Gemma4UnifiedConfig(
-            text_config=DENSE, vision_config=vision, audio_config={"audio_embed_dim": 48}
+            text_config=DENSE, vision_config=vision, audio_config={"audio_embed_dim": 640}
         )
         model = transformers.Gemma4UnifiedForConditionalGeneration(config)
     else:
@@ -76,6 +82,34 @@ def picture() -> Any:
     """A picture, the same every time."""
     pixels = (ctypes.c_uint8 * (SIDE * SIDE * 3))(*(i % 251 for i in range(SIDE * SIDE * 3)))
     return mtmd_cpp.mtmd_bitmap_init(SIDE, SIDE, pixels)
+
+
+def png(seed: int) -> str:
+    """A picture in base64."""
+    rows = b"".join(b"\0" + bytes((x * y * seed) % 251 for x in range(3 * SIDE)) for y in range(SIDE))
+    return base64.b64encode(written(SIDE, 8, 2, rows)).decode()
+
+
+def written(side: int, depth: int, color: int, rows: bytes) -> bytes:
+    """A square PNG file of rows of samples of some bits, gray (color 0) or three to a pixel (2)."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", side, side, depth, color, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def wav(seed: int = 1) -> str:
+    """A second of sound in base64."""
+    wave = np.sin(np.arange(SAMPLES) ** (1 + seed / 10)) * 20000
+    file = io.BytesIO()
+    with wavemodule.open(file, "wb") as made:
+        made.setnchannels(1)
+        made.setsampwidth(2)
+        made.setframerate(SAMPLES)
+        made.writeframes(wave.astype("<i2").tobytes())
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def sound() -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +14,9 @@ from gemma_mtp.runtime.request import LENGTHS, SAMPLING, checked_length
 if TYPE_CHECKING:
     from gemma_mtp.runtime.llama import Llama
     from gemma_mtp.runtime.pair import Wanted
+
+
+FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 
 class DraftLengthType(click.ParamType):
@@ -31,16 +35,21 @@ def loading_options(command: Any) -> Any:
     """Options that decide how a pair is loaded, as arguments of `Llama`."""
 
     @functools.wraps(command)
-    def loaded(*args: Any, n_threads: int | None, no_mtp: bool, drafter: str | None, **others: Any) -> Any:
+    def loaded(
+        *args: Any, n_threads: int | None, no_mtp: bool, drafter: str | None, mmproj: Path | None, **others: Any
+    ) -> Any:
         from gemma_mtp.runtime.bench.machine import physical_cores
 
         # A pass over a draft is a batch to llama.cpp: -t is for both, as in its own tools; so is their default.
         threads = n_threads or physical_cores()
         wanted = None if no_mtp else drafter or "auto"
-        return command(*args, drafter=wanted, n_threads=threads, n_threads_batch=threads, **others)
+        others |= {"n_threads": threads, "n_threads_batch": threads}
+        return command(*args, drafter=wanted, mmproj=mmproj or "auto", **others)
 
     for option in (
         click.option("--drafter", metavar="FILE", help="Drafter to use instead of the linked one beside the target."),
+        click.option("--mmproj", type=FILE, metavar="FILE",
+                     help="Projector for images and sound, instead of the one beside the target."),
         click.option("--draft", "draft_length", type=DraftLengthType(), default="auto", show_default=True,
                      help="Tokens to draft in a round; auto goes by cost and acceptance."),
         click.option("-c", "--ctx", "n_ctx", type=click.IntRange(1), default=4096, show_default=True,
@@ -56,6 +65,18 @@ def loading_options(command: Any) -> Any:
     ):  # fmt: skip
         loaded = option(loaded)
     return loaded
+
+
+def media_options(command: Any) -> Any:
+    """Options for files that a question is about, as `images` and `sounds`."""
+    for option in (
+        click.option("--audio", "sounds", type=FILE, multiple=True, metavar="FILE",
+                     help="Sound that it is about (WAV, MP3, FLAC); may be repeated."),
+        click.option("--image", "images", type=FILE, multiple=True, metavar="FILE",
+                     help="Image that it is about (PNG, JPEG, BMP, GIF); may be repeated."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
 
 
 def sampling_options(command: Any) -> Any:

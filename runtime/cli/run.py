@@ -9,15 +9,15 @@ from typing import Any
 
 import click
 from gemma_mtp.runtime.cli.jsonl import run_lines
-from gemma_mtp.runtime.cli.options import loading_options, opened, sampling_options
-
-FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
+from gemma_mtp.runtime.cli.options import FILE, loading_options, media_options, opened, sampling_options
+from gemma_mtp.runtime.media import message
 
 
 @click.command()
 @click.argument("target")
 @click.option("-p", "--prompt", help="Text to continue; with --chat, the user's message.")
 @click.option("--chat", is_flag=True, help="Ask through the chat template of the model.")
+@media_options
 @click.option("-n", "max_tokens", type=click.IntRange(1), default=256, show_default=True, help="Tokens to generate.")
 @sampling_options
 @click.option("--jsonl", "lines", type=FILE, help="Answer many prompts: a file with a JSON object on each line.")
@@ -30,6 +30,8 @@ def run(
     target: str,
     prompt: str | None,
     chat: bool,
+    images: tuple[Path, ...],
+    sounds: tuple[Path, ...],
     max_tokens: int,
     sampling: dict[str, Any],
     lines: Path | None,
@@ -42,7 +44,8 @@ def run(
     """Generate text with a target and its linked drafter.
 
     TARGET is a GGUF file, or the name of a model of Ollama. The text goes to stdout as it is made, one line of
-    statistics to stderr at the end.
+    statistics to stderr at the end. A question about an image or a sound goes through the chat template; the model's
+    projector is found beside the target.
 
     A line of --jsonl is {"prompt": ...} or {"messages": [...]}, with what its answer shall be told apart by ("id") and
     options of its own: "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "grammar", and, with
@@ -55,6 +58,7 @@ def run(
       gemma-mtp run out/gemma-4-E2B-it-Q4_K_M.gguf -p "The three laws of thermodynamics are"
       gemma-mtp run out/gemma-4-E2B-it-Q4_K_M.gguf --chat -p "Why is the sky blue?" -n 400 --seed 7
       gemma-mtp run gemma4:e4b --chat -p "Why is the sky blue?"
+      gemma-mtp run out/gemma-4-E2B-it-Q4_K_M.gguf --image before.jpg --image after.jpg -p "What has changed?"
       gemma-mtp run out/gemma-4-E2B-it-Q4_K_M.gguf -p "Once" --temp 0 --draft 4
       gemma-mtp run out/gemma-4-E2B-it-Q4_K_M.gguf -p "Once" --no-mtp
       gemma-mtp run out/gemma-4-E2B-it-Q4_K_M.gguf --jsonl prompts.jsonl --out answers.jsonl
@@ -65,13 +69,15 @@ def run(
     if lines is not None and out is not None:
         if as_json or stats:
             raise click.UsageError("--json and --stats are for a single prompt; leave them out with --jsonl.")
+        if images or sounds:
+            raise click.UsageError("--image and --audio are for a single prompt; leave them out with --jsonl.")
         load = partial(opened, target, **loading)
         run_lines(lines, out, load, target, parallel, chat, sampling | {"max_tokens": max_tokens})
         return
     with opened(target, **loading) as llm:
         settings = sampling | {"max_tokens": max_tokens, "stream": True}
-        if chat:
-            chunks = llm.create_chat_completion([{"role": "user", "content": prompt}], **settings)
+        if chat or images or sounds:
+            chunks = llm.create_chat_completion([message(prompt, images, sounds)], **settings)
             pieces = (chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
         else:
             pieces = (chunk["choices"][0]["text"] for chunk in llm.create_completion(prompt, **settings))

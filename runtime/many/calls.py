@@ -138,9 +138,9 @@ class Many(Api):
             if self._templates is None:
                 job: Job = self._asking(self._for_handler(given, bound), request, [])
                 return job
-            made = chat.prepare(self, self._templates, given)
+            made = chat.prepare(self, self._templates, given, _no_media)
             given |= chat.as_completion(made, given)
-            return self._job(given, request, partial(chat.whole, made), made.shown)
+            return self._job(given, request, partial(chat.whole, made), made)
 
         return prepare
 
@@ -165,11 +165,11 @@ class Many(Api):
         given: dict[str, Any],
         request: Request,
         finish: Callable[[Any], Any] | None = None,
-        shown: Mapping[int, bytes] | None = None,
+        prepared: chat.Prepared | None = None,
     ) -> Job:
         """A completion, by its checked arguments."""
         self._possible_choice(given)
-        asked = self._to_make(given, shown or {})
+        asked = self._to_make(given, prepared)
         tokens = prompt_tokens(self, asked.prompt, asked.suffix)
         if not tokens or min(tokens) < 0:
             raise ValueError("the prompt is empty, or holds an image or a sound; give text, or its tokens.")
@@ -228,6 +228,10 @@ class Many(Api):
                 yield from self._rounds(slots, self._choice, self._costs_path, stats).run(jobs)
         finally:
             self.total_stats.add(stats)
+
+
+def _no_media() -> Any:
+    raise ValueError("images and sounds are read for one prompt at a time; use create_chat_completion.")
 
 
 def _split(given: Mapping[str, Any], words: Collection[str]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

@@ -99,7 +99,9 @@ SHAPE: dict[str, Call] = {
     "mirostat 2": lambda llm: llm(PROMPT, **SAMPLED, mirostat_mode=2, logprobs=1),
     "negative temperature": lambda llm: llm(PROMPT, **SAMPLED | {"temperature": -1.0}),
     "save_state": lambda llm: vars(llm.save_state()),
-    "getstate": lambda llm: {k: v for k, v in llm.__getstate__().items() if k not in {"drafter", "rpc_servers", *OURS}},
+    "getstate": lambda llm: {
+        k: v for k, v in llm.__getstate__().items() if k not in {"drafter", "mmproj", "rpc_servers", *OURS}
+    },
 }
 
 

@@ -104,6 +104,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "use_mlock": FLAGS,
     "model_path": (["x", Path("x")], [None, 5, b"x"]),
     "drafter": ([None, "auto", Path("x")], [5, True]),
+    "mmproj": ([None, "auto", Path("x")], [5, True]),
     "rpc_servers": ([None, "a:1"], [5, ["a:1"]]),
     "top_logprobs": ([None, 0, 5], COUNTS),
     "chat_template_kwargs": ([None, {}, {"enable_thinking": True}], [5, {5: 1}]),
@@ -184,8 +185,8 @@ def test_requests_are_refused_at_the_door(name: str, value: Any, stream: bool, m
         ([{"content": "x"}], "role"),
         ([{"role": "user", "content": 5}], r"content 5; give a text"),
         ([{"role": "user", "content": "x"}, {"role": "user", "content": ["x"]}], r"messages\[1\] has the part 'x'"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], r"'image_url'.+chat_handler"),
-        ([{"role": "user", "content": [{"type": "input_audio"}]}], r"'input_audio'.+chat_handler"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], r"messages\[0\] part 0 has no image_url; give"),
+        ([{"role": "user", "content": [{"type": "video_url"}]}], r"'video_url'.+leave the part out"),
     ],
 )
 def test_messages(value: Any, said: str, mtp: Llama) -> None:

@@ -90,7 +90,7 @@ def test_it_is_what_llama_server_makes(name: str, llm: Llama, server: Served) ->
     templates = llm._templates
     assert templates is not None
     assert templates.prepare(asked)["prompt"] == prompt
-    assert chat.prepare(llm, templates, {"grammar": None, **asked}).prompt == tokens
+    assert chat.prepare(llm, templates, {"grammar": None, **asked}, llm.projector).prompt == tokens
     with drafting(llm):
         ours = llm.create_chat_completion(**given)
         chunks = list(llm.create_chat_completion(**given, stream=True))

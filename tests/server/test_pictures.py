@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-import struct
 import urllib.error
 import urllib.request
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,28 +14,12 @@ from typing import Any
 import llama_cpp
 import pytest
 from children import GUARD, post, serving
-from encoders import SIDE, make
+from encoders import make, png, written
 from gemma_mtp.convert import Pair, convert_pair
 from prompts import PROMPT
 
 SERVER = Path(llama_cpp.__file__).parent / "lib" / "llama-server"
 PNG = base64.b64encode(b"\x89PNG\r\n").decode()[:-1]
-
-
-def png(seed: int) -> str:
-    """A picture in base64."""
-    rows = b"".join(b"\0" + bytes((x * y * seed) % 251 for x in range(3 * SIDE)) for y in range(SIDE))
-    return base64.b64encode(written(SIDE, 8, 2, rows)).decode()
-
-
-def written(side: int, depth: int, color: int, rows: bytes) -> bytes:
-    """A square PNG file of rows of samples of some bits, gray (color 0) or three to a pixel (2)."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", side, side, depth, color, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 @pytest.fixture(scope="module")

@@ -49,16 +49,21 @@ def takes(schema: Any, value: Any, llm: Llama) -> bool:
     return True
 
 
-def walk(schema: Any, llm: Llama, some: random.Random, longest: int = 600) -> Any:
-    """A value at the end of a random way through the grammar of a schema; None where that is too far."""
+def walk(schema: Any, llm: Llama, some: random.Random, longest: int = 600, spelled: bool = False) -> Any:
+    """A value at the end of a random way through the grammar of a schema; None where that is too far.
+
+    Args:
+        spelled: by tokens of single bytes where there are any.
+    """
     at, tokens = mask(schema, llm), list[int]()
     vocab = lib.llama_model_get_vocab(llm._model.model)
     while len(tokens) < longest:
         allowed = np.flatnonzero(at.legal()).tolist()
         open_ = [token for token in allowed if not lib.llama_vocab_is_eog(vocab, token)]
         if not open_ or (len(open_) < len(allowed) and some.random() < 0.3):
-            return json.loads(llm.detokenize(tokens).decode(errors="replace"))
-        tokens.append(some.choice(open_))
+            return json.loads(llm.detokenize(tokens).decode())
+        bytes_ = [token for token in open_ if lib.llama_vocab_get_attr(vocab, token) & lib.LLAMA_TOKEN_ATTR_BYTE]
+        tokens.append(some.choice((spelled and bytes_) or open_))
         at.accept(tokens[-1])
     return None
 
@@ -183,6 +188,14 @@ def test_a_number_below_a_bound_is_json(mtp: Llama) -> None:
     """No number of several digits begins with 0."""
     some = random.Random(2)
     assert all(walk(WHOLE | {"maximum": -3}, mtp, some) <= -3 for _ in range(40))
+
+
+def test_bytes_spell_characters(mtp: Llama) -> None:
+    """What is no UTF-8 would be lost where an answer is read, and the length be another one."""
+    some = random.Random(3)
+    for _ in range(20):
+        text = walk(STRING | {"minLength": 3, "maxLength": 12}, mtp, some, spelled=True)
+        assert 3 <= len(text) <= 12
 
 
 LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"

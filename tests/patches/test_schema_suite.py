@@ -24,8 +24,11 @@ REFUSED = {
     "unanchored regexp": "#/pattern is supported between ^ and $ alone",
     "unsupported regexp in a property": "#/properties/a/pattern is not supported: unsupported group syntax",
 }
-# What stands in a JSON string has its escapes, and in a grammar none that it does not need; \w is a class.
+# What stands in a JSON string has its escapes, and in a grammar none that it does not need; \w is a class. Formats are
+# patterns, and a date is a day that there is. No number begins with 0 and goes on.
 OURS = {
+    "max -5": """root ::= ("-" ([1-4] [0-9]{1,15} | [5-9] [0-9]{0,15}))""",
+    "exotic formats": "tuple-1 ::= uuid-string",
     "regexp quote": r'''root ::= "\"" ("\\\"") "\""''',
     "regexp": r"""dot ::= ([^\n\r"\\\x7F\x00-\x1F] | [\\] [\"\\bft])""",
     "regexp with unsupported shorthand": r'''root ::= "\"" (root-1{3,3} [A-Za-z0-9_]) "\""''',

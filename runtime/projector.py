@@ -23,16 +23,14 @@ from llama_cpp import mtmd_cpp as mtmd
 FORMATS = {"image_url": "image (PNG, JPEG, BMP, GIF)", "input_audio": "sound (WAV, MP3, FLAC)"}
 
 
-@lib.llama_log_callback
-def _silent(level: int, text: bytes, data: Any) -> None:
-    """In place of libmtmd's log."""
+_SILENT: Any = lib.llama_log_callback(lambda level, text, data: None)
 
 
 @contextmanager
 def _quiet(verbose: bool) -> Iterator[None]:
     """A block in which libmtmd does not tell stderr what becomes of each image, which is for the whole process."""
     if not verbose:
-        mtmd.mtmd_helper_log_set(_silent, None)
+        mtmd.mtmd_helper_log_set(_SILENT, None)
     try:
         yield
     finally:

@@ -74,6 +74,7 @@ def run(
         load = partial(opened, target, **loading)
         run_lines(lines, out, load, target, parallel, chat, sampling | {"max_tokens": max_tokens})
         return
+    assert prompt is not None
     with opened(target, **loading) as llm:
         settings = sampling | {"max_tokens": max_tokens, "stream": True}
         if chat or images or sounds:

@@ -98,6 +98,7 @@ KEPT: dict[str, tuple[Any, list[Any], list[Any]]] = {
     "fewer items than are listed": ({"type": "array", "prefixItems": PAIR, "maxItems": 1}, [["a"]], [["a", 1], []]),
     "a pattern that may be empty": (STRING | {"pattern": "^a*$", "minLength": 0}, ["", "aa"], ["b"]),
     "a format that is none": (STRING | {"format": "password", "minLength": 2}, ["ab"], ["a"]),
+    "a format that a pattern says": (STRING | {"pattern": "^a+$", "format": "date"}, ["aa"], ["2024-02-29", "b"]),
     "a format of a length": (STRING | {"format": "uri", "minLength": 1, "maxLength": 2083}, ["https://a.b/c"], [""]),
     "a type beside references": (
         {"type": "object", "$ref": "#/$defs/a", "$defs": {"a": thing("a")}}, [{"kind": "a"}], [{}, 1]),
@@ -129,7 +130,6 @@ REFUSED: list[tuple[Any, str]] = [
     ({"format": "email"}, "#/format is supported beside a type alone"),
     (STRING | {"pattern": "^a+$", "minLength": 2}, "#/minLength is not supported beside pattern"),
     (STRING | {"pattern": "^a+$", "maxLength": 2}, "#/maxLength is not supported beside pattern"),
-    (STRING | {"pattern": "^a+$", "format": "date"}, "#/format is not supported beside pattern"),
     (STRING | {"format": "date", "maxLength": 9}, "#/maxLength is not supported beside the format date"),
     (STRING | {"format": "uuid", "minLength": 40}, "#/minLength is not supported beside the format uuid"),
     (STRING | {"minLength": 3, "maxLength": 2}, "#: maxLength is below minLength"),

@@ -92,7 +92,7 @@ BODIES: dict[str, tuple[str, Any, str]] = {
     "a parser that calls itself": ("/completion", {"prompt": "import os", "n_predict": 8, "chat_parser": ARENA,
     "chat_format": 0}, ""),
     "text of no length": ("/v1/chat/completions", by_schema({"type": "string", "minLength": 5, "maxLength": 2}),
-    "grammar"),
+    "below minLength"),
     "text of any length": ("/v1/chat/completions", by_schema({"type": "string", "maxLength": 65536}), ""),
     "a large minimum": ("/v1/chat/completions", by_schema({"type": "integer", "minimum": 10**17}), ""),
     "a long name": ("/v1/chat/completions", by_schema(NAMES), ""),

@@ -257,8 +257,8 @@ def test_a_schema_that_would_be_taken_for_another_is_refused_by_its_path(path: s
 def test_annotations_and_what_is_enforced_pass(chat: str) -> None:
     item = {"type": "integer", "minimum": 1, "exclusiveMaximum": 9, "description": "d", "examples": [3], "title": "T"}
     some = {"type": "array", "items": item, "maxItems": 4, "uniqueItems": False}
-    text = {"type": "string", "format": "email", "maxLength": 5}
-    schema = {"$schema": "x", "type": "object", "properties": {"a": some, "m": text}, "required": ["a"]}
+    text, mail = {"type": "string", "maxLength": 5}, {"type": "string", "format": "email"}
+    schema = {"$schema": "x", "type": "object", "properties": {"a": some, "t": text, "m": mail}, "required": ["a"]}
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     content = asked(chat, response_format=wanted)["message"]["content"]
     assert all(1 <= number < 9 for number in json.loads(content)["a"])

@@ -94,7 +94,7 @@ def _fetched(where: str, part: Mapping[str, Any]) -> Medium:
     if not isinstance(given, str) or not given:
         raise ValueError(f'{where} has no {kind}; give {{"{key}": ...}} there.')
     where = f"{where} ({given if len(given) <= 80 else f'{given[:60]}...'})"
-    most = MOST_BYTES if given.startswith("http") else None
+    most = MOST_BYTES if given.startswith(("http:", "https:")) else None
     try:
         if given.startswith(SCHEMES):
             with urllib.request.urlopen(given, timeout=SECONDS) as source:

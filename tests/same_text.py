@@ -21,26 +21,14 @@ from typing import Any
 
 from demo import PAIR, QUANT, held_out
 from gemma_mtp.convert import convert_pair
+from prompts import FIELDS, STRINGS
 from serves import Served, served
 
-LINES = {"type": "array", "items": {"type": "string"}}
-SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}, "lines": LINES}, "required": ["name", "lines"]}
-# Of few values each, beside one of free text: much of such an answer is what the schema says.
-FIELDS = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 12},
-        "version": {"type": "integer"},
-        "tags": {"type": "array", "items": {"enum": ["parser", "network", "files"]}, "minItems": 1, "maxItems": 3},
-        "public": {"type": "boolean"},
-    },
-    "required": ["name", "version", "tags", "public"],
-}
 # What a request says beside its prompt.
 ASKED: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
     "temperature 1": {"temperature": 1, "seed": 7},
-    "schema": {"temperature": 1, "seed": 7, "json_schema": SCHEMA},
+    "schema": {"temperature": 1, "seed": 7, "json_schema": STRINGS},
     "schema of fields": {"temperature": 1, "seed": 7, "json_schema": FIELDS},
 }
 SLOTS: dict[str, tuple[object, ...]] = {"one slot": ("-np", 1), "-np 4": ("-np", 4), "default": ()}

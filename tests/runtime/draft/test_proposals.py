@@ -19,20 +19,10 @@ from gemma_mtp.runtime.request import MOST, DraftLength
 from gemma_mtp.runtime.sampling import NoTokenLeft, Sampler, gumbel, likeliest, lowest_best, with_noise
 from llama_cpp._internals import LlamaSampler
 from llamas import drafting, see
-from prompts import PROMPT
+from prompts import FIELDS, PROMPT
 
 OPTIONS: dict[str, Any] = {"n_ctx": 512, "verbose": False, "flash_attn": True, "n_threads": 1, "n_threads_batch": 1}
 SAMPLED: dict[str, Any] = {"temp": 1.0, "top_k": 64, "top_p": 0.95, "min_p": 0.0}
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 12},
-        "version": {"type": "integer"},
-        "tags": {"type": "array", "items": {"enum": ["parser", "network", "files"]}, "minItems": 1, "maxItems": 3},
-        "public": {"type": "boolean"},
-    },
-    "required": ["name", "version", "tags", "public"],
-}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +62,7 @@ def unlike_the_drafters_state(mtp: Llama) -> dict[str, dict[str, Any]]:
         "penalties": SAMPLED | {"repeat_penalty": 1.3, "frequency_penalty": 0.3, "presence_penalty": 0.2},
         "greedy penalties": {"temp": 0.0, "repeat_penalty": 1.2},
         "processor": SAMPLED | {"logits_processor": llama_cpp.LogitsProcessorList([no_x])},
-        "grammar": SAMPLED | {"grammar": llama_cpp.LlamaGrammar.from_json_schema(json.dumps(SCHEMA), verbose=False)},
+        "grammar": SAMPLED | {"grammar": llama_cpp.LlamaGrammar.from_json_schema(json.dumps(FIELDS), verbose=False)},
     }
 
 
@@ -231,7 +221,7 @@ def test_grammars_mask_drafts(mtp: Llama, monkeypatch: pytest.MonkeyPatch) -> No
         return other
 
     for temp in (0.0, 1.0):
-        rules = llama_cpp.LlamaGrammar.from_json_schema(json.dumps(SCHEMA), verbose=False)
+        rules = llama_cpp.LlamaGrammar.from_json_schema(json.dumps(FIELDS), verbose=False)
         for name, fork in (("masked", plain_fork), ("unmasked", unmasked)):
             monkeypatch.setattr(Sampler, "fork", fork)
             total, made = Stats(), []
